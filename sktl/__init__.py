@@ -1,0 +1,40 @@
+"""Transfer learning on images, behind scikit-learn's fit, transform and predict."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sktl._backbones import list_backbones, register_backbone
+    from sktl._preprocessing import Preprocessing
+    from sktl._pretrained_classifier import PretrainedClassifier
+    from sktl._pretrained_features import PretrainedFeatures
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Preprocessing",
+    "PretrainedClassifier",
+    "PretrainedFeatures",
+    "list_backbones",
+    "register_backbone",
+]
+
+_HOMES = {
+    "PretrainedClassifier": "sktl._pretrained_classifier",
+    "PretrainedFeatures": "sktl._pretrained_features",
+    "Preprocessing": "sktl._preprocessing",
+    "list_backbones": "sktl._backbones",
+    "register_backbone": "sktl._backbones",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The rooms are entered on first use (PEP 562): torch takes seconds to import, and
+    # a worker or a command line that only needs the name should not pay for it.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sktl' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,156 @@
+"""What is done to a picture between decoding it and showing it to a network."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
+
+# Longer pictures are cropped while they are resized, not after: at a shorter side of
+# 256, one of 1 x 20000 pixels would become 4 GB.
+_LONGEST = 32
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What is done to a picture before a network sees it.
+
+    Parameters
+    ----------
+    resize_size : int
+        Length in pixels to which the shorter side is resized.
+
+    crop_size : int
+        Side in pixels of the square that is then cut out of the middle.
+
+    interpolation : str, default="bilinear"
+        A value of ``torchvision.transforms.InterpolationMode``, such as ``"bicubic"``.
+
+    mean, std : tuple of 3 float, default=those of ImageNet
+        Of red, green and blue on a scale from 0 to 1; the mean is subtracted and the
+        result divided by the deviation. Calling a `Preprocessing` leaves this to
+        whoever has the pixels in floating point.
+
+    Raises
+    ------
+    ValueError
+        If a size is below 1, the interpolation is unknown, or mean and std are not
+        three numbers each, of which those of std are positive.
+    """
+
+    resize_size: int
+    crop_size: int
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("resize_size", "crop_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1. Got {self!r}.")
+        modes = [mode.value for mode in InterpolationMode]
+        if self.interpolation not in modes:
+            raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
+        # Tuples, so that it can be hashed and compared however it was written.
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std must have one number for each of red, green and blue, "
+                f"those of std positive. Got {self!r}."
+            )
+
+    @classmethod
+    def from_torchvision(cls, preset: Any) -> Self:
+        """Read the transform of torchvision's classification weights.
+
+        Parameters
+        ----------
+        preset : torchvision's ImageClassification
+            As ``weights.transforms()`` gives it.
+
+        Returns
+        -------
+        Preprocessing
+            Which does the same.
+
+        Raises
+        ------
+        TypeError
+            If it is anything else.
+        """
+        if not hasattr(preset, "resize_size") or not hasattr(preset, "crop_size"):
+            raise TypeError(
+                "preprocessing must be a sktl.Preprocessing or the transforms() of "
+                f"classification weights of torchvision. Got {preset!r}."
+            )
+        return cls(
+            preset.resize_size[0],
+            preset.crop_size[0],
+            preset.interpolation.value,
+            tuple(preset.mean),
+            tuple(preset.std),
+        )
+
+    def with_image_size(self, side: int) -> Self:
+        """Give the same for another size.
+
+        Parameters
+        ----------
+        side : int
+            Side in pixels to resize and crop to.
+
+        Returns
+        -------
+        Preprocessing
+            A new one.
+        """
+        return replace(self, resize_size=side, crop_size=side)
+
+    def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
+        """Resize a picture and cut out its middle.
+
+        Parameters
+        ----------
+        picture : PIL.Image.Image
+            In mode RGB, of any size.
+
+        Returns
+        -------
+        ndarray of shape (crop_size, crop_size, 3), uint8
+            The pixels that torchvision's transform gives; of a picture more than 32
+            times as long as wide, up to the rounding of intermediate results. Where
+            the crop is larger than the resized picture, it is black around it.
+        """
+        mode = InterpolationMode(self.interpolation)
+        if max(picture.size) <= _LONGEST * min(picture.size):
+            picture = tvf.resize(picture, [self.resize_size], mode)
+        else:
+            picture = self._resized_middle(picture)
+        return np.array(tvf.center_crop(picture, [self.crop_size]), dtype=np.uint8)
+
+    def _resized_middle(self, picture: Image.Image) -> Image.Image:
+        # Along the longer side only those pixels that the crop will keep.
+        short, long = sorted(picture.size)
+        new_long = int(self.resize_size * long / short)
+        kept = min(self.crop_size, new_long)
+        start = round((new_long - kept) / 2)
+        scale = long / new_long
+        first, last = start * scale, (start + kept) * scale
+        # What the widest filter (Lanczos, 3 pixels) sees of the picture. Cut out
+        # before, since Pillow keeps the corners of a box in single precision.
+        seen = 3 * max(1.0, scale) + 1
+        low, high = max(0, int(first - seen)), min(long, math.ceil(last + seen))
+        resample = tvf.pil_modes_mapping[InterpolationMode(self.interpolation)]
+        corners = (first - low, 0.0, last - low, float(short))
+        if picture.height <= picture.width:
+            part = picture.crop((low, 0, high, short))
+            return part.resize((kept, self.resize_size), resample, box=corners)
+        part = picture.crop((0, low, short, high))
+        left, top, right, bottom = corners
+        turned = (top, left, bottom, right)
+        return part.resize((self.resize_size, kept), resample, box=turned)

@@ -1,0 +1,378 @@
+"""Weights: fetched, verified, read without running them, and put into a network.
+
+A pickle can run any code, so ``.pth`` files are read by torch's restricted unpickler
+and by nothing else; ``.safetensors`` files hold no code at all. torchvision writes the
+first digits of a file's sha256 into its name, and checks them once, on download; here
+they are checked whenever the file is read, which also finds a file that was damaged
+or exchanged on the disk.
+"""
+
+import hashlib
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
+from io import BufferedReader
+from os import PathLike, fspath, fstat
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+SUFFIXES = (".pth", ".pt", ".safetensors")
+
+# What a name promises: torchvision's resnet18-f37072fd.pth begins with f37072fd.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
+
+# Where training scripts put the state dict, and what wrappers of a network put
+# before each of its keys (DataParallel, torch.compile).
+_KEYS_AROUND = ("state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")
+
+# Heads that only help training and that are left out of the networks here.
+_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+# Names that torchvision's DenseNets had before a dot in a name was forbidden.
+_OLD_DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+
+# Longer than the steps in which Linux, macOS and Windows stamp changes.
+_TICK_NS = 100_000_000
+# Digests by path, size, times and inode: reading a gigabyte to learn that it has not
+# changed takes a second.
+_digests: dict[tuple[str, int, int, int, int], str] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The content of a weights file.
+
+    Attributes
+    ----------
+    state_dict : dict of str to Tensor
+        The tensors, on the CPU, under the names that the network gives them.
+    digest : str
+        sha256 of the file, 64 hexadecimal digits.
+    """
+
+    state_dict: dict[str, Tensor]
+    digest: str
+
+
+def load_weights(path: str | PathLike[str]) -> Weights:
+    """Read a state dict from a file, executing nothing that the file holds.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A ``.pth`` or ``.pt`` file of ``torch.save(network.state_dict(), path)``, or a
+        ``.safetensors`` file. The state dict may lie under a key ``"state_dict"`` or
+        ``"model"``, and all of its keys may begin with ``"module."``.
+
+    Returns
+    -------
+    Weights
+        The tensors and the digest of the bytes they were read from.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a regular file, has another suffix, is not what its name
+        promises, cannot be read without executing code, or holds no state dict.
+    """
+    path = _regular_file(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"Weights must be a file that ends in {', '.join(SUFFIXES)}. Got "
+            f"{str(path)!r}. Save a network with torch.save(network.state_dict(), "
+            "'name.pth')."
+        )
+    # One handle for both, so that what is loaded is what was verified.
+    with path.open("rb") as file:
+        digest = _verified_digest(file, path)
+        file.seek(0)
+        loaded = _read_tensors(file, path)
+    return Weights(_state_dict_in(loaded, path), digest)
+
+
+def file_digest(path: str | PathLike[str]) -> str:
+    """Give the sha256 of a weights file, cheaply if it has not changed since.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A regular file.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a regular file or not what its name promises.
+    """
+    path = _regular_file(path)
+    with path.open("rb") as file:
+        known = _digests.get(_signature(file, path))
+        return known if known is not None else _verified_digest(file, path)
+
+
+def fetch(url: str, *, progress: bool) -> Path:
+    """Give the local copy of a weights file, downloading it the first time.
+
+    The copy lies where torchvision looks for it too, in the folder ``checkpoints`` of
+    ``torch.hub.get_dir()``. It gets its name when it is complete and verified.
+
+    Parameters
+    ----------
+    url : str
+        Where the file is; its name carries the first digits of its sha256.
+    progress : bool
+        Whether to show a progress bar of the download.
+
+    Returns
+    -------
+    Path
+        The file on this machine.
+
+    Raises
+    ------
+    ConnectionError
+        If the file is not here and cannot be fetched.
+    ValueError
+        If what was fetched is not what its name promises.
+    """
+    name = Path(urlparse(url).path).name
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / name
+    if path.exists():
+        return path
+    promised = _HASH_IN_NAME.search(name)
+    prefix = promised.group(1) if promised else None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), prefix, progress=progress)
+    except (OSError, HTTPException) as error:  # of the network, or of the folder
+        raise ConnectionError(
+            f"The weights {name!r} are not on this machine and could not be fetched "
+            f"from {url}: {error}. Fetch the file on a machine with a network and put "
+            f"it into {str(folder)!r}, or pass weights='path/to/{name}'. The bundled "
+            "backbone 'resnet_mini' needs no network connection."
+        ) from error
+    except RuntimeError as error:
+        # torch.hub has no type of its own for this, and has removed the file.
+        raise ValueError(
+            f"What came from {url} is not the file that its name promises: {error}. "
+            "Nothing was kept. Try again, or fetch the file in another way and pass "
+            f"weights='path/to/{name}'."
+        ) from error
+    return path
+
+
+class Unfilled(TorchFunctionMode):
+    """Context in which a network is built without memory for its parameters.
+
+    ``torch.empty``, with which layers make their parameters, gives tensors on the meta
+    device; initializing those costs nothing (3.5 s for VGG-16 on one core otherwise).
+    Unlike under ``torch.device("meta")`` the constants that a network computes for
+    itself, such as the widths of a RegNet, stay real.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call `func`, on the meta device if it is ``torch.empty``."""
+        kwargs = kwargs or {}
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+def fill(network: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None:
+    """Put a state dict into a network, in the data types of the network.
+
+    Parameters
+    ----------
+    network : Module
+        Built in any way, also under `Unfilled`. Its parameters become the tensors of
+        `state_dict` themselves; when this raises, it is of no further use.
+    state_dict : dict of str to Tensor
+        All of the tensors of the network. Those of torchvision's auxiliary heads are
+        left out, where the network has none.
+    origin : str
+        What the error message calls the state dict.
+
+    Raises
+    ------
+    ValueError
+        If names or shapes are not those of the network.
+    """
+    own = network.state_dict()
+    filling: Any = OrderedDict()
+    for name, tensor in state_dict.items():
+        name = _OLD_DENSE.sub(r"\1\2", name)
+        if name in own:
+            filling[name] = tensor.to(own[name].dtype)
+        elif not name.startswith(_AUXILIARY):
+            filling[name] = tensor
+    # torch.save keeps the version of each layer, safetensors does not, and MNASNet
+    # insists on its own.
+    unversioned = {"": {"version": network._version}}
+    filling._metadata = getattr(state_dict, "_metadata", unversioned)
+    try:
+        keys = network.load_state_dict(filling, strict=False, assign=True)
+    except RuntimeError as error:
+        wrong = [line.strip() for line in str(error).splitlines()[1:]]
+    else:
+        wrong = [f"{name} is missing" for name in keys.missing_keys]
+        wrong += [f"{name} is not known" for name in keys.unexpected_keys]
+    if wrong:
+        raise ValueError(
+            f"Weights must have the names and shapes of the network they are for. "
+            f"{origin} differ in {len(wrong)}: {'; '.join(wrong[:4])}"
+            f"{' …' if len(wrong) > 4 else ''}. Check that they were saved from this "
+            "architecture."
+        )
+
+
+def content_digest(network: nn.Module) -> str:
+    """Give the sha256 of the parameters and buffers of a network on the CPU.
+
+    Parameters
+    ----------
+    network : Module
+        Any network.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits. Equal if names, types, shapes and bits are.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _regular_file(path: str | PathLike[str]) -> Path:
+    resolved = Path(fspath(path)).expanduser()
+    if not resolved.exists():
+        raise FileNotFoundError(
+            f"There is no weights file {str(resolved)!r}. Check the path; a relative "
+            f"one starts from {str(Path.cwd())!r}."
+        )
+    # Opening a pipe would wait for a writer, for ever.
+    if not resolved.is_file():
+        raise ValueError(
+            f"Weights must be a regular file. Got {str(resolved)!r}, which is "
+            f"{'a folder' if resolved.is_dir() else 'not one'}."
+        )
+    return resolved
+
+
+def _signature(file: BufferedReader, path: Path) -> tuple[str, int, int, int, int]:
+    status = fstat(file.fileno())
+    return (
+        str(path.absolute()),
+        status.st_size,
+        status.st_mtime_ns,
+        # Cannot be set back, unlike the time of modification (except on Windows, where
+        # it is the time of creation).
+        status.st_ctime_ns,
+        status.st_ino,
+    )
+
+
+def _verified_digest(file: BufferedReader, path: Path) -> str:
+    signature = _signature(file, path)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    promised = _HASH_IN_NAME.search(path.name)
+    if promised and not digest.startswith(promised.group(1)):
+        raise ValueError(
+            f"The sha256 of a weights file must begin as its name says. The name of "
+            f"{str(path)!r} says {promised.group(1)}, its content is {digest}: the "
+            "file is damaged or was changed. If it was downloaded, delete it and it "
+            "will be fetched again; if those digits are not a hash, rename the file."
+        )
+    # A file changed again within a tick of the clock would keep its signature, so one
+    # that was changed just now is not remembered.
+    if time.time_ns() - max(signature[2:4]) > _TICK_NS:
+        _digests[signature] = digest
+    return digest
+
+
+def _read_tensors(file: BufferedReader, path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load(file.read())
+        except SafetensorError as error:
+            raise ValueError(
+                f"{str(path)!r} is not a safetensors file that can be read: {error}. "
+                "Fetch or save it again."
+            ) from error
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    # A damaged pickle can end in any exception at all; there is no second attempt.
+    except Exception as error:
+        # torch's own text is long, and advises to execute what is in the file.
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code:
+            reason = f"it asks for {code.group(1)}, which is code"
+            advice = (
+                "If you trust where it comes from, load the network there and save "
+                "torch.save(network.state_dict(), 'name.pth'), without optimizer and "
+                "settings."
+            )
+        else:
+            reason = f"it is damaged, or no file of torch ({type(error).__name__})"
+            advice = "Fetch or save it again."
+        raise ValueError(
+            f"A weights file must hold nothing but weights. Got {str(path)!r}: "
+            f"{reason}. Nothing in it was executed. {advice}"
+        ) from error
+
+
+def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
+    for key in _KEYS_AROUND:
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, dict) or not _is_state_dict(loaded):
+        found = f"a {type(loaded).__name__}"
+        if isinstance(loaded, Mapping):
+            shown = ", ".join(repr(key) for key in list(loaded)[:5])
+            found = f"{len(loaded)} keys: {shown or 'none'}"
+        raise ValueError(
+            f"A weights file must hold a state dict: names with tensors, itself or "
+            f"under 'state_dict' or 'model'. {str(path)!r} holds {found}. Save it "
+            "with torch.save(network.state_dict(), 'name.pth')."
+        )
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in loaded):
+            loaded = OrderedDict((k[len(prefix) :], v) for k, v in loaded.items())
+    return loaded
+
+
+def _is_state_dict(loaded: dict[Any, Any]) -> bool:
+    return bool(loaded) and all(
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and not value.is_meta
+        for key, value in loaded.items()
+    )

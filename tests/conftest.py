@@ -1,0 +1,85 @@
+"""Fixtures that more than one test file needs."""
+
+import os
+
+# scikit-learn's check of array API input skips without it; scipy reads it on import.
+os.environ["SCIPY_ARRAY_API"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+from sktl import Preprocessing, register_backbone
+
+
+class TinyNet(nn.Module):
+    """Two stages and a head that run in a millisecond."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleDict(
+            {
+                "stem": nn.Sequential(
+                    nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+                    nn.BatchNorm2d(8),
+                    nn.ReLU(inplace=True),
+                ),
+                "stage1": nn.Sequential(
+                    nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(inplace=True)
+                ),
+            }
+        )
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages.values():
+            x = stage(x)
+        return self.head(x)
+
+
+register_backbone(
+    "tiny", TinyNet, preprocessing=Preprocessing(resize_size=16, crop_size=16)
+)
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """Folder of real pictures and weights; the tests that ask for it skip without it.
+
+    Set the environment variable ``SKTL_TEST_DATA`` to say where it is.
+    """
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("SKTL_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"real test data not found at {folder}; set SKTL_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures() -> NDArray[np.uint8]:
+    """Forty pictures of 24 x 32 pixels, cut from two photographs."""
+    china, flower = load_sample_images().images  # (427, 640, 3) each
+    tiles = [
+        photograph[y : y + 24, x : x + 32]
+        for photograph in (china, flower)
+        for y in range(60, 300, 60)
+        for x in range(40, 540, 100)
+    ]
+    return np.stack(tiles)
+
+
+@pytest.fixture(scope="session")
+def paths(pictures: NDArray[np.uint8], tmp_path_factory) -> list[str]:
+    """Write the same pictures to files, without loss."""
+    folder = tmp_path_factory.mktemp("pictures")
+    names = [str(folder / f"{i:02}.png") for i in range(len(pictures))]
+    for name, picture in zip(names, pictures, strict=True):
+        Image.fromarray(picture).save(name)
+    return names

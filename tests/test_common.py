@@ -1,0 +1,217 @@
+"""The contract of every estimator: scikit-learn's checks, and ours for pictures.
+
+scikit-learn's checks feed rows of numbers. For the other forms of pictures those that
+mean something are repeated here, so that a green run says something about paths too.
+"""
+
+import pickle
+from pathlib import Path
+from unittest import SkipTest
+
+import joblib
+import numpy as np
+import pandas as pd
+import polars as pl
+import pytest
+import sklearn
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.pipeline import make_pipeline
+from sklearn.utils import estimator_checks
+from sklearn.utils.fixes import parse_version
+
+import sktl
+from sktl import PretrainedClassifier, PretrainedFeatures
+
+ESTIMATORS = [PretrainedClassifier("resnet_mini"), PretrainedFeatures("tiny")]
+TRANSFORMERS = ESTIMATORS[1:]
+
+# Those that scikit-learn runs on its own estimators and keeps from check_estimator.
+KEPT_BACK = [
+    "check_dataframe_column_names_consistency",
+    "check_get_feature_names_out_error",
+    "check_global_output_transform_pandas",
+    "check_global_set_output_transform_polars",
+    "check_inplace_ensure_writeable",
+    "check_param_validation",
+    "check_set_output_transform",
+    "check_set_output_transform_pandas",
+    "check_set_output_transform_polars",
+    "check_transformer_get_feature_names_out",
+    "check_transformer_get_feature_names_out_pandas",
+]
+
+# What the checks feed is no picture: rows of 2 or 5 numbers, most of them outside the
+# range of floats. That we say so is right; it is not what is checked there.
+NO_PICTURES = [
+    "ignore:X has .* neither a square nor three squares:UserWarning",
+    "ignore:.* what is beyond the values of black and white is clipped:UserWarning",
+    "ignore:.* takes its full range from black to white:UserWarning",
+    # Some fit on a frame and transform an array on purpose, or the other way round.
+    "ignore:X (has|does not have valid) feature names:UserWarning",
+]
+ignore_no_pictures = [pytest.mark.filterwarnings(entry) for entry in NO_PICTURES]
+
+
+def checks_of(estimator):
+    return list(estimator_checks.estimator_checks_generator(estimator))
+
+
+def name_of(check):
+    return getattr(check, "func", check).__name__
+
+
+class TestScikitLearn:
+    pytestmark = ignore_no_pictures
+
+    @pytest.mark.parametrize(
+        ("estimator", "check"),
+        [pair for estimator in ESTIMATORS for pair in checks_of(estimator)],
+        ids=lambda value: name_of(value) if callable(value) else "",
+    )
+    def test_check_estimator(self, estimator, check):
+        try:
+            check(estimator)
+        except SkipTest as reason:
+            pytest.fail(f"a skipped check proves nothing: {reason}")
+
+    @pytest.mark.parametrize(
+        ("estimator", "name"),
+        [
+            *((estimator, name) for estimator in TRANSFORMERS for name in KEPT_BACK),
+            (ESTIMATORS[0], "check_dataframe_column_names_consistency"),
+            (ESTIMATORS[0], "check_param_validation"),
+        ],
+    )
+    def test_checks_kept_back(self, estimator, name):
+        getattr(estimator_checks, name)(type(estimator).__name__, estimator)
+
+    # An estimator tagged two_d_array=False would get one check instead of these. A
+    # transformer that needs fit gets one more, check_estimators_unfitted, which demands
+    # the opposite of what a stateless one promises.
+    @pytest.mark.parametrize(
+        ("estimator", "n"), list(zip(ESTIMATORS, [60, 46], strict=True))
+    )
+    def test_no_check_is_lost(self, estimator, n):
+        newest = parse_version(sklearn.__version__) >= parse_version("1.9")
+        assert len(checks_of(estimator)) >= (n if newest else n - 3)
+
+    def test_every_public_estimator_is_here(self):
+        public = {getattr(sktl, name) for name in sktl.__all__}
+        estimators = {each for each in public if hasattr(each, "get_params")}
+        assert {type(each) for each in ESTIMATORS} == estimators
+
+
+KINDS = {
+    "list of paths": list,
+    "array of paths": np.asarray,
+    "object array of paths": lambda paths: np.asarray(paths, dtype=object),
+    "column of paths": lambda paths: np.asarray(paths, dtype=object)[:, None],
+    "pandas Series": lambda paths: pd.Series(paths, index=range(100, 100 + len(paths))),
+    "pandas frame": lambda paths: pd.DataFrame({"path": paths}),
+    "polars Series": pl.Series,
+    "polars frame": lambda paths: pl.DataFrame({"path": paths}),
+    "PIL images": lambda paths: [Image.open(path).copy() for path in paths],
+    "bytes": lambda paths: [Path(path).read_bytes() for path in paths],
+    "list of arrays": lambda paths: [np.asarray(Image.open(p)) for p in paths],
+    "4-D array": lambda paths: np.stack([np.asarray(Image.open(p)) for p in paths]),
+    "4-D floats": lambda paths: (
+        np.stack([np.asarray(Image.open(p)) for p in paths]) / 255
+    ),
+    "tensor": lambda paths: torch.from_numpy(
+        np.stack([np.asarray(Image.open(p)) for p in paths])
+    ),
+}
+
+
+def take(X, rows):
+    """Rows of X, whatever it is, in the way that cross-validation takes them."""
+    if isinstance(X, list):
+        return [X[row] for row in rows]
+    return X.iloc[list(rows)] if hasattr(X, "iloc") else X[list(rows)]
+
+
+def output_of(estimator, X):
+    """Numbers that an estimator gives for pictures, one row each."""
+    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
+    return getattr(estimator, method)(X)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+class TestPictures:
+    @pytest.fixture
+    def X(self, kind, paths):
+        return KINDS[kind](paths)
+
+    def test_same_output_as_of_the_array(self, estimator, X, pictures):
+        expected = output_of(clone(estimator).fit(pictures), pictures)
+        np.testing.assert_array_equal(output_of(clone(estimator).fit(X), X), expected)
+
+    def test_fit_returns_self_and_changes_nothing_given(self, estimator, X):
+        mine, params, before = clone(estimator), estimator.get_params(), pickle.dumps(X)
+        assert mine.fit(X) is mine
+        state = {name: pickle.dumps(value) for name, value in vars(mine).items()}
+        output_of(mine, X)
+        assert {n: pickle.dumps(value) for n, value in vars(mine).items()} == state
+        assert mine.get_params() == params
+        assert pickle.dumps(X) == before
+
+    def test_order_of_rows_does_not_matter(self, estimator, X):
+        order = np.random.default_rng(0).permutation(40)
+        mine = clone(estimator).fit(X)
+        rows = output_of(mine, X)
+        np.testing.assert_array_equal(output_of(mine, take(X, order)), rows[order])
+
+    def test_a_row_alone_is_the_same_row(self, estimator, X):
+        mine = clone(estimator).fit(X)
+        together = output_of(mine, X)
+        alone = np.vstack([output_of(mine, take(X, [row])) for row in (0, 7, 39)])
+        np.testing.assert_allclose(
+            alone, together[[0, 7, 39]], atol=1e-5 * np.abs(together).max(), rtol=0
+        )
+
+    def test_pickle_and_joblib(self, estimator, X, tmp_path):
+        mine = clone(estimator).fit(X)
+        joblib.dump(mine, tmp_path / "mine.joblib")
+        assert (tmp_path / "mine.joblib").stat().st_size < 150_000  # of 5.7 MB
+        for copied in (
+            pickle.loads(pickle.dumps(mine)),
+            joblib.load(tmp_path / "mine.joblib"),
+        ):
+            np.testing.assert_array_equal(output_of(copied, X), output_of(mine, X))
+
+    def test_no_rows(self, estimator, X):
+        with pytest.raises(ValueError, match=r"0 sample\(s\)|minimum of 1"):
+            clone(estimator).fit(take(X, []))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("estimator", TRANSFORMERS)
+class TestTransformersOfPictures:
+    @pytest.fixture
+    def X(self, kind, paths):
+        return KINDS[kind](paths)
+
+    def test_works_without_fit_and_again_after(self, estimator, X):
+        mine = clone(estimator)
+        unfitted = mine.transform(X)
+        np.testing.assert_array_equal(mine.fit_transform(X), unfitted)
+        np.testing.assert_array_equal(mine.fit(X).transform(X), unfitted)
+
+    def test_in_a_pipeline(self, estimator, X):
+        pipeline = make_pipeline(clone(estimator))
+        expected = clone(estimator).fit_transform(X)
+        np.testing.assert_array_equal(pipeline.fit_transform(X), expected)
+        np.testing.assert_array_equal(pipeline.fit(X).transform(X), expected)
+
+    def test_set_output(self, estimator, X):
+        mine = clone(estimator).set_output(transform="pandas").fit(X)
+        frame = mine.transform(X)
+        np.testing.assert_array_equal(frame, clone(estimator).fit_transform(X))
+        assert list(frame.columns) == list(mine.get_feature_names_out())
+        if hasattr(X, "index") and hasattr(X, "iloc"):
+            pd.testing.assert_index_equal(frame.index, X.index)
+        mine.set_output(transform="polars")
+        assert isinstance(mine.transform(X), pl.DataFrame)

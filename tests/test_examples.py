@@ -1,0 +1,150 @@
+"""The examples run, on small things, and stop and resume where they say so."""
+
+import http.server
+import importlib
+import io
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sktl import PretrainedFeatures
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Give a function that runs an example as the command line does."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        module = importlib.import_module(name)
+        module.main()
+        return module
+
+    return run
+
+
+@pytest.fixture
+def folder(pictures, tmp_path):
+    """Write the pictures to a folder per class, 15 to learn from and 5 to score."""
+    for i, picture in enumerate(pictures):
+        part = "val" if i % 4 == 0 else "train"
+        path = tmp_path / part / ("china", "flower")[i // 20] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return tmp_path
+
+
+def test_ants_and_bees(run, folder, capsys):
+    run("ants_and_bees", "--data", folder, "--backbone", "tiny")
+    out = capsys.readouterr().out
+    assert "30 photographs to learn from, 10 to score" in out
+    assert "validation accuracy" in out
+
+
+@pytest.fixture
+def server(tmp_path):
+    """Serve an archive of photographs that are not the tutorial's."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("hymenoptera_data/train/ants/1.jpg", b"not an ant")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(archive.getvalue())))
+            self.end_headers()
+            self.wfile.write(archive.getvalue())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/data.zip"
+        running.shutdown()
+        thread.join()
+
+
+def test_photographs_that_are_fetched_are_verified(run, folder, server, tmp_path):
+    example = run("ants_and_bees", "--data", folder, "--backbone", "tiny")
+    example.URL = server
+    with pytest.raises(SystemExit, match="not those of the tutorial"):
+        example.fetch(tmp_path / "cache")
+    example.URL = "http://127.0.0.1:9/closed.zip"
+    with pytest.raises(SystemExit, match=r"could not be fetched .* pass --data"):
+        example.fetch(tmp_path / "other")
+
+
+def test_the_digest_is_of_the_real_photographs(run, folder, test_data):
+    example = run("ants_and_bees", "--data", folder, "--backbone", "tiny")
+    assert example.digest_of(test_data / "hymenoptera") == example.DIGEST
+
+
+def test_three_strategies_on_ones_own_folder(run, folder, capsys):
+    arguments = ["--data", folder / "train", "--labels", 6, "--repeats", 2]
+    run("three_strategies", *arguments)
+    out = capsys.readouterr().out
+    for row in ("raw pixels", "as is", "frozen: penultimate", "frozen: layer"):
+        assert row in out
+    assert "the last search chose layer=" in out
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """Write two files of 600 and 10 random pictures in 4 categories."""
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 600), ("val", 10)):
+        files = []
+        for _ in range(n):
+            file = io.BytesIO()
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "jpeg")
+            files.append(np.frombuffer(file.getvalue(), np.uint8))
+        np.savez(
+            tmp_path / f"{part}.npz",
+            jpeg=np.concatenate(files),
+            offsets=np.cumsum([0, *map(len, files)]),
+            label=np.arange(n) % 4,
+            name=["cat, Felis", "dog", "cow", "hen"],
+        )
+    return tmp_path
+
+
+def test_pretraining_resumes_to_the_same_weights(
+    run, tiny_imagenet, tmp_path, monkeypatch, capsys
+):
+    common = ["--data", tiny_imagenet, "--epochs", 2, "--precision", "float32"]
+    whole, resumed = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
+    example = run("pretrain_resnet_mini", *common, "--out", whole)
+
+    train_epoch = example.train_epoch
+
+    def killed(epoch, *rest):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return train_epoch(epoch, *rest)
+
+    monkeypatch.setattr(example, "train_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("pretrain_resnet_mini", *common, "--out", resumed)
+    monkeypatch.setattr(example, "train_epoch", train_epoch)
+    run("pretrain_resnet_mini", *common, "--out", resumed)
+
+    assert "resumed after epoch 1" in capsys.readouterr().out
+    assert whole.read_bytes() == resumed.read_bytes()
+    assert "| categories | 4 of ImageNet's |" in whole.with_suffix(".md").read_text()
+    rows = PretrainedFeatures("resnet_mini", weights=whole).transform(
+        [np.zeros((32, 32), np.uint8)]
+    )
+    assert rows.shape == (1, 256)
+    assert torch.isfinite(torch.from_numpy(rows)).all()

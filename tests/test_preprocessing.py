@@ -1,0 +1,114 @@
+"""Tests of sktl._preprocessing."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision import models
+from torchvision.transforms import functional as tvf
+from torchvision.transforms._presets import ImageClassification
+
+from sktl._preprocessing import Preprocessing
+
+
+def _picture(width: int, height: int, low: int = 0, high: int = 256) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(low, high, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("width", "height"),
+    [(1, 1), (7, 5), (64, 64), (100, 75), (333, 40), (40, 333), (31, 1), (1, 31)],
+)
+@pytest.mark.parametrize(
+    "preset",
+    [
+        ImageClassification(crop_size=56, resize_size=64),
+        ImageClassification(crop_size=65, resize_size=41),
+        models.ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1.transforms(),
+    ],
+    ids=["resnet", "padded", "bicubic"],
+)
+def test_pixels_are_those_of_torchvision(
+    width: int, height: int, preset: ImageClassification
+) -> None:
+    picture = _picture(width, height)
+    preset.mean, preset.std = [0.0] * 3, [1.0] * 3
+    # (3, h, w) from 0 to 1 -> (h, w, 3) from 0 to 255
+    expected = (preset(picture).permute(1, 2, 0).numpy() * 255).round()
+
+    got = Preprocessing.from_torchvision(preset)(picture)
+
+    assert got.dtype == np.uint8
+    assert got.shape == (preset.crop_size[0], preset.crop_size[0], 3)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("size", [(3, 1000), (1000, 3), (1, 33), (5, 161), (7, 2000)])
+@pytest.mark.parametrize("crop_size", [32, 41, 80])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_long_pictures_give_the_same_pixels_without_the_whole(
+    size: tuple[int, int], crop_size: int, interpolation: str
+) -> None:
+    # Away from black and white, where what bicubic overshoots is cut off between
+    # Pillow's passes over rows and over columns, whose order depends on the sizes.
+    picture = _picture(*size, low=64, high=192)
+    preprocessing = Preprocessing(40, crop_size, interpolation)
+    mode = preprocessing.interpolation
+    whole = tvf.resize(picture, [40], tvf.InterpolationMode(mode))
+    expected = np.asarray(tvf.center_crop(whole, [crop_size]), dtype=int)
+
+    got = preprocessing(picture)
+
+    assert np.abs(got - expected).max() <= 1
+    assert max(preprocessing._resized_middle(picture).size) <= max(crop_size, 40)
+
+
+def test_the_longest_pictures_are_no_trouble() -> None:
+    # Resized as a whole, this would be 256 x 15 360 000 pixels: 12 GB.
+    picture = Image.new("RGB", (1, 60000), (10, 20, 30))
+    got = Preprocessing(256, 224)(picture)
+    assert (got == (10, 20, 30)).all()
+
+
+def test_pixels_may_be_written_to_and_are_not_the_picture() -> None:
+    picture = _picture(8, 8)
+    before = np.array(picture)
+    Preprocessing(8, 8)(picture)[:] = 0
+    np.testing.assert_array_equal(np.array(picture), before)
+
+
+def test_describes_the_weights_it_comes_from() -> None:
+    weights = models.EfficientNet_B0_Weights.IMAGENET1K_V1
+    got = Preprocessing.from_torchvision(weights.transforms())
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert got == Preprocessing(256, 224, "bicubic", mean, std)
+    assert got.with_image_size(96) == Preprocessing(96, 96, "bicubic", mean, std)
+
+
+def test_compares_by_value_and_cannot_be_changed() -> None:
+    one = Preprocessing(32, 32, mean=[0, 0, 0], std=[1, 1, 1])  # type: ignore[arg-type]
+    other = Preprocessing(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert one == other == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(other)
+    assert repr(one) == repr(other)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.crop_size = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resize_size": 0}, "resize_size must be at least 1"),
+        ({"crop_size": -1}, "crop_size must be at least 1"),
+        ({"interpolation": "cubic"}, "interpolation must be one of .*bicubic"),
+        ({"mean": (0.5,)}, "one number for each of red, green and blue"),
+        ({"std": (1.0, 1.0, 0.0)}, "those of std positive"),
+    ],
+)
+def test_refuses_what_means_nothing(change: dict[str, object], message: str) -> None:
+    arguments = {"resize_size": 32, "crop_size": 32, **change}
+    with pytest.raises(ValueError, match=message):
+        Preprocessing(**arguments)  # type: ignore[arg-type]

@@ -1,0 +1,192 @@
+"""PretrainedClassifier against the plain network and plain arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_files
+from sklearn.metrics import log_loss, roc_auc_score, top_k_accuracy_score
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from torch import nn
+from torchvision import models
+
+from sktl import Preprocessing, PretrainedClassifier, register_backbone
+from sktl._backbones import load_backbone
+
+CATEGORIES = ("zebra", "ant", "crane", "bee", "crane")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def named():
+    """Register a network whose categories are not in the order of the alphabet."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+    head = nn.Linear(8, 5)
+    nn.init.normal_(head.weight, std=20)
+    register_backbone(
+        "named",
+        lambda: nn.Sequential(*net, head),
+        preprocessing=Preprocessing(16, 16),
+        categories=CATEGORIES,
+    )
+
+
+@pytest.fixture
+def raw(pictures):
+    """Probabilities of the plain network, in its own order."""
+    backbone = load_backbone("named")
+    x = np.stack([backbone.preprocessing(Image.fromarray(p)) for p in pictures])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        logits = backbone.network((x - mean[:, None, None]) / std[:, None, None])
+        return logits.softmax(1).numpy()
+
+
+@pytest.fixture
+def y(raw, pictures):
+    """Labels that are mostly, not always, what the plain network says."""
+    guess = raw.argmax(1)
+    guess[:10] = np.arange(10) % 5
+    return np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])[guess]
+
+
+def test_categories_are_sorted_and_columns_moved_along(pictures, raw):
+    mine = PretrainedClassifier("named").fit(pictures)
+    assert list(mine.classes_) == ["ant", "bee", "crane (2)", "crane (4)", "zebra"]
+    proba = mine.predict_proba(pictures)
+    np.testing.assert_allclose(proba, raw[:, [1, 3, 2, 4, 0]], atol=1e-5)
+    own = np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])
+    np.testing.assert_array_equal(mine.predict(pictures), own[raw.argmax(1)])
+
+
+def test_scorers_agree_with_the_network_in_its_own_order(pictures, raw, y):
+    mine = PretrainedClassifier("named").fit(pictures)
+    own = np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])
+    truth = np.argmax(own == y[:, None], axis=1)
+    proba = mine.predict_proba(pictures)
+    raw = raw.astype(np.float64) / raw.sum(1, keepdims=True, dtype=np.float64)
+    for ours, theirs in (
+        (
+            roc_auc_score(y, proba, multi_class="ovr"),
+            roc_auc_score(truth, raw, multi_class="ovr"),
+        ),
+        (log_loss(y, proba), log_loss(truth, raw)),
+        (top_k_accuracy_score(y, proba), top_k_accuracy_score(truth, raw)),
+        (mine.score(pictures, y), (raw.argmax(1) == truth).mean()),
+    ):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_label_map_adds_up_probabilities(pictures, raw):
+    label_map = {"ant": "insect", "bee": "insect", "zebra": "other"}
+    mine = PretrainedClassifier("named", label_map=label_map).fit(pictures)
+    assert list(mine.classes_) == ["insect", "other"]
+    insect, other = raw[:, 1] + raw[:, 3], raw[:, 0]
+    expected = np.stack([insect, other], axis=1) / (insect + other)[:, None]
+    np.testing.assert_allclose(mine.predict_proba(pictures), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels", [(False, True), (10, 20), ("no", "yes")])
+def test_labels_of_any_type(pictures, raw, labels):
+    label_map = {"ant": labels[1], "bee": labels[1], "zebra": labels[0]}
+    mine = PretrainedClassifier("named", label_map=label_map).fit(pictures)
+    got = mine.predict(pictures)
+    assert got.dtype == np.asarray(labels).dtype
+    y = np.where(raw[:, 1] + raw[:, 3] > raw[:, 0], labels[1], labels[0])
+    np.testing.assert_array_equal(got, y)
+    learned = PretrainedClassifier("named").fit(pictures, y)
+    assert learned.predict(pictures).dtype == y.dtype
+    assert learned.score(pictures, y) > 0.9
+
+
+def test_learned_labels_are_counts_plus_one(pictures, raw):
+    y = np.repeat(["china", "flower"], 20)
+    weight = np.linspace(0, 2, 40)
+    mine = PretrainedClassifier("named").fit(pictures, y, weight)
+    counts = np.ones((5, 2))
+    for row, label, w in zip(raw, y, weight, strict=True):
+        counts[:, int(label == "flower")] += w * row
+    p_label = counts / counts.sum(1, keepdims=True)
+    np.testing.assert_allclose(mine.label_given_category_, p_label, rtol=1e-5)
+    np.testing.assert_allclose(mine.predict_proba(pictures), raw @ p_label, atol=1e-5)
+
+
+def test_decision_function_is_the_logarithm(pictures):
+    mine = PretrainedClassifier("named").fit(pictures)
+    proba = mine.predict_proba(pictures)
+    scores = mine.decision_function(pictures)
+    np.testing.assert_allclose(np.exp(scores), proba, atol=1e-12)
+    two = PretrainedClassifier("named", label_map={"ant": 0, "bee": 1}).fit(pictures)
+    odds = two.predict_proba(pictures)[:, 1] / two.predict_proba(pictures)[:, 0]
+    np.testing.assert_allclose(two.decision_function(pictures), np.log(odds))
+
+
+def test_top_k(pictures):
+    mine = PretrainedClassifier("named").fit(pictures)
+    labels, probabilities = mine.top_k(pictures, k=3)
+    assert labels.shape == probabilities.shape == (40, 3)
+    np.testing.assert_array_equal(labels[:, 0], mine.predict(pictures))
+    proba = np.sort(mine.predict_proba(pictures), axis=1)
+    np.testing.assert_array_equal(probabilities, proba[:, :-4:-1])
+    for k in (0, 6, 1.5):
+        with pytest.raises(ValueError, match=r"'k' parameter of top_k .* Got"):
+            mine.top_k(pictures, k=k)
+
+
+def test_in_cross_validation_and_grid_search(paths, y):
+    mine = PretrainedClassifier("named")
+    assert cross_val_score(mine, paths, y == "ant", cv=3).shape == (3,)
+    maps = [{"ant": True, "bee": False}, {"ant": True, "zebra": False}]
+    search = GridSearchCV(mine, {"label_map": maps}, cv=2, error_score="raise")
+    assert search.fit(paths, y == "ant").best_params_["label_map"] in maps
+
+
+@pytest.mark.parametrize(
+    ("label_map", "message"),
+    [
+        ({"ants": 0}, r"Got 'ants', .* none of the 5 categories.* closest: ant"),
+        ({"crane": 0}, r"closest: crane \(4\), crane \(2\)"),
+        ({}, "must name at least one category"),
+        ({"ant": "x", "bee": "y"}, r"every label in y\. Got no category for \['zebra'"),
+    ],
+)
+def test_label_maps_are_checked(pictures, label_map, message):
+    y = np.repeat(["x", "zebra"], 20)
+    with pytest.raises(ValueError, match=message):
+        PretrainedClassifier("named", label_map=label_map).fit(pictures, y)
+
+
+def test_weights_without_categories_are_refused_by_name(pictures, tmp_path):
+    file = tmp_path / "ten.pth"
+    torch.save(models.squeezenet1_1(num_classes=10).state_dict(), file)
+    for backbone, weights in (("squeezenet1_1", file), ("resnet_mini", None)):
+        mine = PretrainedClassifier(backbone, weights=weights)
+        with pytest.raises(ValueError, match=f"weights='.*{weights}' of '{backbone}'"):
+            mine.fit(pictures)
+
+
+def test_what_changed_since_fit_is_refused(pictures):
+    mine = PretrainedClassifier("named").fit(pictures)
+    mine.set_params(backbone="resnet_mini")
+    with pytest.raises(ValueError, match=r"those seen in fit.* Call fit again"):
+        mine.predict(pictures)
+
+
+def test_real_labels_are_those_of_torchvision(test_data):
+    weights = test_data / "weights" / "squeezenet1_1-imagenet.pth"
+    paths = load_files(test_data / "hymenoptera" / "val", load_content=False).filenames
+    paths = sorted(paths)[::3]
+    net = models.squeezenet1_1()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    enum = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    transform, names = enum.transforms(), np.array(enum.meta["categories"])
+    with torch.inference_mode():
+        x = torch.stack([transform(Image.open(p).convert("RGB")) for p in paths])
+        expected = net.eval()(x).softmax(1).numpy()
+    mine = PretrainedClassifier("squeezenet1_1", weights=weights).fit(paths)
+    np.testing.assert_array_equal(mine.predict(paths), names[expected.argmax(1)])
+    proba = mine.predict_proba(paths)
+    np.testing.assert_allclose(proba, expected[:, np.argsort(names)], atol=1e-5)

@@ -1,0 +1,339 @@
+"""PretrainedFeatures as people use it, and its promises on real photographs."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.base import clone
+from sklearn.compose import ColumnTransformer
+from sklearn.datasets import load_files
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import FeatureUnion, make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
+from torch import nn
+from torchvision import models
+
+from sktl import Preprocessing, PretrainedFeatures, register_backbone
+
+
+@pytest.fixture
+def table(paths):
+    """Paths beside a number and a category; neither half of y is told by those."""
+    n = len(paths)
+    return pd.DataFrame(
+        {"path": paths, "altitude": np.arange(n) % 7, "site": list("abcd") * (n // 4)},
+        index=range(1000, 1000 + n),
+    )
+
+
+@pytest.fixture
+def y():
+    return np.repeat(["china", "flower"], 20)
+
+
+@pytest.mark.parametrize("column", ["path", ["path"]])
+def test_column_transformer_in_cross_validation(table, y, column):
+    columns = ColumnTransformer(
+        [
+            ("picture", PretrainedFeatures("tiny"), column),
+            ("number", StandardScaler(), ["altitude"]),
+            ("category", OneHotEncoder(sparse_output=False), ["site"]),
+        ]
+    ).set_output(transform="pandas")
+    model = make_pipeline(columns, StandardScaler(), LogisticRegression())
+    assert cross_val_score(model, table, y, cv=4).mean() > 0.8
+    frame = columns.fit_transform(table)
+    pd.testing.assert_index_equal(frame.index, table.index)
+    assert frame.columns[0] == "picture__tiny_penultimate_0"
+    assert frame.shape == (40, 16 + 1 + 4)
+
+
+def test_union_of_two_backbones(paths):
+    first = PretrainedFeatures("tiny")
+    second = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
+    union = FeatureUnion([("a", first), ("b", second)]).set_output(transform="pandas")
+    frame = union.fit_transform(paths)
+    assert frame.shape == (40, 16 + 512)
+    assert frame.columns[16] == "b__squeezenet1_1_penultimate_0"
+    alone = PretrainedFeatures("tiny").transform(paths)
+    np.testing.assert_array_equal(frame.iloc[:, :16], alone)
+
+
+def test_grid_search_over_networks_layers_and_pooling(paths, y):
+    model = make_pipeline(PretrainedFeatures("tiny"), LogisticRegression())
+    grid = {
+        "pretrainedfeatures__backbone": ["tiny", "squeezenet1_1"],
+        "pretrainedfeatures__weights": [None],
+        "pretrainedfeatures__image_size": [32],
+        "pretrainedfeatures__layer": ["penultimate", ["stem", "stage1"]],
+        "pretrainedfeatures__pooling": ["avg", 2],
+    }
+    search = GridSearchCV(model, grid, cv=2, error_score="raise").fit(paths, y)
+    assert len(search.cv_results_["params"]) == 8
+    assert search.best_score_ > 0.7
+
+
+def test_grid_search_in_other_processes(pictures, y):
+    estimator = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
+    model = make_pipeline(estimator, LogisticRegression())
+    alone, spread = (
+        GridSearchCV(model, {"logisticregression__C": [0.1, 1]}, cv=2, n_jobs=n_jobs)
+        .fit(pictures, y)
+        .cv_results_["mean_test_score"]
+        for n_jobs in (1, 2)
+    )
+    np.testing.assert_array_equal(alone, spread)
+
+
+def test_names_say_backbone_layer_and_index(paths):
+    mine = PretrainedFeatures("tiny", layer=["stage1", "stem"]).fit(paths)
+    names = mine.get_feature_names_out()
+    assert names[0] == "tiny_stage1_0"
+    assert names[16] == "tiny_stem_0"
+    assert len(names) == mine.transform(paths[:1]).shape[1] == 24
+    # A parameter that changes afterwards changes the names along with the columns.
+    mine.set_params(layer="stem", pooling="flatten", image_size=32)
+    assert len(mine.get_feature_names_out()) == mine.transform(paths[:1]).shape[1]
+
+
+def test_set_params_really_switches(paths):
+    mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32).fit(paths)
+    mine.set_params(backbone="tiny", image_size=None)
+    expected = PretrainedFeatures("tiny").fit_transform(paths)
+    np.testing.assert_array_equal(mine.transform(paths), expected)
+
+
+def saved(network, path):
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_weights_that_changed_since_fit_are_refused(paths, tmp_path):
+    torch.manual_seed(0)
+    file = saved(models.squeezenet1_1(), tmp_path / "mine.pth")
+    mine = PretrainedFeatures("squeezenet1_1", weights=file, image_size=32).fit(paths)
+    before = mine.transform(paths[:2])
+    saved(models.squeezenet1_1(), file)
+    with pytest.raises(ValueError, match=r"they changed\. Call fit again"):
+        mine.transform(paths[:2])
+    assert (mine.fit(paths).transform(paths[:2]) != before).any()
+
+
+def test_random_weights_are_a_baseline_that_repeats(paths):
+    mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
+    here = mine.transform(paths[:3])
+    code = (
+        "import sys, numpy, sktl; numpy.save(sys.argv[1], sktl.PretrainedFeatures("
+        "'squeezenet1_1', weights=None, image_size=32).transform(sys.argv[2:]))"
+    )
+    file = f"{paths[0]}.npy"
+    subprocess.run([sys.executable, "-c", code, file, *paths[:3]], check=True)
+    np.testing.assert_allclose(np.load(file), here, atol=1e-5 * np.abs(here).max())
+
+
+def test_one_network_serves_all_clones(paths, monkeypatch):
+    mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=48)
+    mine.fit(paths)
+    built = []
+    monkeypatch.setattr(
+        "sktl._pretrained_features.LayerExtractor", lambda *_: built.append(1)
+    )
+    clone(mine).fit(paths).transform(paths[:2])
+    assert not built
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"backbone": "resnet19"}, "Do you mean .*resnet18"),
+        ({"weights": "IMAGENET_V7"}, r"has the weights .*\.safetensors.*IMAGENET_V7"),
+        ({"weights": 3}, "'weights' parameter of PretrainedFeatures must be"),
+        ({"layer": []}, "'layer' parameter .* a name or a list of different names"),
+        ({"layer": ["stem", "stem"]}, "list of different names"),
+        ({"layer": "stage7"}, r"\(stem, stage1, stage2, stage3, stage4\)"),
+        ({"pooling": "mean"}, "'pooling' parameter"),
+        ({"pooling": 0}, "'pooling' parameter"),
+        ({"image_size": 0}, "'image_size' parameter"),
+        ({"image_shape": (3,)}, "image_shape must be 'auto'"),
+        ({"pixel_range": (1, 0)}, "pixel_range must be 'auto'"),
+        ({"batch_size": 0}, "'batch_size' parameter"),
+        ({"device": "gpu"}, "'device' parameter"),
+        ({"precision": "int8"}, "'precision' parameter"),
+        ({"n_jobs": 1.5}, "'n_jobs' parameter"),
+    ],
+)
+def test_parameters_are_checked(paths, parameters, message):
+    mine = PretrainedFeatures(**{"backbone": "resnet18", "weights": None, **parameters})
+    for method in (mine.fit, mine.transform):
+        with pytest.raises(ValueError, match=message):
+            method(paths[:2])
+
+
+def test_too_small_pictures_for_a_network(paths):
+    mine = PretrainedFeatures("alexnet", weights=None, image_size=40)
+    with pytest.raises(ValueError, match="image_size must be at least 63"):
+        mine.fit(paths)
+
+
+def test_a_bad_picture_is_named(paths, tmp_path):
+    bad = tmp_path / "broken.png"
+    bad.write_bytes(Path(paths[0]).read_bytes()[:200])
+    mine = PretrainedFeatures("tiny").fit([*paths, bad])  # files are not read yet
+    with pytest.raises(ValueError, match=r"X\[40\].*broken\.png"):
+        mine.transform([*paths, bad])
+
+
+def test_a_read_only_array_is_left_alone(pictures):
+    X = pictures.copy()
+    X.flags.writeable = False
+    PretrainedFeatures("tiny").fit(X).transform(X)
+    np.testing.assert_array_equal(X, pictures)
+
+
+def test_integers_of_numpy_are_integers(paths):
+    mine = PretrainedFeatures("tiny", layer="stage1", pooling=np.int64(2))
+    expected = PretrainedFeatures("tiny", layer="stage1", pooling=2).transform(paths)
+    np.testing.assert_array_equal(mine.transform(paths), expected)
+
+
+def test_a_name_registered_again_is_the_new_network(paths):
+    def network(sign):
+        class Net(nn.Module):
+            """Printed the same whatever its forward does."""
+
+            def __init__(self):
+                super().__init__()
+                self.head = nn.Linear(3, 2, bias=False)
+                nn.init.ones_(self.head.weight)
+
+            def forward(self, x):
+                return self.head(sign * x.mean((2, 3)))
+
+        return Net
+
+    rows = []
+    for sign in (1, -1):
+        size = Preprocessing(resize_size=16, crop_size=16)
+        register_backbone("again", network(sign), preprocessing=size)
+        rows.append(PretrainedFeatures("again").transform(paths))
+    np.testing.assert_array_equal(rows[0], -rows[1])
+
+
+def test_pictures_too_small_for_a_network_of_ones_own(paths):
+    size = Preprocessing(resize_size=64, crop_size=64)
+    register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
+    with pytest.raises(ValueError, match=r"pictures of 32 pixels a side, and does not"):
+        PretrainedFeatures("own", image_size=32).fit(paths)
+
+
+# Promises, on real photographs and real weights.
+
+
+@pytest.fixture(scope="module")
+def photographs(test_data):
+    files = load_files(test_data / "hymenoptera" / "val", load_content=False)
+    return sorted(files.filenames)
+
+
+@pytest.fixture(scope="module")
+def weights(test_data):
+    return test_data / "weights" / "squeezenet1_1-imagenet.pth"
+
+
+@pytest.fixture(scope="module")
+def plain_features(photographs, weights):
+    """Compute what torchvision's own network and transform give, one by one."""
+    net = models.squeezenet1_1()
+    net.load_state_dict(torch.load(weights, weights_only=True))
+    transform = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms()
+    rows = []
+    with torch.inference_mode():
+        for path in photographs:
+            with Image.open(path) as picture:
+                x = transform(picture.convert("RGB"))
+            rows.append(net.eval().features(x[None]).mean((2, 3)))
+    return torch.cat(rows).numpy()
+
+
+def test_real_features_equal_those_of_torchvision(photographs, weights, plain_features):
+    got = PretrainedFeatures("squeezenet1_1", weights=weights).transform(photographs)
+    assert len(photographs) == 153
+    assert np.abs(got - plain_features).max() <= 1e-4 * np.abs(plain_features).max()
+
+
+def test_real_features_in_bfloat16(photographs, weights, plain_features):
+    mine = PretrainedFeatures("squeezenet1_1", weights=weights, precision="bfloat16")
+    got = mine.transform(photographs)
+    lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(plain_features, axis=1)
+    assert ((got * plain_features).sum(1) / lengths).min() >= 0.999
+
+
+def test_real_rows_do_not_depend_on_order_workers_or_batches(photographs, weights):
+    mine = PretrainedFeatures("squeezenet1_1", weights=weights)
+    X = np.array(photographs[:100])
+    rows = mine.transform(X)
+    order = np.random.default_rng(0).permutation(100)
+    np.testing.assert_array_equal(mine.transform(X[order]), rows[order])
+    np.testing.assert_array_equal(clone(mine).set_params(n_jobs=2).transform(X), rows)
+    for batch_size in (1, 7, 64):
+        other = clone(mine).set_params(batch_size=batch_size).transform(X)
+        assert np.abs(other - rows).max() <= 1e-5 * np.abs(rows).max()
+    one = mine.transform(X[:1])
+    assert np.abs(one - rows[:1]).max() <= 1e-5 * np.abs(rows).max()
+
+
+def test_fake_features_equal_those_of_torchvision(paths, tmp_path):
+    """The first promise again, smaller, where there is no real data."""
+    torch.manual_seed(0)
+    net = models.squeezenet1_1().eval()
+    file = saved(net, tmp_path / "mine.pth")
+    transform = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms()
+    with torch.inference_mode():
+        x = torch.stack([transform(Image.open(path)) for path in paths[:5]])
+        expected = net.features(x).mean((2, 3)).numpy()
+    got = PretrainedFeatures("squeezenet1_1", weights=file).transform(paths[:5])
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+MEMORY = """
+import sys, psutil
+from sktl import PretrainedFeatures
+class Paths(list):
+    # Tells how much memory there is when a row is asked for.
+    def __getitem__(self, i):
+        if isinstance(i, int) and i % 500 == 0:
+            sizes[i] = psutil.Process().memory_info().rss
+        return super().__getitem__(i)
+sizes = {}
+n = int(sys.argv[1])
+X = Paths((sys.argv[2:] * n)[:n])
+mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32, layer="stem")
+mine.transform(X)
+late = max(size for i, size in sizes.items() if i >= n // 10)
+print((late - sizes[n // 10]) / 2**20)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_paths(paths):
+    command = [sys.executable, "-c", MEMORY, "20000", *paths]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    grown = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    output = 20_000 * 64 * 4 / 2**20  # MB, and it is filled as it goes
+    assert float(grown) <= output + 50
+
+
+@pytest.mark.skipif(shutil.which("mkfifo") is None, reason="needs named pipes")
+def test_a_pipe_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with pytest.raises(ValueError, match=r"X\[0\].*pipe\.jpg"):
+        PretrainedFeatures("tiny").transform([tmp_path / "pipe.jpg"])
