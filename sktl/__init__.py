@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sktl._backbones import list_backbones, register_backbone
+    from sktl._feature_store import FeatureStore
     from sktl._preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
     from sktl._pretrained_features import PretrainedFeatures
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FeatureStore",
     "Preprocessing",
     "PretrainedClassifier",
     "PretrainedFeatures",
@@ -20,6 +22,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "FeatureStore": "sktl._feature_store",
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
     "Preprocessing": "sktl._preprocessing",

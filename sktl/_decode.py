@@ -77,7 +77,9 @@ _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 _PIL_LOCK = threading.Lock()
 
 
-def decode(picture: Any, *, row: int, pixel_range: PixelRange) -> Image.Image:
+def decode(
+    picture: Any, *, row: int, pixel_range: PixelRange, content: bytes | None = None
+) -> Image.Image:
     """Give one picture as upright RGB.
 
     Parameters
@@ -89,6 +91,8 @@ def decode(picture: Any, *, row: int, pixel_range: PixelRange) -> Image.Image:
         Where the picture stands in X, for error messages.
     pixel_range : tuple of two floats or "auto"
         Values of black and white; see `to_uint8`.
+    content : bytes, optional
+        What the file at the path holds, where it has been read already.
 
     Returns
     -------
@@ -101,16 +105,19 @@ def decode(picture: Any, *, row: int, pixel_range: PixelRange) -> Image.Image:
         If the picture cannot be read, naming the row, the path and the reason.
     """
     name = describe(picture, row)
-    if isinstance(picture, str | os.PathLike):
-        image = _from_path(picture, name)
-    elif isinstance(picture, bytes):
-        image = _from_file(io.BytesIO(picture), name)
+    if isinstance(picture, bytes):
+        content = picture
+    if content is not None:
+        image = _from_file(io.BytesIO(content), name)
+    elif isinstance(picture, str | os.PathLike):
+        with open_regular(picture, name) as file:
+            image = _from_file(file, name)
     elif isinstance(picture, Image.Image):
-        with _PIL_LOCK, _errors_naming(name):
+        with _PIL_LOCK, errors_naming(name):
             image = _upright(picture)
             image = image.copy() if image is picture else image
     else:
-        with _errors_naming(name):
+        with errors_naming(name):
             image = _from_pixels(as_array(picture, name), pixel_range)
     return _to_rgb(image, name, pixel_range)
 
@@ -208,7 +215,7 @@ def to_uint8(
 
 
 @contextmanager
-def _errors_naming(name: str) -> Iterator[None]:
+def errors_naming(name: str) -> Iterator[None]:
     """Turn whatever goes wrong with a picture into a ValueError that names it."""
     try:
         yield
@@ -238,9 +245,26 @@ def _reason(error: Exception) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _from_path(path: str | os.PathLike[Any], name: str) -> Image.Image:
-    """Read a regular file; anything else might block, or never end."""
-    with _errors_naming(name):
+def open_regular(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
+    """Open a regular file; anything else might block, or never end.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Of the file.
+    name : str
+        What to call it in an error message, from `describe`.
+
+    Returns
+    -------
+    binary file
+
+    Raises
+    ------
+    ValueError
+        If it cannot be opened.
+    """
+    with errors_naming(name):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
@@ -248,24 +272,22 @@ def _from_path(path: str | os.PathLike[Any], name: str) -> Image.Image:
             f"{name} is not a picture that can be read: a path must lead to a regular "
             f"file, this one leads to {kind}. Replace or remove it."
         )
-    with _errors_naming(name):
+    with errors_naming(name):
         # Opened here, not by Pillow, which maps files it opens itself into memory: a
         # file that another process then cuts short would end this one with SIGBUS.
-        file = open(path, "rb")
-    with file:
-        return _from_file(file, name)
+        return open(path, "rb")
 
 
 def _from_file(file: IO[bytes], name: str) -> Image.Image:
     """Read the first picture of an open file, upright, in the mode it is kept in."""
-    with _errors_naming(name):
+    with errors_naming(name):
         is_empty = not file.read(1)
     if is_empty:
         raise ValueError(
             f"{name} is not a picture that can be read: it is empty (0 bytes). "
             "Replace or remove it."
         )
-    with _errors_naming(name):
+    with errors_naming(name):
         image = Image.open(file, formats=_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
@@ -273,7 +295,7 @@ def _from_file(file: IO[bytes], name: str) -> Image.Image:
             f"{MAX_PIXELS} pixels are not decoded, as they can exhaust the memory. "
             "Shrink it, or pass it as a PIL image or an array."
         )
-    with _errors_naming(name):
+    with errors_naming(name):
         return _upright(image)
 
 
@@ -311,7 +333,7 @@ def _to_rgb(image: Image.Image, name: str, pixel_range: PixelRange) -> Image.Ima
     if image.mode in _DEEP_GREY:
         grey = _deep_grey(image, name, pixel_range)
         return Image.fromarray(grey).convert("RGB")
-    with _errors_naming(name):
+    with errors_naming(name):
         if image.mode in _TRANSPARENT or image.has_transparency_data:
             return _over_white(image)
         if image.mode in _CONVERTIBLE:

@@ -34,6 +34,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 
+from sktl._content import content_key, keyed
 from sktl._decode import PixelRange, as_array, black_and_white, decode, describe
 
 ImageShape = tuple[int, int] | tuple[int, int, int] | Literal["auto"]
@@ -89,10 +90,26 @@ class Pictures:
         ValueError
             If it cannot be read: names the row, the path and the reason.
         """
+        return decode(self._row(row), row=row, pixel_range=self._pixel_range)
+
+    @property
+    def pixel_range(self) -> PixelRange:
+        """Values of black and white in arrays."""
+        return self._pixel_range
+
+    def key(self, row: int) -> bytes:
+        """Give the key of the content of one row; see `sktl._content`."""
+        return content_key(self._row(row), row=row, pixel_range=self._pixel_range)
+
+    def keyed(self, row: int) -> tuple[bytes, Image.Image]:
+        """Decode the picture of one row, and give the key of just that content."""
+        return keyed(self._row(row), row=row, pixel_range=self._pixel_range)
+
+    def _row(self, row: int) -> Any:
         picture = self._rows[row]
         if self._row_shape is not None:
             picture = picture.reshape(self._row_shape)  # (n_features,) -> (h, w[, c])
-        return decode(picture, row=row, pixel_range=self._pixel_range)
+        return picture
 
 
 def as_pictures(

@@ -8,23 +8,24 @@ decoded in threads, at most two batches ahead.
 
 import contextlib
 import copy
+import itertools
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 from tqdm.auto import tqdm
 
-from sktl._images import Pictures
 from sktl._preprocessing import Preprocessing
 
 PRECISIONS = {
@@ -33,6 +34,17 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 Network = TypeVar("Network", bound=nn.Module)
+
+
+class PictureSequence(Protocol):
+    """What `forward` asks of pictures: `sktl._images.Pictures` for instance."""
+
+    def __len__(self) -> int:
+        """Give the number of pictures."""
+
+    def __getitem__(self, position: int) -> Image.Image:
+        """Decode one, in mode RGB; several threads may ask at once."""
+
 
 _MAX_PREPARED = 4
 _MADE_BY = "_sktl_made_by"  # attribute of a tensor: the convolution it comes from
@@ -204,7 +216,7 @@ def _conv_bn_pairs(
 
 def forward(
     network: nn.Module,
-    pictures: Pictures,
+    pictures: PictureSequence,
     preprocessing: Preprocessing,
     *,
     batch_size: int,
@@ -225,7 +237,7 @@ def forward(
     ----------
     network : nn.Module
         From `prepared`: turns ``(n, 3, side, side)`` into ``(n, n_outputs)``.
-    pictures : Pictures
+    pictures : PictureSequence
         Sequence of n_samples pictures, decoded as they are needed.
     preprocessing : Preprocessing
         Turns a picture into ``(side, side, 3)`` uint8, and has mean and deviation.
@@ -250,35 +262,94 @@ def forward(
         If a batch does not fit; it says what to change.
     """
     n_samples = len(pictures)
-    if n_samples < batch_size:
-        batch_size = 1
+    rows: NDArray[np.float32] | None = None
+    results = batches(
+        network,
+        pictures,
+        range(n_samples),
+        preprocessing,
+        batch_size=shape_of_batch(n_samples, batch_size),
+        device=device,
+        precision=precision,
+        n_jobs=n_jobs,
+        verbose=verbose,
+    )
+    with contextlib.closing(results):
+        for positions, out in results:
+            if rows is None:
+                rows = np.empty((n_samples, out.shape[1]), dtype=np.float32)
+            rows[positions] = out
+    assert rows is not None  # there is at least one picture
+    return rows
+
+
+def shape_of_batch(n_samples: int, batch_size: int) -> int:
+    """Say how many pictures go through at a time in a call with `n_samples`."""
+    return batch_size if n_samples >= batch_size else 1
+
+
+def batches(
+    network: nn.Module,
+    pictures: PictureSequence,
+    order: Sequence[int],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    n_jobs: int | None = None,
+    verbose: int = 0,
+    skip: Callable[[int], bool] = lambda position: False,
+) -> Generator[tuple[list[int], NDArray[np.float32]], None, None]:
+    """Run pictures through a network, batch by batch; see `forward`.
+
+    Parameters
+    ----------
+    network, pictures, preprocessing, device, precision, n_jobs, verbose
+        As in `forward`.
+    order : sequence of int
+        Which pictures, and in what order.
+    batch_size : int
+        Number of pictures that go through at a time, in any case.
+    skip : callable
+        Asked of a position immediately before its picture goes through: True to leave
+        it out.
+
+    Yields
+    ------
+    positions : list of int
+        Of the pictures of one batch; at most `batch_size`.
+    out : ndarray of shape (len(positions), n_outputs), float32
+        Their outputs.
+
+    Raises
+    ------
+    ValueError, MemoryError
+        As `forward` does.
+    """
     side = preprocessing.crop_size
     # What fills up the last batch are pictures of the batch before.
     batch = np.empty((batch_size, side, side, 3), dtype=np.uint8)
-    rows: NDArray[np.float32] | None = None
     bar: Any = contextlib.nullcontext()
     if verbose:  # else not even made: every bar has a thread that watches it
-        bar = tqdm(total=n_samples, unit="picture", delay=1)
+        bar = tqdm(total=len(order), unit="picture", delay=1)
     n_threads = joblib.effective_n_jobs(n_jobs)
     ahead = 2 * max(batch_size, n_threads)
-    decoded = _decoded(pictures, preprocessing, n_threads, ahead)
-    with contextlib.closing(decoded), bar, _as_trained(device):
-        for start in range(0, n_samples, batch_size):
-            size = min(batch_size, n_samples - start)
-            for i in range(size):
-                batch[i] = next(decoded)
-            with _memory_explained(batch_size):
+    decoded = _decoded(pictures, order, preprocessing, n_threads, ahead)
+    wanted = ((i, pixels) for i, pixels in decoded if not skip(i))
+    with contextlib.closing(decoded), bar:
+        while chunk := list(itertools.islice(wanted, batch_size)):
+            positions = [position for position, _ in chunk]
+            for i, (_, pixels) in enumerate(chunk):
+                batch[i] = pixels
+            with _memory_explained(batch_size), _as_trained(device):
                 x = torch.from_numpy(batch).permute(0, 3, 1, 2)  # (n, 3, side, side)
                 x = _normalize(x.to(device), preprocessing).to(PRECISIONS[precision])
-                out = network(x)[:size].float().cpu().numpy()  # (size, n_outputs)
-            _check_finite(out, start, precision)
-            if rows is None:
-                rows = np.empty((n_samples, out.shape[1]), dtype=np.float32)
-            rows[start : start + size] = out
+                out = network(x)[: len(chunk)].float().cpu().numpy()  # (n, n_outputs)
+            _check_finite(out, positions, precision)
             if verbose:
-                bar.update(size)
-    assert rows is not None  # there is at least one picture
-    return rows
+                bar.update(len(chunk))
+            yield positions, out
 
 
 def _normalize(x: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -289,26 +360,27 @@ def _normalize(x: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def _decoded(
-    pictures: Pictures,
+    pictures: PictureSequence,
+    order: Sequence[int],
     preprocessing: Preprocessing,
     n_threads: int,
     ahead: int,
-) -> Generator[NDArray[np.uint8], None, None]:
+) -> Generator[tuple[int, NDArray[np.uint8]], None, None]:
     """Decode and preprocess in threads, in order, at most `ahead` pictures ahead.
 
     Threads suffice, because Pillow lets go of the interpreter while it decodes.
     """
 
-    def load(i: int) -> NDArray[np.uint8]:
-        return preprocessing(pictures[i])
+    def load(i: int) -> tuple[int, NDArray[np.uint8]]:
+        return i, preprocessing(pictures[i])
 
-    if len(pictures) == 1:  # a thread would only cost
-        yield load(0)
+    if len(order) == 1:  # a thread would only cost
+        yield load(order[0])
         return
     pool = ThreadPoolExecutor(n_threads)
-    waiting: deque[Future[NDArray[np.uint8]]] = deque()
+    waiting: deque[Future[tuple[int, NDArray[np.uint8]]]] = deque()
     try:
-        for i in range(len(pictures)):
+        for i in order:
             waiting.append(pool.submit(load, i))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
@@ -401,13 +473,16 @@ def _memory_explained(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _check_finite(out: NDArray[np.float32], start: int, precision: str) -> None:
+def _check_finite(
+    out: NDArray[np.float32], positions: Sequence[int], precision: str
+) -> None:
     finite = np.isfinite(out).all(axis=1)
     if not finite.all():
         advice = "These weights do not fit this network or this layer."
         if precision == "float16":
             advice = "Numbers above 65504 overflow in float16: try 'bfloat16'."
+        row = positions[int(finite.argmin())]
         raise ValueError(
-            f"The output of the network for X[{start + int(finite.argmin())}] must be "
-            f"finite. Got NaN or infinity with precision={precision!r}. {advice}"
+            f"The output of the network for X[{row}] must be finite. Got NaN or "
+            f"infinity with precision={precision!r}. {advice}"
         )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, Self
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,8 +22,10 @@ from sklearn.utils.validation import check_is_fitted
 from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._decode import PixelRange
+from sktl._feature_store import FeatureStore
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import PRECISIONS, forward, prepared, resolve_device
+from sktl._inference import PRECISIONS, prepared, resolve_device
+from sktl._memory import Memory, forward_once
 from sktl._sklearn_compat import (
     Interval,
     StrOptions,
@@ -67,6 +70,11 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
     n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means 1
         unless in a :obj:`joblib.parallel_config` context, -1 all processors.
+    memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
+        A directory in which the output for every picture is remembered, so that each
+        goes through the network once, whatever folds, candidates and sessions it
+        turns up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
+        used. None remembers nothing.
     verbose : int, default=0
         1 shows a progress bar on anything that takes longer than a second.
 
@@ -124,6 +132,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         "device": [str, torch.device],
         "precision": [StrOptions(set(PRECISIONS))],
         "n_jobs": [Integral, None],
+        "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "verbose": ["verbose"],
     }
 
@@ -140,6 +149,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         device: str | torch.device = "auto",
         precision: str = "float32",
         n_jobs: int | None = None,
+        memory: Memory = None,
         verbose: int = 0,
     ) -> None:
         self.backbone = backbone
@@ -152,6 +162,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self.device = device
         self.precision = precision
         self.n_jobs = n_jobs
+        self.memory = memory
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -342,17 +353,22 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         """Run the network: ``(n_samples, n_categories)``, in its own order."""
         device = resolve_device(self.device)
         preprocessing = backbone.preprocessing_at(self.image_size)
-        network = prepared(
-            backbone,
-            lambda: copy.deepcopy(backbone.network),
-            side=preprocessing.crop_size,
-            device=device,
-            precision=self.precision,
-        )
-        logits = forward(
-            network,
+        logits = forward_once(
+            lambda: prepared(
+                backbone,
+                lambda: copy.deepcopy(backbone.network),
+                side=preprocessing.crop_size,
+                device=device,
+                precision=self.precision,
+            ),
             pictures,
             preprocessing,
+            memory=self.memory,
+            space={
+                "backbone": self.backbone,
+                "weights": backbone.digest,
+                "layer": "output",
+            },
             batch_size=self.batch_size,
             device=device,
             precision=self.precision,

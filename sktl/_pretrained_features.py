@@ -4,6 +4,7 @@ import os
 from numbers import Integral
 from typing import Any, Self
 
+import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,9 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._decode import PixelRange
+from sktl._feature_store import FeatureStore
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import PRECISIONS, forward, prepared, resolve_device
+from sktl._inference import PRECISIONS, prepared, resolve_device
 from sktl._layers import LayerExtractor
+from sktl._memory import Memory, forward_once
 from sktl._sklearn_compat import (
     Interval,
     StrOptions,
@@ -82,6 +85,11 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means 1
         unless in a :obj:`joblib.parallel_config` context, -1 all processors.
+    memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
+        A directory in which the features of every picture are remembered, so that each
+        goes through the network once, whatever folds, candidates and sessions it turns
+        up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
+        used. None remembers nothing.
     verbose : int, default=0
         1 shows a progress bar on anything that takes longer than a second.
 
@@ -97,6 +105,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
 
     See Also
     --------
+    FeatureStore : What `memory` keeps, and how to look after it.
     list_backbones : Names of the networks there are.
     register_backbone : Add a network of one's own.
     sklearn.datasets.load_files : Paths and labels of pictures sorted into folders.
@@ -105,7 +114,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     -----
     `fit` trains nothing: it checks the parameters and the form of `X`, and reads the
     weights. So features that are computed once, before a cross-validation, leak
-    nothing, and save computing them for every fold and candidate. `transform` works
+    nothing, and save computing them for every fold and candidate; a `memory` saves it
+    inside a search too. `transform` works
     without `fit`; only the names of the features, and with them
     ``set_output(transform="pandas")``, need it.
 
@@ -169,6 +179,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         "device": [str, torch.device],
         "precision": [StrOptions(set(PRECISIONS))],
         "n_jobs": [Integral, None],
+        "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "verbose": ["verbose"],
     }
 
@@ -186,6 +197,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         device: str | torch.device = "auto",
         precision: str = "float32",
         n_jobs: int | None = None,
+        memory: Memory = None,
         verbose: int = 0,
     ) -> None:
         self.backbone = backbone
@@ -199,6 +211,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self.device = device
         self.precision = precision
         self.n_jobs = n_jobs
+        self.memory = memory
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -262,10 +275,17 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
         backbone = self._backbone_of_fit()
-        return forward(
-            self._network(backbone),
+        return forward_once(
+            lambda: self._network(backbone),
             pictures,
             backbone.preprocessing_at(self.image_size),
+            memory=self.memory,
+            space={
+                "backbone": self.backbone,
+                "weights": backbone.digest,
+                "layer": " + ".join(self._layers()),
+                "pooling": str(self.pooling),
+            },
             batch_size=self.batch_size,
             device=resolve_device(self.device),
             precision=self.precision,

@@ -99,6 +99,15 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     assert "the last search chose layer=" in out
 
 
+def test_choosing_a_backbone_computes_each_picture_once(run, capsys):
+    run("choose_a_backbone_by_grid_search", "--labels", 3)
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line.split()[-2].replace(",", "")) for line in lines[2:5]]
+    # 18 candidates and 3 folds each see 30 pictures; then once more for the best.
+    assert counts == [18 * 3 * 30 + 30, 2 * 3 * 30, 0]
+    assert "rows remembered: 180" in lines[5]
+
+
 @pytest.fixture
 def tiny_imagenet(tmp_path):
     """Write two files of 600 and 10 random pictures in 4 categories."""

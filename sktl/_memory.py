@@ -1,0 +1,216 @@
+"""Every picture goes through the network once: forward, with a store beside it."""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import joblib
+import numpy as np
+import PIL
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from sktl._feature_store import FeatureStore
+from sktl._images import Pictures
+from sktl._inference import batches, forward, shape_of_batch
+from sktl._preprocessing import Preprocessing
+
+Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
+_LEAST_WRITTEN = 32  # rows; a file of fewer is a waste
+
+
+def as_store(memory: Memory) -> FeatureStore | None:
+    """Make a store of what users give as ``memory``.
+
+    Parameters
+    ----------
+    memory : str, path-like, FeatureStore, joblib.Memory or None
+        A directory, or what has one.
+
+    Returns
+    -------
+    FeatureStore or None
+        None if nothing is to be remembered.
+    """
+    if memory is None or isinstance(memory, FeatureStore):
+        return memory
+    directory = memory.location if isinstance(memory, joblib.Memory) else memory
+    return None if directory is None else FeatureStore(directory)
+
+
+def forward_once(
+    network: Callable[[], nn.Module],
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    *,
+    memory: Memory,
+    space: Mapping[str, str],
+    batch_size: int,
+    device: torch.device,
+    precision: str,
+    n_jobs: int | None,
+    verbose: int,
+) -> NDArray[np.float32]:
+    """Do what `forward` does, for each picture only once.
+
+    Pictures are told apart by their content. Rows are written as they come, and before
+    each batch it is looked up what other processes have written meanwhile. Each call
+    has an order of its own, so that workers that begin together soon compute different
+    pictures; rows do not depend on it.
+
+    Parameters
+    ----------
+    network : callable
+        Gives the network; not called if every row is known.
+    pictures, preprocessing, batch_size, device, precision, n_jobs, verbose
+        As in `forward`.
+    memory : str, path-like, FeatureStore, joblib.Memory or None
+        Where rows are remembered; None to compute all.
+    space : mapping of str to str
+        What the network computes; the rest of what decides a row is added here.
+
+    Returns
+    -------
+    ndarray of shape (n_samples, n_outputs), float32
+
+    Raises
+    ------
+    ValueError
+        As `forward` does, or if the directory is a file.
+    MemoryError
+        As `forward` does.
+    """
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "device": device,
+        "precision": precision,
+        "n_jobs": n_jobs,
+        "verbose": verbose,
+    }
+    store = as_store(memory)
+    if store is None:
+        return forward(network(), pictures, preprocessing, **options)
+    space = {
+        **space,
+        "preprocessing": str(preprocessing),
+        "pixel_range": str(pictures.pixel_range),
+        "precision": precision,
+        "engine": f"torch {torch.__version__.split('.')[0]}",
+        "device": device.type,
+        "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
+    }
+    # Padded or one by one is decided by the call, not by how much of it is known: so
+    # the bits are those of a call without a store.
+    options["batch_size"] = shape_of_batch(len(pictures), batch_size)
+    rows = _Rows([pictures.key(row) for row in range(len(pictures))])
+    rows.read(store, space)
+    for alone in (False, True):
+        if rows.missing:
+            missing = _Missing(pictures, rows, store, space)
+            missing.compute(network(), preprocessing, alone=alone, **options)
+            # What others computed meanwhile was left out. Should it be gone again,
+            # the second time nothing is.
+            rows.read(store, space)
+    return rows.values()
+
+
+class _Rows:
+    """Rows by key, while they come in; the same picture may stand in several places."""
+
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self.keys = keys
+        self.missing: dict[bytes, list[int]] = {}
+        for position, key in enumerate(keys):
+            self.missing.setdefault(key, []).append(position)
+        self._values: NDArray[np.float32] | None = None
+
+    def read(self, store: FeatureStore, space: Mapping[str, str]) -> None:
+        """Take from the store what it has of the missing ones."""
+        keys = list(self.missing)
+        if keys:
+            positions, rows = store.get(space, keys)
+            if rows is not None:
+                self.take([keys[position] for position in positions], rows)
+
+    def take(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
+        """Put rows where they belong."""
+        if self._values is None:
+            self._values = np.empty((len(self.keys), rows.shape[1]), dtype=np.float32)
+        for key, row in zip(keys, rows, strict=True):
+            self._values[self.missing.pop(key)] = row
+
+    def values(self) -> NDArray[np.float32]:
+        assert self._values is not None  # there is at least one picture
+        return self._values
+
+
+class _Missing:
+    """The pictures whose rows are not known, each once, with the keys they have now.
+
+    A file may change after its key was taken. Its row is what is in it now, and is
+    remembered as that.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        rows: _Rows,
+        store: FeatureStore,
+        space: Mapping[str, str],
+    ) -> None:
+        self._pictures = pictures
+        self._rows = rows
+        self._store = store
+        self._space = space
+        self._keys_now: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def __getitem__(self, position: int) -> Image.Image:
+        self._keys_now[position], picture = self._pictures.keyed(position)
+        return picture
+
+    def compute(
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        alone: bool,
+        **options: Any,
+    ) -> None:
+        """Compute rows and write them; if not `alone`, leave out what others wrote."""
+        order = [positions[0] for positions in self._rows.missing.values()]
+        random.SystemRandom().shuffle(order)
+        keys = self._rows.keys
+        known: Mapping[bytes, object] = {}
+        to_write: list[tuple[bytes, NDArray[np.float32]]] = []
+        results = batches(
+            network,
+            self,
+            order,
+            preprocessing,
+            skip=lambda position: not alone and keys[position] in known,
+            **options,
+        )
+        try:
+            with contextlib.closing(results):
+                for positions, out in results:
+                    self._rows.take([keys[position] for position in positions], out)
+                    now = [self._keys_now.pop(position) for position in positions]
+                    to_write += zip(now, out, strict=True)
+                    if len(to_write) >= _LEAST_WRITTEN:
+                        self._write(to_write)
+                        known = self._store.known(self._space)
+        finally:  # what is computed is kept, whatever ended it
+            self._write(to_write)
+
+    def _write(self, rows: list[tuple[bytes, NDArray[np.float32]]]) -> None:
+        if rows:
+            keys = [key for key, _ in rows]
+            self._store.put(self._space, keys, np.stack([row for _, row in rows]))
+            rows.clear()

@@ -1,0 +1,119 @@
+"""Keys: equal for equal content, and for no other."""
+
+import hashlib
+import io
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sktl import _content
+from sktl._content import content_key, keyed
+
+
+def key(picture, pixel_range="auto"):
+    return content_key(picture, row=0, pixel_range=pixel_range)
+
+
+def test_a_file_is_known_by_its_bytes(paths, tmp_path):
+    content = Path(paths[0]).read_bytes()
+    copy = tmp_path / "elsewhere.png"
+    copy.write_bytes(content)
+    assert key(paths[0]) == key(copy) == key(content)
+    assert key(paths[0]) == hashlib.sha256(content).digest()
+    assert len({key(path) for path in paths}) == len(paths)
+
+
+def test_a_file_is_hashed_once(paths, monkeypatch):
+    monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after it was written
+    before = key(paths[1])
+    monkeypatch.setattr(_content, "open_regular", None)  # it cannot be opened any more
+    assert key(paths[1]) == before
+
+
+@pytest.mark.parametrize("replace", [True, False], ids=["replaced", "in place"])
+def test_c8_a_file_with_the_same_size_and_time_is_another_one(tmp_path, replace):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"0" * 100)
+    os.utime(file, ns=(10**18, 10**18))
+    seen = {key(file)}
+    for digit in b"123456789":
+        if replace:
+            file.unlink()
+        file.write_bytes(bytes([digit]) * 100)
+        os.utime(file, ns=(10**18, 10**18))
+        seen.add(key(file))
+    assert len(seen) == 10
+
+
+def test_a_file_just_written_is_not_remembered(tmp_path):
+    file = tmp_path / "a.bin"
+    file.write_bytes(b"young")
+    key(file)
+    assert str(file) not in _content._remembered
+
+
+def test_relative_paths_follow_the_working_directory(tmp_path, monkeypatch):
+    keys = set()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        (tmp_path / name / "a.bin").write_text(name)
+        os.utime("a.bin", (0, 0))
+        keys.add(key("a.bin"))
+    assert len(keys) == 2
+
+
+def test_pixels_dtype_and_shape_make_an_array():
+    zeros = [
+        np.zeros((4, 6), np.uint8),
+        np.zeros((6, 4), np.uint8),
+        np.zeros((4, 6, 1), np.uint8),
+        np.zeros((2, 6), np.uint16),
+        np.zeros((4, 6), np.float32),
+        np.ones((4, 6), np.uint8),
+    ]
+    assert len({key(array) for array in zeros}) == len(zeros)
+
+
+def test_strides_do_not_make_another_array(pictures):
+    array = pictures[0]
+    same = [array, np.asfortranarray(array), torch.from_numpy(array), array.tolist()]
+    assert len({key(picture) for picture in same[:3]}) == 1
+    assert key(array) != key(array[::-1])
+
+
+def test_a_pil_image_is_known_by_what_becomes_of_it(pictures):
+    image = Image.fromarray(pictures[0])
+    assert key(image) == key(pictures[0])
+    turned = image.copy()
+    turned.getexif()[0x0112] = 3  # upside down
+    assert key(turned) == key(pictures[0][::-1, ::-1])
+    see_through = image.convert("RGBA")
+    see_through.putalpha(0)
+    assert key(see_through) == key(np.full_like(pictures[0], 255))
+
+
+def test_the_key_is_of_what_was_decoded(paths, pictures, tmp_path):
+    file = tmp_path / "changes.png"
+    file.write_bytes(Path(paths[0]).read_bytes())
+    before = key(file)
+    file.write_bytes(Path(paths[1]).read_bytes())
+    now, picture = keyed(str(file), row=0, pixel_range="auto")
+    assert now == key(paths[1]) != before
+    np.testing.assert_array_equal(np.asarray(picture), pictures[1])
+    for same in (pictures[1], Image.fromarray(pictures[1])):
+        assert keyed(same, row=0, pixel_range="auto")[0] == key(same)
+
+
+def test_a_bad_file_is_named():
+    with pytest.raises(ValueError, match=r"X\[0\] \('/no/such/file'\).*No such file"):
+        key("/no/such/file")
+    buffer = io.BytesIO()
+    Image.new("L", (3, 3)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match=r"X\[5\] \(bytes\)"):
+        keyed(buffer.getvalue()[:30], row=5, pixel_range="auto")

@@ -1,0 +1,427 @@
+"""Rows on disk: what is read is what was written, whatever happens in between."""
+
+import ast
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import sktl
+from sktl import FeatureStore, _feature_store, store
+
+SPACE = {"backbone": "tiny", "weights": "ab" * 32, "layer": "stage1"}
+KEYS = [bytes([i]) * 32 for i in range(40)]
+
+
+def rows_of(keys, width=3):
+    """Rows that tell which key they belong to."""
+    return np.array([[key[0] + i / 8 for i in range(width)] for key in keys], "f4")
+
+
+def shards(directory):
+    return sorted(Path(directory).rglob("*.safetensors"))
+
+
+@pytest.fixture
+def filled(tmp_path):
+    mine = FeatureStore(tmp_path / "store")
+    mine.put(SPACE, KEYS, rows_of(KEYS))
+    return mine
+
+
+def check(mine, keys=KEYS, expected=None):
+    positions, rows = mine.get(SPACE, keys)
+    known = [keys[i] for i in positions]
+    np.testing.assert_array_equal(rows, rows_of(known))
+    assert len(known) == (len(keys) if expected is None else expected)
+
+
+def test_rows_come_back_in_the_order_asked_for(filled):
+    check(filled, KEYS[::-1])
+    check(filled, [KEYS[3], b"x" * 32, KEYS[1], KEYS[3]], expected=3)
+    positions, rows = filled.get({**SPACE, "layer": "stem"}, KEYS)
+    assert len(positions) == 0
+    assert rows is None
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
+def test_rows_of_any_shape_and_type(tmp_path, dtype):
+    rows = np.random.default_rng(0).normal(size=(4, 2, 3, 5)).astype(dtype)
+    mine = FeatureStore(tmp_path)
+    mine.put(SPACE, KEYS[:4], rows)
+    _, got = mine.get(SPACE, KEYS[:4])
+    assert got.dtype == rows.dtype
+    np.testing.assert_array_equal(got, rows)
+
+
+def test_a_shard_is_a_safetensors_file(filled):
+    (shard,) = shards(filled.directory)
+    tensors = load_file(shard)
+    assert tensors["keys"].tobytes() == b"".join(KEYS)
+    np.testing.assert_array_equal(tensors["rows"], rows_of(KEYS))
+    assert not list(Path(filled.directory).rglob("*.tmp"))
+
+
+def test_a_known_row_keeps_its_bits(filled):
+    filled.put(SPACE, KEYS[:2], rows_of(KEYS[:2]) + 1)
+    check(filled)
+    assert len(shards(filled.directory)) == 1
+
+
+def test_what_another_process_wrote_is_seen(filled):
+    code = f"""
+import numpy as np
+from sktl import FeatureStore
+mine = FeatureStore({str(filled.directory)!r})
+positions, rows = mine.get({SPACE!r}, [bytes([7]) * 32])
+assert rows.tolist() == [[7, 7.125, 7.25]], rows
+mine.put({SPACE!r}, [bytes([99]) * 32], np.array([[99, 99.125, 99.25]], np.float32))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    check(filled, [bytes([99]) * 32, KEYS[0]])
+
+
+def test_small_shards_are_merged(tmp_path):
+    mine = FeatureStore(tmp_path)
+    for key in KEYS:
+        mine.put(SPACE, [key], rows_of([key]))
+    assert len(shards(tmp_path)) < _feature_store._MERGE_FROM
+    check(mine)
+    assert mine.verify() == {"rows": len(KEYS), "corrupt": 0}
+
+
+def test_merging_keeps_the_row_that_won(tmp_path):
+    mine = FeatureStore(tmp_path)
+    index = mine._index(SPACE)
+    mine.put(SPACE, KEYS[:1], rows_of(KEYS[:1]))
+    for i in range(1, _feature_store._MERGE_FROM):  # as if each knew of no other
+        rows = rows_of([KEYS[0], KEYS[i]])
+        rows[0] += 0.5
+        index.write([KEYS[0], KEYS[i]], rows, time.time_ns())
+    index.merge(2**20)
+    assert len(shards(tmp_path)) == 1
+    check(mine, KEYS[: _feature_store._MERGE_FROM])
+
+
+def test_the_oldest_are_evicted(tmp_path):
+    mine = FeatureStore(tmp_path, max_bytes=20_000)
+    keys = [bytes([i]) * 32 for i in range(30)]
+    for key in keys:
+        mine.put(SPACE, [key], np.full((1, 256), key[0], "f4"))
+        assert mine.info()["bytes"] <= 20_000
+    positions, _ = mine.get(SPACE, keys)
+    assert 5 < len(positions) < 30
+    assert positions[-1] == 29
+    assert 0 not in positions
+
+
+def test_info_names_the_space(filled):
+    info = filled.info()
+    assert info["rows"] == len(KEYS)
+    assert info["bytes"] == shards(filled.directory)[0].stat().st_size
+    ((name, space),) = info["spaces"].items()
+    assert name.startswith("tiny, abababab, stage1 [")
+    assert space["space"] == SPACE
+
+
+def test_clear_deletes_nothing_else(filled):
+    other = Path(filled.directory) / "mine.txt"
+    other.write_text("not yours")
+    filled.clear()
+    assert filled.info()["rows"] == 0
+    assert other.read_text() == "not yours"
+    filled.put(SPACE, KEYS, rows_of(KEYS))
+    check(filled)
+
+
+def test_command_line(filled, capsys):
+    directory = str(filled.directory)
+    assert store.main([directory, "verify"]) == 0
+    assert "40 rows intact" in capsys.readouterr().out
+    (shard,) = shards(directory)
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert store.main([directory, "verify"]) == 1
+    store.main([directory, "clear"])
+    assert "0 rows" in capsys.readouterr().out
+
+
+WRITER = """
+import os, sys
+import numpy as np
+from sktl import FeatureStore
+mine = FeatureStore(sys.argv[1])
+rng = np.random.default_rng(os.getpid())
+print("ready", flush=True)
+while True:
+    numbers = rng.permutation(250)[:8]
+    keys = [bytes([i]) * 32 for i in numbers]
+    mine.put({space!r}, keys, np.stack([np.full(50, i, np.float32) for i in numbers]))
+    if len(mine.known({space!r})) == 250:
+        mine.clear()
+"""
+
+
+def test_c1_killed_writers_leave_whole_shards_only(tmp_path):
+    code = WRITER.format(space=SPACE)
+    delays = np.random.default_rng(0).uniform(0, 0.15, size=20)
+    keys = [bytes([i]) * 32 for i in range(250)]
+    for delay in delays:
+        writers = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE
+            )
+            for _ in range(2)
+        ]
+        for writer in writers:
+            writer.stdout.readline()
+        time.sleep(delay)
+        for writer in writers:
+            writer.send_signal(signal.SIGKILL)
+            writer.communicate()
+        mine = FeatureStore(tmp_path)
+        assert mine.verify()["corrupt"] == 0
+        positions, rows = mine.get(SPACE, keys)
+        if len(positions):
+            assert (rows == positions[:, None]).all()
+    for file in tmp_path.rglob("*.tmp"):
+        os.utime(file, (0, 0))
+    index = mine._index(SPACE)
+    index._remove_stale()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_c2_eight_processes_on_the_same_keys(tmp_path):
+    code = f"""
+import sys
+import numpy as np
+from sktl import FeatureStore
+mine = FeatureStore({str(tmp_path)!r})
+for chunk in np.random.default_rng(int(sys.argv[1])).permutation(120).reshape(-1, 4):
+    keys = [bytes([i]) * 32 for i in chunk]
+    mine.put({SPACE!r}, keys, np.stack([np.full(5, i, np.float32) for i in chunk]))
+    positions, rows = mine.get({SPACE!r}, keys)
+    assert (rows[:, 0] == chunk[positions]).all() and len(positions) == 4
+"""
+    running = [
+        subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(i)])
+        for i in range(8)
+    ]
+    assert [process.wait() for process in running] == [0] * 8
+    keys = [bytes([i]) * 32 for i in range(120)]
+    _, rows = FeatureStore(tmp_path).get(SPACE, keys)
+    assert (rows[:, 0] == np.arange(120)).all()
+
+
+def test_c3_a_full_disk_warns_once_and_leaves_nothing(filled, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    others = [bytes([i]) * 32 for i in range(100, 110)]
+    with pytest.warns(UserWarning, match="No space left"):
+        filled.put(SPACE, others[:1], rows_of(others[:1]))
+    for key in others:  # a second warning would be an error
+        filled.put(SPACE, [key], rows_of([key]))
+    assert len(list(Path(filled.directory).rglob("*.tmp"))) == 0
+    monkeypatch.undo()
+    check(filled, KEYS + others, expected=len(KEYS))
+    filled.put(SPACE, others, rows_of(others))
+    check(filled, KEYS + others)
+
+
+def test_c3_a_limit_on_the_size_of_files(tmp_path):
+    code = f"""
+import resource, signal, warnings
+import numpy as np
+from sktl import FeatureStore
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+mine = FeatureStore({str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for i in range(3):
+        mine.put({SPACE!r}, [bytes([i]) * 32], np.ones((1, 2000), np.float32))
+assert len(caught) == 1 and "cannot be written" in str(caught[0].message), caught
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not shards(tmp_path)
+
+
+def test_c4_a_read_only_directory_serves_what_it_has(filled, monkeypatch):
+    def read_only(*arguments, **keywords):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(_feature_store, "_write", read_only)  # root may write anywhere
+    with pytest.warns(UserWarning, match="Permission denied"):
+        filled.put(SPACE, [b"a" * 32], rows_of([b"a"]))
+    filled.put(SPACE, [b"b" * 32], rows_of([b"b"]))  # another warning were an error
+    check(filled)
+
+
+def test_c4_a_file_is_no_directory(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match=r"memory must be a directory.*is a file"):
+        FeatureStore(file).get(SPACE, KEYS)
+
+
+def test_c4_a_vanished_directory_is_made_again(filled):
+    filled.clear()
+    for folder in Path(filled.directory).glob("*/*/"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    check_empty, _ = filled.get(SPACE, KEYS)
+    assert len(check_empty) == 0
+    filled.put(SPACE, KEYS, rows_of(KEYS))
+    check(filled)
+
+
+def rewritten(shard, **changed):
+    save_file({**load_file(shard), **changed}, shard)
+
+
+def nan_with_its_checksum(shard):
+    index = _feature_store._Index(shard.parent)
+    rows = load_file(shard)["rows"].copy()
+    rows[5, 1] = np.nan
+    sums = [index._checksum(*pair) for pair in zip(KEYS, rows, strict=True)]
+    rewritten(shard, rows=rows, checksums=np.array(sums, np.uint32))
+
+
+def one_bit(shard):
+    content = bytearray(shard.read_bytes())
+    content[content.index(rows_of(KEYS).tobytes()) + 20] ^= 4
+    shard.write_bytes(content)
+
+
+class Evil:
+    def __reduce__(self):  # noqa: D105
+        return os.mkdir, ("executed",)
+
+
+DAMAGES = {
+    "zero bytes": lambda shard: shard.write_bytes(b""),
+    "truncated": lambda shard: shard.write_bytes(shard.read_bytes()[:-40]),
+    "header cut": lambda shard: shard.write_bytes(shard.read_bytes()[:50]),
+    "random": lambda shard: shard.write_bytes(np.random.default_rng(0).bytes(900)),
+    "deep": lambda shard: shard.write_bytes(
+        (90_000).to_bytes(8, "little") + b"[" * 90_000
+    ),
+    "one bit": one_bit,
+    "wrong shape": lambda shard: rewritten(shard, rows=rows_of(KEYS, 2)),
+    "wrong dtype": lambda shard: rewritten(shard, rows=rows_of(KEYS).astype("i4")),
+    "wrong keys": lambda shard: rewritten(shard, keys=np.zeros((40, 16), np.uint8)),
+    "NaN": nan_with_its_checksum,
+    "pickle": lambda shard: shard.write_bytes(pickle.dumps(Evil())),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("seen", [True, False], ids=["seen before", "new"])
+def test_c5_c6_damage_is_never_returned(tmp_path, monkeypatch, damage, seen):
+    monkeypatch.chdir(tmp_path)
+    mine = FeatureStore(tmp_path / "store")
+    mine.put(SPACE, KEYS, rows_of(KEYS))
+    (shard,) = shards(tmp_path)
+    DAMAGES[damage](shard)
+    if not seen:
+        _feature_store._indexes.clear()
+    with pytest.warns(UserWarning, match="is damaged") as warned:
+        check_nothing, rows = mine.get(SPACE, KEYS)
+    assert len(warned) == 1
+    assert len(check_nothing) == 0
+    assert rows is None
+    assert not shards(tmp_path)
+    assert list(tmp_path.rglob("*.corrupt"))
+    assert not (tmp_path / "executed").exists()
+    mine.put(SPACE, KEYS, rows_of(KEYS))
+    check(mine)
+
+
+def test_c5_a_shard_of_another_space_is_not_believed(filled):
+    other = {**SPACE, "weights": "cd" * 32}
+    filled.put(other, [b"z" * 32], rows_of([b"z" * 32]))
+    mine = filled._index(SPACE).folder
+    theirs = filled._index(other).folder
+    (theirs / "0.safetensors").write_bytes(shards(mine)[0].read_bytes())
+    with pytest.warns(UserWarning, match="checksum"):
+        positions, _ = filled.get(other, KEYS)
+    assert len(positions) == 0
+
+
+def test_c6_nothing_in_the_store_can_unpickle():
+    tree = ast.parse(Path(_feature_store.__file__).read_text())
+    names = {
+        a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+    }
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert names.isdisjoint({"pickle", "joblib", "marshal", "shelve", "torch"})
+
+
+def test_links_and_pipes_are_not_opened(filled):
+    folder = filled._index(SPACE).folder
+    os.mkfifo(folder / "1.safetensors")
+    (folder / "2.safetensors").symlink_to("/dev/zero")
+    _feature_store._indexes.clear()
+    check(filled)
+
+
+def test_c10_it_holds_nothing_open(filled):
+    copy = pickle.loads(pickle.dumps(filled))
+    assert vars(copy) == {"directory": filled.directory, "max_bytes": None}
+    check(copy)
+    assert repr(copy) == f"FeatureStore({str(filled.directory)!r})"
+
+
+def test_c11_a_shard_that_goes_while_reading_is_a_miss(filled, monkeypatch):
+    index = filled._index(SPACE)
+    locate = index.locate
+
+    def then_gone(keys, positions):
+        found = locate(keys, positions)
+        for shard in shards(filled.directory):
+            shard.unlink()
+        return found
+
+    monkeypatch.setattr(index, "locate", then_gone)
+    positions, rows = filled.get(SPACE, KEYS)
+    assert len(positions) == 0
+    assert rows is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "reason"),
+    [
+        ([b"short"], rows_of(KEYS[:1]), "32 bytes"),
+        (KEYS[:2], rows_of(KEYS[:1]), "a row for each of 2"),
+        (KEYS[:1], np.ones((1, 3), int), "array of floats"),
+        (KEYS[:1], np.full((1, 3), np.nan, "f4"), "finite"),
+        ([b"n" * 32], rows_of(KEYS[:1], 9), "must be alike"),
+    ],
+)
+def test_rows_that_are_none(filled, keys, rows, reason):
+    with pytest.raises(ValueError, match=reason):
+        filled.put(SPACE, keys, rows)
+
+
+def test_max_bytes_is_positive():
+    with pytest.raises(ValueError, match="max_bytes must be positive"):
+        FeatureStore("anywhere", max_bytes=0)
+
+
+def test_the_store_knows_no_torch():
+    code = "import sys, sktl.store; sys.exit('torch' in sys.modules)"
+    folder = Path(sktl.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
