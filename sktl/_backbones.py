@@ -5,6 +5,7 @@ A process keeps the networks it used last: clones of an estimator share one froz
 
 import copy
 import difflib
+import functools
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -235,8 +236,9 @@ def load_backbone(
         return _kept[key]
 
 
-def _builtin() -> list[str]:
-    return [_BUNDLED, *models.list_models(module=models)]
+@functools.cache  # asked for in each fit and transform
+def _builtin() -> tuple[str, ...]:
+    return (_BUNDLED, *models.list_models(module=models))
 
 
 def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _Recipe:
@@ -245,9 +247,8 @@ def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _
         as_built = weights is None or weights == "DEFAULT"
         file = None if as_built else _path(name, weights, ["DEFAULT"])
         return replace(recipe, file=file)
-    names = list_backbones()
-    if name not in names:
-        close = difflib.get_close_matches(str(name), names)
+    if name not in _builtin():
+        close = difflib.get_close_matches(str(name), list_backbones())
         raise ValueError(
             f"There is no backbone {name!r}. "
             f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"

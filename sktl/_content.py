@@ -55,6 +55,8 @@ def content_key(picture: Any, *, row: int, pixel_range: PixelRange) -> bytes:
     ValueError
         If it is a file that cannot be read; what is in it is not looked at.
     """
+    if isinstance(picture, str) and (key := _remembered_key(picture)) is not None:
+        return key
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).digest()
     if isinstance(picture, str | os.PathLike):
@@ -101,13 +103,22 @@ def keyed(
     return key, decode(picture, row=row, pixel_range=pixel_range)
 
 
+def _remembered_key(path: str) -> bytes | None:
+    try:
+        signature, key = _remembered[_absolute(path)]
+        return key if signature == _signature(os.stat(path)) else None
+    except (KeyError, OSError, ValueError):
+        return None  # not there, or a name that none can have: reading it will tell
+
+
+def _absolute(path: str) -> str:
+    return path if os.path.isabs(path) else os.path.abspath(path)
+
+
 def _key_of_file(path: str | os.PathLike[Any], name: str) -> bytes:
-    full = os.path.abspath(os.fsdecode(path))
-    with errors_naming(name):
-        before = _signature(os.stat(full))
-    remembered = _remembered.get(full)
-    if remembered is not None and remembered[0] == before:
-        return remembered[1]
+    full = _absolute(os.fsdecode(path))
+    if (remembered := _remembered_key(full)) is not None:
+        return remembered
     now = time.time_ns()
     file: Any  # hashlib's types ask for more than typing's IO has
     with open_regular(path, name) as file, errors_naming(name):

@@ -316,7 +316,9 @@ def _is_number_or_numbers(row: Any) -> bool:
 def _arrays_among(rows: Iterable[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Check each row without opening it, and give the arrays among them."""
     for row, picture in enumerate(rows):
-        if isinstance(picture, str) and _URL.match(picture):
+        if isinstance(picture, str) and picture:  # most are: no further checks
+            if not _URL.match(picture):
+                continue
             raise ValueError(
                 f"{describe(picture, row)} is a URL: pictures are not fetched from a "
                 "network. Download it and pass the path of the file."

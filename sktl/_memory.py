@@ -1,6 +1,7 @@
 """Every picture goes through the network once: forward, with a store beside it."""
 
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -140,8 +141,9 @@ class _Rows:
         """Put rows where they belong."""
         if self._values is None:
             self._values = np.empty((len(self.keys), rows.shape[1]), dtype=np.float32)
-        for key, row in zip(keys, rows, strict=True):
-            self._values[self.missing.pop(key)] = row
+        places = [self.missing.pop(key) for key in keys]
+        source = np.repeat(np.arange(len(rows)), [len(place) for place in places])
+        self._values[list(itertools.chain(*places))] = rows[source]
 
     def values(self) -> NDArray[np.float32]:
         assert self._values is not None  # there is at least one picture

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from rows_of_a_store import KEYS, SPACE, rows_of
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from sktl import Preprocessing, register_backbone
+from sktl import FeatureStore, Preprocessing, register_backbone
 
 
 class TinyNet(nn.Module):
@@ -83,3 +84,11 @@ def paths(pictures: NDArray[np.uint8], tmp_path_factory) -> list[str]:
     for name, picture in zip(names, pictures, strict=True):
         Image.fromarray(picture).save(name)
     return names
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> FeatureStore:
+    """Store of forty rows in one shard."""
+    mine = FeatureStore(tmp_path / "store")
+    mine.put(SPACE, KEYS, rows_of(KEYS))
+    return mine

@@ -18,8 +18,8 @@ FLOORS = [
     ["_memory"],
     ["_layers", "_inference"],
     ["_backbones", "_images", "_feature_store"],
-    ["_backbone", "_content"],
-    ["_stages", "_weights", "_preprocessing", "_decode", "_resnet_mini"],
+    ["_backbone", "_content", "_shard_index"],
+    ["_shard", "_stages", "_weights", "_preprocessing", "_decode", "_resnet_mini"],
     ["_sklearn_compat"],
 ]
 

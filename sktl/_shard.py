@@ -1,0 +1,139 @@
+"""What a file of rows looks like, how it comes into being, and how it is read.
+
+A shard is a safetensors file of up to some thousand rows that is written once and never
+changed: ``keys`` (n, 32) of the pictures, ``checksums`` (n,) and ``rows`` (n, ...). It
+appears whole, by renaming, or not at all.
+
+It is neither unpickled nor executed, and not mapped into memory: of a mapped file that
+another process cuts short, a read is a signal that ends the process; of this it is an
+error.
+"""
+
+import contextlib
+import json
+import math
+import os
+import struct
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+SUFFIX = ".safetensors"
+KEY_BYTES = 32  # of sha256
+DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # as safetensors names them
+_LONGEST_HEADER = 2**20
+
+
+@dataclass
+class Kept:
+    """Rows in memory, and which of them are there and were checked."""
+
+    rows: NDArray[Any]
+    checked: NDArray[np.bool_]
+
+
+@dataclass
+class Shard:
+    """Where things lie in a file of n rows, and those that were read already."""
+
+    keys: list[bytes]
+    checksums: NDArray[np.uint32]
+    start: int  # of the rows, in bytes from the beginning of the file
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    signature: tuple[int, int]
+    kept: Kept | None = None
+
+
+def shards_in(folder: Path) -> dict[str, os.stat_result]:
+    """List the shards of a space, by name."""
+    found: dict[str, os.stat_result] = {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                # No link, no pipe: reading could lead elsewhere, or never end.
+                if entry.name.endswith(SUFFIX):
+                    with contextlib.suppress(FileNotFoundError):
+                        if entry.is_file(follow_symlinks=False):
+                            found[entry.name] = entry.stat()
+    except OSError:  # not there, or not ours to read: nothing is known
+        return {}
+    return found
+
+
+def signature_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all, after a power cut too."""
+    partial = file.with_name(f"{file.stem}-{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with open(partial, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def read_header(file: BinaryIO) -> Shard:
+    """Read all of a shard but its rows.
+
+    The format is that of safetensors; it is read here since the library maps files
+    into memory and does not tell where in them a tensor lies.
+    """
+    status = os.fstat(file.fileno())
+    try:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > _LONGEST_HEADER:
+            raise ValueError("its header is too long")
+        header = json.loads(file.read(length))
+        numbers = [
+            at
+            for part in ("keys", "checksums", "rows")
+            for at in header[part]["shape"] + header[part]["data_offsets"]
+        ]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("its header has numbers that are none")
+        n = header["keys"]["shape"][0]
+        tensors = {}
+        for name, dtype in [("keys", "U8"), ("checksums", "U32"), ("rows", None)]:
+            begin, end = (8 + length + at for at in header[name]["data_offsets"])
+            if not (
+                0 < n == header[name]["shape"][0] and begin < end <= status.st_size
+            ):
+                raise ValueError("its header and its size do not agree")
+            if dtype not in (None, header[name]["dtype"]):
+                raise ValueError(f"its {name} are of another type")
+            tensors[name] = (begin, end)
+        row_shape = tuple(header["rows"]["shape"][1:])
+        row_type = np.dtype(DTYPES[header["rows"]["dtype"]])
+        begin, end = tensors["rows"]
+        if not row_shape or end - begin != n * math.prod(row_shape) * row_type.itemsize:
+            raise ValueError("its header does not agree with itself")
+        keys = _part(file, *tensors["keys"])
+        if len(keys) != n * KEY_BYTES:
+            raise ValueError("its keys are of another length")
+        checksums = np.frombuffer(_part(file, *tensors["checksums"]), "<u4")
+    except (struct.error, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"it is no shard ({type(error).__name__})") from error
+    if len(checksums) != n:
+        raise ValueError("its checksums are of another length")
+    split = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
+    return Shard(split, checksums, begin, row_shape, row_type, signature_of(status))
+
+
+def _part(file: BinaryIO, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    content = file.read(end - begin)
+    if len(content) < end - begin:
+        raise ValueError("it ends too early")
+    return content
