@@ -16,7 +16,7 @@ FLOORS = [
     ["store"],
     ["_pretrained_classifier", "_pretrained_features"],
     ["_memory"],
-    ["_layers", "_inference"],
+    ["_layers", "_inference", "_trainable"],
     ["_backbones", "_images", "_feature_store"],
     ["_backbone", "_content", "_shard_index"],
     ["_shard", "_stages", "_weights", "_preprocessing", "_decode", "_resnet_mini"],

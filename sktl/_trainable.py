@@ -1,0 +1,235 @@
+"""Which part of a network trains: a frozen prefix, stages that learn, and a new head.
+
+Depth is counted in stages, so that ``2`` means the same in every architecture. Frozen
+means frozen: neither the parameters nor the running statistics of BatchNorm move, and
+no gradient is computed for what lies below.
+"""
+
+import copy
+import difflib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from sktl._backbone import Backbone
+
+NECK, HEAD = "neck", "head"
+
+
+def new_network(
+    backbone: Backbone,
+    n_classes: int,
+    *,
+    hidden_layer_sizes: Sequence[int] = (),
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Put a new head on a copy of a pretrained network.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        With stages.
+    n_classes : int
+        Number of outputs.
+    hidden_layer_sizes : sequence of int, default=()
+        Widths of the layers between the penultimate feature and the outputs, each
+        followed by a ReLU.
+    dropout : float, default=0.0
+        Share of the values that is dropped before each layer of the new head. It
+        replaces the dropout immediately before the old one.
+
+    Returns
+    -------
+    nn.Sequential
+        The stages by name; ``"neck"``, from the last stage to the penultimate feature
+        ``(n, n_features)``; and ``"head"``, from there to the logits
+        ``(n, n_classes)``, initialized by torch. Every parameter requires a gradient.
+
+    Raises
+    ------
+    ValueError
+        If the backbone has no stages, or its head is no row of modules in which its
+        last linear layer stands.
+    """
+    # One call, so that what is shared before is shared after.
+    stages, old_head, last = copy.deepcopy(
+        (backbone.stages, backbone.head, backbone.last_linear)
+    )
+    blocks = list(_flat(old_head))
+    if last not in blocks:
+        raise ValueError(
+            f"The head of {backbone.name!r} must be an nn.Sequential with its last "
+            f"linear layer in it, to get a new one. Got {type(old_head).__name__} "
+            f"around {backbone.penultimate!r}. Make it a Sequential."
+        )
+    neck = blocks[: blocks.index(last)]
+    while neck and isinstance(neck[-1], nn.Dropout):
+        del neck[-1]
+    if isinstance(last, nn.Conv2d):  # its input is a map: the mean over all places
+        neck += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
+        width = last.in_channels
+    else:
+        width = cast(nn.Linear, last).in_features
+    parts = OrderedDict(stages)
+    parts[NECK] = nn.Sequential(*neck)
+    parts[HEAD] = _new_head(width, n_classes, hidden_layer_sizes, dropout)
+    return nn.Sequential(parts).requires_grad_(True)
+
+
+def n_open_stages(trainable: str | int, stages: Sequence[str]) -> int:
+    """Say how many of the highest stages train.
+
+    Parameters
+    ----------
+    trainable : {"head", "all"}, int or str
+        Only the head; all; the head and that many of the last stages; or the name of
+        the lowest stage that trains.
+    stages : sequence of str
+        Names, the lowest first.
+
+    Returns
+    -------
+    int
+        From 0 to the number of stages.
+
+    Raises
+    ------
+    ValueError
+        If there is no such stage, or there are fewer.
+    """
+    if trainable == "head":
+        return 0
+    if trainable == "all":
+        return len(stages)
+    if isinstance(trainable, str):
+        if trainable not in stages:
+            close = difflib.get_close_matches(trainable, ["head", "all", *stages], n=1)
+            raise ValueError(
+                "The 'trainable' parameter must be 'head', 'all', a number of stages, "
+                f"or one of the stages {', '.join(stages)}. Got {trainable!r} instead."
+                f"{f' Do you mean {close[0]!r}?' if close else ''}"
+            )
+        return len(stages) - list(stages).index(trainable)
+    if not 0 <= trainable <= len(stages):
+        raise ValueError(
+            f"The 'trainable' parameter must be from 0 to {len(stages)}, the number of "
+            f"stages. Got {trainable!r} instead."
+        )
+    return int(trainable)
+
+
+class PartlyFrozen(nn.Module):
+    """A network of which only the upper part trains, for as long as it is in here.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `new_network`.
+    n_open : int
+        Number of stages, from above, that train with the head. The neck trains with
+        the last stage.
+    precision : torch.dtype, default=torch.float32
+        What is computed in; parameters stay float32.
+    """
+
+    def __init__(
+        self,
+        network: nn.Sequential,
+        n_open: int,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.precision = precision
+        self.open(n_open)
+
+    def open(self, n_open: int) -> None:
+        """Let the head and `n_open` stages train, and nothing else."""
+        names = [name for name, _ in self.network.named_children()]
+        n_stages = len(names) - 2
+        self._n_frozen = n_stages - n_open if n_open else n_stages + 1  # the neck too
+        for depth, part in enumerate(self.network):
+            part.requires_grad_(depth >= self._n_frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training, all but what is frozen."""
+        super().train(mode)
+        for part in self.network[: self._n_frozen]:
+            part.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the logits ``(n, n_classes)`` of ``(n, 3, h, w)``, float32."""
+        mixed = self.precision != torch.float32
+        with torch.autocast(x.device.type, self.precision, enabled=mixed):
+            with torch.no_grad():
+                x = self.network[: self._n_frozen](x)
+            logits: Tensor = self.network[self._n_frozen :](x)
+        return logits.float()
+
+
+def parameter_groups(
+    network: nn.Sequential, *, lr: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Group the parameters of a network by depth, for an optimizer.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `new_network`.
+    lr : float
+        Learning rate of the head.
+    layer_decay : float
+        Each stage learns at this many times the rate of the one above it. This is
+        what timm calls layer decay, after Clark et al., *ELECTRA*, 2020.
+    weight_decay : float
+        Of matrices and kernels. Biases and the parameters of normalizations have none.
+
+    Returns
+    -------
+    list of dict
+        For the head first, then downwards; empty groups are left out. The neck belongs
+        to the last stage.
+    """
+    parts = dict(network.named_children())
+    depths: list[list[nn.Module]] = [[parts.pop(HEAD)], [parts.pop(NECK)]]
+    stages = list(parts.values())[::-1]
+    depths[1].insert(0, stages[0])
+    depths += [[stage] for stage in stages[1:]]
+    groups = []
+    for depth, modules in enumerate(depths):
+        parameters = [p for module in modules for p in module.parameters()]
+        rate = lr * layer_decay**depth
+        for decay, chosen in (
+            (weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def _flat(module: nn.Module) -> Iterator[nn.Module]:
+    """Give the modules of nested Sequentials in the order in which they run."""
+    if type(module) is nn.Sequential:
+        for child in module:
+            yield from _flat(child)
+    else:
+        yield module
+
+
+def _new_head(
+    width: int, n_classes: int, hidden_layer_sizes: Sequence[int], dropout: float
+) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for hidden in hidden_layer_sizes:
+        layers += [nn.Dropout(dropout)] if dropout else []
+        layers += [nn.Linear(width, hidden), nn.ReLU()]
+        width = hidden
+    layers += [nn.Dropout(dropout)] if dropout else []
+    layers.append(nn.Linear(width, n_classes))
+    return nn.Sequential(*layers)
