@@ -50,7 +50,8 @@ class FeatureStore:
     Parameters
     ----------
     directory : str or path-like
-        Where the rows are kept. It is made when the first row is written.
+        Where the rows are kept. It is made when the first row is written. ``~`` is
+        your home.
     max_bytes : int or None, default=None
         Size that the rows on disk may have; above it the oldest are deleted. None sets
         no limit.
@@ -58,7 +59,7 @@ class FeatureStore:
     Raises
     ------
     ValueError
-        If `max_bytes` is not positive.
+        If `directory` is empty or `max_bytes` not positive.
 
     See Also
     --------
@@ -81,6 +82,11 @@ class FeatureStore:
     def __init__(
         self, directory: str | os.PathLike[str], max_bytes: int | None = None
     ) -> None:
+        if not os.fspath(directory) or "\0" in os.fspath(directory):
+            raise ValueError(
+                f"directory must be the name of a directory. Got {directory!r}. Use "
+                "'.' for the current one."
+            )
         if max_bytes is not None and max_bytes <= 0:
             raise ValueError(
                 f"max_bytes must be positive, or None for no limit. Got {max_bytes!r}."
@@ -265,11 +271,13 @@ class FeatureStore:
             index.refresh()
 
     def _root(self) -> Path:
-        return Path(os.path.abspath(self.directory)) / _VERSION
+        directory = os.path.expanduser(self.directory)
+        return Path(os.path.abspath(directory)) / _VERSION
 
     def _index(self, space: Space) -> ShardIndex:
         root = self._root()
-        if root.parent.exists() and not root.parent.is_dir():
+        # os.path, since to pathlib a name too long is an error and not an absence.
+        if os.path.exists(root.parent) and not os.path.isdir(root.parent):
             raise ValueError(
                 f"memory must be a directory, or one that can be made. Got "
                 f"{str(self.directory)!r}, which is a file. Choose another name."

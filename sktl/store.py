@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 
 from sktl._feature_store import FeatureStore
@@ -15,6 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory")
     parser.add_argument("command", choices=["info", "verify", "clear"])
     given = parser.parse_args(arguments)
+    if not os.path.isdir(os.path.expanduser(given.directory)):
+        parser.error(f"there is no directory {given.directory!r}")
     store = FeatureStore(given.directory)
     if given.command == "clear":
         store.clear()

@@ -270,6 +270,33 @@ def test_rows_that_are_none(filled, keys, rows, reason):
         filled.put(SPACE, keys, rows)
 
 
+@pytest.mark.parametrize("directory", ["", "a\0b"])
+def test_a_name_that_is_none(directory):
+    with pytest.raises(ValueError, match="must be the name of a directory"):
+        FeatureStore(directory)
+
+
+def test_the_tilde_is_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    FeatureStore("~/mine").put(SPACE, KEYS, rows_of(KEYS))
+    assert len(shards(tmp_path / "mine")) == 1
+
+
+def test_a_name_too_long_warns(tmp_path):
+    mine = FeatureStore(tmp_path / ("x" * 300))
+    with pytest.warns(UserWarning, match="cannot be written"):
+        mine.put(SPACE, KEYS, rows_of(KEYS))
+
+
+@pytest.mark.parametrize("name", ["absent", "file"])
+def test_command_line_needs_a_directory(tmp_path, capsys, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        store.main([str(tmp_path / name), "info"])
+    assert "there is no directory" in capsys.readouterr().err
+
+
 def test_max_bytes_is_positive():
     with pytest.raises(ValueError, match="max_bytes must be positive"):
         FeatureStore("anywhere", max_bytes=0)
