@@ -198,7 +198,8 @@ class ShardIndex:
             self.refresh()
 
     def _remove_stale(self) -> None:
-        for file in self.folder.glob("*.tmp"):
+        # One folder up too: the tag of the whole store is written there.
+        for file in [*self.folder.glob("*.tmp"), *self.folder.parent.glob("*.tmp")]:
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
