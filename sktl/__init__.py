@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktl._backbones import list_backbones, register_backbone
     from sktl._feature_store import FeatureStore
+    from sktl._fine_tuned_cnn_classifier import FineTunedCNNClassifier
     from sktl._preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
     from sktl._pretrained_features import PretrainedFeatures
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FeatureStore",
+    "FineTunedCNNClassifier",
     "Preprocessing",
     "PretrainedClassifier",
     "PretrainedFeatures",
@@ -23,6 +25,7 @@ __all__ = [
 
 _HOMES = {
     "FeatureStore": "sktl._feature_store",
+    "FineTunedCNNClassifier": "sktl._fine_tuned_cnn_classifier",
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
     "Preprocessing": "sktl._preprocessing",

@@ -360,7 +360,8 @@ def _network(name: str, recipe: _Recipe, seed: int) -> tuple[nn.Module, str]:
         origin = f"The weights {str(recipe.file)!r} for the backbone {name!r}"
         fill(network, weights.state_dict, origin)
     network.to("cpu", torch.float32).eval().requires_grad_(False)
-    return network, content_digest(network) if weights is None else weights.digest
+    digest = content_digest(network.state_dict()) if weights is None else weights.digest
+    return network, digest
 
 
 def _built(recipe: _Recipe, num_classes: int | None, seed: int) -> nn.Module:

@@ -34,6 +34,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 Network = TypeVar("Network", bound=nn.Module)
+Item = TypeVar("Item")
 
 
 class PictureSequence(Protocol):
@@ -116,7 +117,7 @@ def prepared(
     with _prepared_lock:
         if key not in _prepared:
             network = build().eval()
-            with torch.no_grad(), _size_explained(side), _memory_explained(1):
+            with torch.no_grad(), _size_explained(side), memory_explained(1):
                 fold_batch_norm(network, side)
             network.to(device, PRECISIONS[precision])
             _prepared[key] = network.to(memory_format=torch.channels_last)
@@ -335,16 +336,20 @@ def batches(
         bar = tqdm(total=len(order), unit="picture", delay=1)
     n_threads = joblib.effective_n_jobs(n_jobs)
     ahead = 2 * max(batch_size, n_threads)
-    decoded = _decoded(pictures, order, preprocessing, n_threads, ahead)
+
+    def load(position: int) -> tuple[int, NDArray[np.uint8]]:
+        return position, preprocessing(pictures[position])
+
+    decoded = in_threads(load, order, n_threads=n_threads, ahead=ahead)
     wanted = ((i, pixels) for i, pixels in decoded if not skip(i))
     with contextlib.closing(decoded), bar:
         while chunk := list(itertools.islice(wanted, batch_size)):
             positions = [position for position, _ in chunk]
             for i, (_, pixels) in enumerate(chunk):
                 batch[i] = pixels
-            with _memory_explained(batch_size), _as_trained(device):
+            with memory_explained(batch_size), _as_trained(device):
                 x = torch.from_numpy(batch).permute(0, 3, 1, 2)  # (n, 3, side, side)
-                x = _normalize(x.to(device), preprocessing).to(PRECISIONS[precision])
+                x = normalized(x.to(device), preprocessing).to(PRECISIONS[precision])
                 out = network(x)[: len(chunk)].float().cpu().numpy()  # (n, n_outputs)
             _check_finite(out, positions, precision)
             if verbose:
@@ -352,33 +357,42 @@ def batches(
             yield positions, out
 
 
-def _normalize(x: Tensor, preprocessing: Preprocessing) -> Tensor:
+def normalized(x: Tensor, preprocessing: Preprocessing) -> Tensor:
     """Turn uint8 ``(n, 3, h, w)`` into float32, step by step as torchvision does."""
     mean = torch.tensor(preprocessing.mean, device=x.device).view(3, 1, 1)
     std = torch.tensor(preprocessing.std, device=x.device).view(3, 1, 1)
     return x.float().div_(255).sub_(mean).div_(std)
 
 
-def _decoded(
-    pictures: PictureSequence,
-    order: Sequence[int],
-    preprocessing: Preprocessing,
-    n_threads: int,
-    ahead: int,
-) -> Generator[tuple[int, NDArray[np.uint8]], None, None]:
-    """Decode and preprocess in threads, in order, at most `ahead` pictures ahead.
+def in_threads(
+    load: Callable[[int], Item], order: Sequence[int], *, n_threads: int, ahead: int
+) -> Generator[Item, None, None]:
+    """Load what stands at some positions in threads, in order, a little ahead.
 
-    Threads suffice, because Pillow lets go of the interpreter while it decodes.
+    Threads suffice for pictures, because Pillow lets go of the interpreter while it
+    decodes.
+
+    Parameters
+    ----------
+    load : callable
+        Gives the item at a position; called by several threads at once.
+    order : sequence of int
+        The positions.
+    n_threads : int
+        How many threads.
+    ahead : int
+        How many items at most are loaded before they are asked for.
+
+    Yields
+    ------
+    object
+        What `load` gives, in that order.
     """
-
-    def load(i: int) -> tuple[int, NDArray[np.uint8]]:
-        return i, preprocessing(pictures[i])
-
     if len(order) == 1:  # a thread would only cost
         yield load(order[0])
         return
     pool = ThreadPoolExecutor(n_threads)
-    waiting: deque[Future[tuple[int, NDArray[np.uint8]]]] = deque()
+    waiting: deque[Future[Item]] = deque()
     try:
         for i in order:
             waiting.append(pool.submit(load, i))
@@ -459,7 +473,7 @@ def _size_explained(side: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _memory_explained(batch_size: int) -> Iterator[None]:
+def memory_explained(batch_size: int) -> Iterator[None]:
     """Turn torch's errors about memory, on any device, into Python's own."""
     try:
         yield

@@ -16,10 +16,11 @@ from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._decode import PixelRange
 from sktl._feature_store import FeatureStore
+from sktl._frozen_features import feature_extractor, frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import PRECISIONS, prepared, resolve_device
+from sktl._inference import PRECISIONS, resolve_device
 from sktl._layers import LayerExtractor
-from sktl._memory import Memory, forward_once
+from sktl._memory import Memory
 from sktl._sklearn_compat import (
     Interval,
     StrOptions,
@@ -275,17 +276,13 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
         backbone = self._backbone_of_fit()
-        return forward_once(
-            lambda: self._network(backbone),
+        return frozen_features(
+            backbone,
+            self._layers(),
+            self._pooling(),
             pictures,
             backbone.preprocessing_at(self.image_size),
             memory=self.memory,
-            space={
-                "backbone": self.backbone,
-                "weights": backbone.digest,
-                "layer": " + ".join(self._layers()),
-                "pooling": str(self.pooling),
-            },
             batch_size=self.batch_size,
             device=resolve_device(self.device),
             precision=self.precision,
@@ -361,15 +358,16 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             )
         return backbone
 
-    def _network(self, backbone: Backbone) -> LayerExtractor:
-        layers = self._layers()
+    def _pooling(self) -> str | int:
         # NumPy's integers are integers too, and a grid may hold them.
-        pooling = self.pooling if isinstance(self.pooling, str) else int(self.pooling)
-        side = backbone.preprocessing_at(self.image_size).crop_size
-        return prepared(
-            (backbone, layers, pooling),
-            lambda: LayerExtractor(backbone, layers, pooling),
-            side=side,
+        return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
+
+    def _network(self, backbone: Backbone) -> LayerExtractor:
+        return feature_extractor(
+            backbone,
+            self._layers(),
+            self._pooling(),
+            side=backbone.preprocessing_at(self.image_size).crop_size,
             device=resolve_device(self.device),
             precision=self.precision,
         )

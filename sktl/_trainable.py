@@ -133,6 +133,9 @@ class PartlyFrozen(nn.Module):
         the last stage.
     precision : torch.dtype, default=torch.float32
         What is computed in; parameters stay float32.
+    fixed_statistics : bool, default=False
+        Whether BatchNorm normalizes by the statistics it came with where its stage
+        trains, too.
     """
 
     def __init__(
@@ -140,8 +143,10 @@ class PartlyFrozen(nn.Module):
         network: nn.Sequential,
         n_open: int,
         precision: torch.dtype = torch.float32,
+        fixed_statistics: bool = False,
     ) -> None:
         super().__init__()
+        self.fixed_statistics = fixed_statistics
         self.network = network
         self.precision = precision
         self.open(n_open)
@@ -160,6 +165,9 @@ class PartlyFrozen(nn.Module):
         super().train(mode)
         for part in self.network[: self._n_frozen]:
             part.eval()
+        for module in self.network.modules():
+            if self.fixed_statistics and isinstance(module, nn.BatchNorm2d):
+                module.eval()
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -250,13 +250,13 @@ def fill(network: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None
         )
 
 
-def content_digest(network: nn.Module) -> str:
-    """Give the sha256 of the parameters and buffers of a network on the CPU.
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Give the sha256 of a state dict, or of any tensors with names, on the CPU.
 
     Parameters
     ----------
-    network : Module
-        Any network.
+    tensors : mapping of str to Tensor
+        In this order.
 
     Returns
     -------
@@ -264,9 +264,9 @@ def content_digest(network: nn.Module) -> str:
         64 hexadecimal digits. Equal if names, types, shapes and bits are.
     """
     digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -347,6 +347,9 @@ def test_content_digest_sees_names_types_shapes_and_bits() -> None:
                 layer = nn.Linear(*shape, dtype=dtype)
                 nn.init.constant_(layer.weight, number)
                 nn.init.zeros_(layer.bias)
-                digests |= {content_digest(layer), content_digest(layer)}
-                digests.add(content_digest(nn.Sequential(layer)))
+                digests |= {
+                    content_digest(layer.state_dict()),
+                    content_digest(layer.state_dict()),
+                }
+                digests.add(content_digest(nn.Sequential(layer).state_dict()))
     assert len(digests) == 16

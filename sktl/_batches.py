@@ -1,0 +1,155 @@
+"""Which pictures a training step sees: shuffled, varied, in batches of even size.
+
+Decoding runs in threads ahead of the training. Pixels that are the same in every epoch
+are kept in memory if they fit into a budget.
+"""
+
+import itertools
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import joblib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sktl._augmentation import Augmentation
+from sktl._images import Pictures
+from sktl._inference import in_threads
+
+_MOST_KEPT = 2**30  # bytes of pixels
+
+Batch = tuple[Tensor, tuple[Tensor, Tensor]]
+
+
+class LabelledPictures(Dataset[Any]):
+    """Some rows of the user's pictures, with labels and weights, to train on.
+
+    Parameters
+    ----------
+    pictures : Pictures
+        All of them.
+    rows : ndarray of int
+        Those that are meant.
+    label : ndarray of int, as long as `rows`
+        From 0.
+    weight : ndarray of float, as long as `rows`
+        How much each counts: 1 on average.
+    augmentation : Augmentation
+        What is done to a picture.
+    side : int
+        Of the pixels it gives.
+    n_jobs : int or None
+        Threads that decode, in joblib's counting.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        rows: NDArray[np.intp],
+        label: NDArray[np.intp],
+        weight: NDArray[np.float64],
+        *,
+        augmentation: Augmentation,
+        side: int,
+        n_jobs: int | None,
+    ) -> None:
+        self._pictures = pictures
+        self._rows = rows
+        self._label = torch.from_numpy(label.astype(np.int64))
+        self._weight = torch.from_numpy(weight.astype(np.float32))
+        self._augmentation = augmentation
+        self._n_threads = joblib.effective_n_jobs(n_jobs)
+        self._kept: NDArray[np.uint8] | None = None
+        self._is_kept = np.zeros(len(rows), dtype=bool)
+        if augmentation.prepares_pixels and len(rows) * side * side * 3 <= _MOST_KEPT:
+            self._kept = np.empty((len(rows), side, side, 3), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        """Give the number of pictures."""
+        return len(self._rows)
+
+    def batches(
+        self, order: Sequence[int], n_batches: int
+    ) -> Generator[Batch, None, None]:
+        """Give pixels, labels and weights in that order, in batches of even size.
+
+        Parameters
+        ----------
+        order : sequence of int
+            Positions, from 0 to one less than the length.
+        n_batches : int
+            How many; they differ in size by at most 1.
+
+        Yields
+        ------
+        pixels : Tensor of shape (n, side, side, 3), uint8
+            Varied by the augmentation.
+        target : (Tensor, Tensor)
+            Labels and weights, each of shape (n,).
+
+        Raises
+        ------
+        ValueError
+            If a picture cannot be read: names the row, the path and the reason.
+        """
+        largest = -(-len(order) // n_batches)
+        prepared = in_threads(
+            self._prepared,
+            order,
+            n_threads=self._n_threads,
+            ahead=2 * max(largest, self._n_threads),
+        )
+        try:
+            for part in np.array_split(np.asarray(order), n_batches):
+                items = itertools.islice(prepared, len(part))
+                pixels = np.stack([self._augmentation.vary(item) for item in items])
+                at = torch.from_numpy(part)
+                yield torch.from_numpy(pixels), (self._label[at], self._weight[at])
+        finally:
+            prepared.close()
+
+    def _prepared(self, position: int) -> Any:
+        if self._kept is None:
+            return self._augmentation.prepare(self._pictures[self._rows[position]])
+        if not self._is_kept[position]:
+            picture = self._pictures[self._rows[position]]
+            self._kept[position] = self._augmentation.prepare(picture)
+            self._is_kept[position] = True
+        return self._kept[position]
+
+
+class Batches:
+    """What skorch iterates over: one epoch of batches.
+
+    The last batch is not a small rest, on which BatchNorm would see next to nothing:
+    all have the same size, at most `batch_size`, give or take one picture.
+
+    Parameters
+    ----------
+    dataset : LabelledPictures
+        The pictures.
+    batch_size : int
+        Largest number of pictures of a batch.
+    shuffle : bool, default=False
+        Whether in an order drawn from torch's global generator.
+    """
+
+    def __init__(
+        self, dataset: LabelledPictures, batch_size: int, shuffle: bool = False
+    ) -> None:
+        self._dataset = dataset
+        self._batch_size = batch_size
+        self._shuffle = shuffle
+
+    def __len__(self) -> int:
+        """Give the number of batches."""
+        return -(-len(self._dataset) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Go through the pictures once."""
+        n = len(self._dataset)
+        order = torch.randperm(n).tolist() if self._shuffle else range(n)
+        return self._dataset.batches(order, len(self))

@@ -1,0 +1,124 @@
+"""Where a training starts: a network with its head, and all that belongs to it."""
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sktl._backbone import Backbone
+from sktl._backbones import load_backbone
+from sktl._preprocessing import Preprocessing
+from sktl._trainable import new_network
+from sktl._training import seeded
+
+
+@dataclass(eq=False)
+class Start:
+    """A network to be trained.
+
+    Attributes
+    ----------
+    network : nn.Sequential
+        From `new_network`; nobody else holds it.
+    preprocessing : Preprocessing
+        What pictures go through before.
+    built_as : dict
+        What `new_network` was asked for, of values that JSON can hold.
+    digest : str
+        Of the weights it starts from, without the new head.
+    backbone : Backbone or None
+        The frozen network that it is made of; None if it goes on from a former fit.
+    """
+
+    network: nn.Sequential
+    preprocessing: Preprocessing
+    built_as: dict[str, Any]
+    digest: str
+    backbone: Backbone | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages, the lowest first."""
+        return [name for name, _ in self.network.named_children()][:-2]
+
+    @classmethod
+    def of_backbone(
+        cls,
+        name: str,
+        weights: str | os.PathLike[str] | None,
+        n_classes: int,
+        *,
+        image_size: int | None,
+        hidden_layer_sizes: Sequence[int],
+        dropout: float,
+        seed: int,
+        progress: bool,
+    ) -> Self:
+        """Put a new head on a backbone.
+
+        Parameters
+        ----------
+        name, weights, progress
+            As `load_backbone` has them.
+        n_classes, hidden_layer_sizes, dropout
+            As `new_network` has them.
+        image_size : int or None
+            As `Backbone.preprocessing_at` has it.
+        seed : int
+            Of the new head, and of random weights.
+
+        Returns
+        -------
+        Start
+            With its backbone.
+
+        Raises
+        ------
+        ValueError, ConnectionError
+            As these functions do.
+        """
+        seed_of_weights = seed if weights is None else 0
+        backbone = load_backbone(
+            name, weights, random_state=seed_of_weights, progress=progress
+        )
+        built_as: dict[str, Any] = {
+            "hidden_layer_sizes": [int(width) for width in hidden_layer_sizes],
+            "dropout": float(dropout),
+        }
+        with seeded(torch.device("cpu"), seed):
+            network = new_network(backbone, n_classes, **built_as)
+        return cls(
+            network,
+            backbone.preprocessing_at(image_size),
+            {"backbone": name, **built_as},
+            backbone.digest,
+            backbone,
+        )
+
+    @classmethod
+    def of_fitted(cls, estimator: Any, *, in_place: bool = False) -> Self:
+        """Go on from a fitted FineTunedCNNClassifier.
+
+        Parameters
+        ----------
+        estimator : FineTunedCNNClassifier
+            Fitted.
+        in_place : bool, default=False
+            Whether its own network is trained on, and not a copy.
+
+        Returns
+        -------
+        Start
+            Without a backbone.
+        """
+        network = estimator.module_
+        return cls(
+            network if in_place else copy.deepcopy(network),
+            estimator.preprocessing_,
+            estimator._built_as,
+            estimator._digest,
+        )

@@ -1,0 +1,494 @@
+"""The training of a partly frozen network: a skorch net, and its epochs.
+
+skorch does a step and an epoch; what stands around it is here, in one visible loop:
+everything random of an epoch comes from its number, so that an interrupted run goes on
+with the bits it would have had; the best epoch is kept; and an interrupt is an
+interrupt.
+"""
+
+import contextlib
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import partial
+from multiprocessing import current_process
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from skorch import NeuralNet
+from skorch.callbacks import Callback, GradientNormClipping
+from skorch.helper import predefined_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from sktl._batches import Batches, LabelledPictures
+from sktl._inference import PRECISIONS, memory_explained, normalized
+from sktl._preprocessing import Preprocessing
+from sktl._trainable import PartlyFrozen, parameter_groups
+
+LR_SCHEDULES = {"constant", "cosine", "onecycle"}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+}
+_LARGEST_GRADIENT = 5.0  # norm over all parameters; a step in a smooth loss has less
+_WARM_UP = 0.1  # of all steps
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; named and explained as in `FineTunedCNNClassifier`."""
+
+    n_open_stages: int
+    fixed_statistics: bool  # of BatchNorm
+    optimizer: str
+    lr: float
+    layer_decay: float
+    weight_decay: float
+    lr_schedule: str
+    max_epochs: int
+    label_smoothing: float
+    unfreeze_every: int | None
+    patience: int | None  # n_iter_no_change, or None without early stopping
+    batch_size: int
+    device: torch.device
+    precision: str
+    verbose: int
+
+    @classmethod
+    def parameters(cls) -> list[str]:
+        """Name those that are parameters of the estimator as they are."""
+        derived = {"n_open_stages", "fixed_statistics", "patience", "device"}
+        return [each.name for each in fields(cls) if each.name not in derived]
+
+    def n_open_in(self, epoch: int) -> int:
+        """Say how many stages train in an epoch, counted from 0."""
+        if self.unfreeze_every is None:
+            return self.n_open_stages
+        return min(self.n_open_stages, epoch // self.unfreeze_every)
+
+
+@dataclass
+class Progress:
+    """How far a training is; with the weights, all that it needs to go on.
+
+    Attributes
+    ----------
+    seed : int
+        From which, with the number of an epoch, everything random of it comes.
+    epoch : int
+        Number of epochs done.
+    history : list of dict
+        One row for each epoch, the first of which may be the state before training.
+    best_epoch : int
+        The best so far; without early stopping the last.
+    best_score : tuple of two floats
+        Accuracy on the held-out part, and its loss with a minus.
+    best_weights : dict of str to Tensor
+        Of that epoch; empty without early stopping.
+    """
+
+    seed: int
+    epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    best_score: tuple[float, float] = (-math.inf, -math.inf)
+    best_weights: dict[str, Tensor] = field(default_factory=dict)
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Mean of the cross entropies of a batch, each times the weight of its picture.
+
+    Parameters
+    ----------
+    label_smoothing : float
+        Share of the target that is spread evenly over all classes.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        """Give the loss of ``(n, n_classes)`` for labels and weights ``(n,)`` each."""
+        label, weight = target
+        losses = F.cross_entropy(
+            logits, label, reduction="none", label_smoothing=self.label_smoothing
+        )
+        return (losses * weight).mean()
+
+
+class Training:
+    """A network in training.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `new_network`. It is moved to the device, and trained in place.
+    preprocessing : Preprocessing
+        Whose mean and deviation the pixels are normalized with.
+    training : LabelledPictures
+        To learn from.
+    validation : LabelledPictures or None
+        To tell the best epoch by.
+    settings : Settings
+        How.
+    progress : Progress
+        Where it stands; it is kept up to date.
+    callbacks : sequence of skorch callbacks
+        Of the user's.
+
+    Attributes
+    ----------
+    network : nn.Sequential
+        What is trained.
+    progress : Progress
+        Where it stands.
+    net : skorch.NeuralNet
+        Takes pixels ``(n, side, side, 3)``, uint8.
+    """
+
+    def __init__(
+        self,
+        network: nn.Sequential,
+        preprocessing: Preprocessing,
+        training: LabelledPictures,
+        validation: LabelledPictures | None,
+        *,
+        settings: Settings,
+        progress: Progress,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        self.progress = progress
+        self._settings = settings
+        self.network = network
+        self._training = training
+        network.to(settings.device)
+        network.to(memory_format=torch.channels_last)
+        precision = PRECISIONS[settings.precision]
+        self._partly = PartlyFrozen(
+            network, settings.n_open_stages, precision, settings.fixed_statistics
+        )
+        self._watch = _Watch(settings, len(Batches(training, settings.batch_size)))
+        self.net = NeuralNet(
+            _OnPixels(self._partly, preprocessing),
+            WeightedCrossEntropy,
+            criterion__label_smoothing=settings.label_smoothing,
+            optimizer=partial(_optimizer, network, settings),
+            lr=settings.lr,
+            batch_size=settings.batch_size,
+            iterator_train=Batches,
+            iterator_train__shuffle=True,
+            iterator_valid=Batches,
+            train_split=None if validation is None else predefined_split(validation),
+            callbacks=[
+                GradientNormClipping(_LARGEST_GRADIENT),
+                ("watch", self._watch),
+                *callbacks,
+            ],
+            callbacks__print_log=None,
+            device=settings.device,
+            verbose=0,
+        ).initialize()
+
+    def run(self, after_epoch: Callable[["Training"], None] | None = None) -> None:
+        """Train until `max_epochs` are done, or early stopping says so.
+
+        Parameters
+        ----------
+        after_epoch : callable, default=None
+            Called after each epoch, to save it.
+
+        Raises
+        ------
+        KeyboardInterrupt
+            On Ctrl-C.
+        MemoryError
+            If a batch does not fit into memory.
+        ValueError
+            If the loss is not finite, or a picture cannot be read.
+        """
+        settings, progress = self._settings, self.progress
+        self.net.notify("on_train_begin", X=self._training, y=None)
+        with self._watch.bar(progress.epoch):
+            while progress.epoch < settings.max_epochs and not self._is_over():
+                self._epoch()
+                if after_epoch is not None:
+                    after_epoch(self)
+        self.net.notify("on_train_end", X=self._training, y=None)
+        if progress.best_weights:
+            self.network.load_state_dict(progress.best_weights)
+        self.network.eval()
+
+    def _epoch(self) -> None:
+        settings, progress = self._settings, self.progress
+        n_open = settings.n_open_in(progress.epoch)
+        self._partly.open(n_open)
+        self._watch.start(progress.epoch)
+        with (
+            seeded(settings.device, progress.seed, progress.epoch),
+            memory_explained(settings.batch_size),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            # Not `fit`, which takes an interrupt for the wish to stop early.
+            self.net.fit_loop(self._training, epochs=1)
+        progress.epoch += 1
+        row = {
+            "epoch": progress.epoch,
+            "train_loss": float(self.net.history[-1, "train_loss"]),
+        }
+        if settings.patience is not None:
+            row["valid_loss"] = float(self.net.history[-1, "valid_loss"])
+            row["valid_score"] = self._watch.accuracy()
+        row["lr"] = self._watch.rate
+        row["n_open_stages"] = n_open
+        self._record(row)
+
+    def _record(self, row: dict[str, float]) -> None:
+        """Enter an epoch, and keep its weights if it is the best."""
+        progress = self.progress
+        progress.history.append(row)
+        if self._settings.patience is None:
+            progress.best_epoch = progress.epoch
+            return
+        # Of epochs with the same number of hits, the one with the lower loss.
+        score = (row["valid_score"], -row["valid_loss"])
+        if score > progress.best_score:
+            progress.best_epoch, progress.best_score = progress.epoch, score
+            progress.best_weights = {
+                name: value.detach().clone()
+                for name, value in self.network.state_dict().items()
+            }
+
+    def _is_over(self) -> bool:
+        patience = self._settings.patience
+        waited = self.progress.epoch - self.progress.best_epoch
+        return patience is not None and waited >= patience
+
+    def begin(
+        self,
+        features: NDArray[np.float32],
+        label: NDArray[np.intp],
+        weight: NDArray[np.float64],
+        held_out: NDArray[np.bool_],
+    ) -> None:
+        """Make the head as it is now epoch 0, from what it says of known features.
+
+        Parameters
+        ----------
+        features : ndarray of shape (n, n_features)
+            What the head sees of each picture.
+        label, weight : ndarray of shape (n,)
+            Theirs.
+        held_out : ndarray of shape (n,), bool
+            Which of them are not trained on.
+        """
+        head = self.network[-1].eval()
+        with torch.inference_mode():
+            x = torch.from_numpy(features).to(self._settings.device)
+            logits = head(x).float().cpu()
+        target = torch.from_numpy(label), torch.from_numpy(weight).float()
+
+        def loss(chosen: NDArray[np.bool_]) -> float:
+            at = torch.from_numpy(chosen)
+            chosen_target = target[0][at], target[1][at]
+            result: Tensor = self.net.criterion_(logits[at], chosen_target)
+            return result.item()
+
+        row: dict[str, float] = {"epoch": 0, "train_loss": loss(~held_out)}
+        if self._settings.patience is not None:
+            hits = logits.numpy().argmax(axis=1) == label
+            row["valid_loss"] = loss(held_out)
+            row["valid_score"] = float(
+                np.average(hits[held_out], weights=weight[held_out])
+            )
+        self._record({**row, "lr": 0.0, "n_open_stages": 0})
+
+    def restore(
+        self,
+        weights: Mapping[str, Tensor],
+        progress: Progress,
+        optimizer: Mapping[int, Mapping[str, Tensor]],
+    ) -> None:
+        """Go back to where a training was: with the same bits from there on."""
+        self.network.load_state_dict(weights)
+        self.progress = progress
+        self.restore_optimizer(optimizer)
+
+    def restore_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Give the optimizer the state that one for the same parameters had."""
+        optimizer = self.net.optimizer_
+        groups = optimizer.state_dict()["param_groups"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        laid_out: dict[int, dict[str, Tensor]] = {}
+        for number, values in state.items():
+            like = parameters[number]
+            # In the memory layout of the parameter, as it was: a sum in another order
+            # may round differently.
+            laid_out[number] = {
+                name: torch.empty_like(like).copy_(value)
+                if value.shape == like.shape
+                else value
+                for name, value in values.items()
+            }
+        optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
+
+
+def warn_of_shared_gpu(device: torch.device) -> None:
+    """Warn in a worker process of joblib that it shares a GPU with the others."""
+    if device.type == "cpu" or not current_process().name.startswith("Loky"):
+        return
+    if torch.accelerator.device_count() == 1:
+        warnings.warn(
+            "Several worker processes train on one GPU: each has its own copy of "
+            "everything, they slow each other down, and its memory may not do for all. "
+            "Search with n_jobs=1, or give each worker a GPU of its own.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Seed all global generators from some numbers, and put them back afterwards.
+
+    Those of torch (on the CPU and on `device`), of NumPy and of Python: an augmentation
+    of the user's may draw from any.
+    """
+    legacy: Any = np.random  # whose global state has no other interface
+    seed, small = np.random.SeedSequence(numbers).generate_state(2, np.uint64).tolist()
+    python, numpy = random.getstate(), legacy.get_state()
+    on = [] if device.type == "cpu" else [device.index or 0]
+    kind = "cuda" if device.type == "cpu" else device.type
+    try:
+        with torch.random.fork_rng(devices=on, device_type=kind):
+            torch.default_generator.manual_seed(seed)
+            if on:
+                torch.get_device_module(device).manual_seed(seed)
+            legacy.seed(small % 2**32)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        legacy.set_state(numpy)
+
+
+def rate_factor(lr_schedule: str, step: int, n_steps: int) -> float:
+    """Say what the learning rate is multiplied with in a step, counted from 0.
+
+    ``"constant"``: 1. ``"cosine"``: from 0 up to 1 in the first tenth of the steps,
+    then along a cosine down to 0 (Loshchilov and Hutter, *SGDR*, 2017).
+    ``"onecycle"``: from 1/25 up to 1 in the first three tenths and down to 0, both
+    along cosines (Smith and Topin, *Super-Convergence*, 2018).
+    """
+    if lr_schedule == "constant":
+        return 1.0
+    if lr_schedule == "cosine":
+        n_up, start = math.ceil(_WARM_UP * n_steps), 0.0
+        up = (step + 1) / (n_up + 1)
+    else:
+        n_up, start = math.ceil(0.3 * n_steps), 1 / 25
+        up = (1 - math.cos(math.pi * step / n_up)) / 2
+    if step < n_up:
+        return start + (1 - start) * up
+    return (1 + math.cos(math.pi * (step - n_up) / max(1, n_steps - n_up))) / 2
+
+
+class _OnPixels(nn.Module):
+    """A network that normalizes what it is given, on its own device."""
+
+    def __init__(self, partly: PartlyFrozen, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.partly = partly
+        self._preprocessing = preprocessing
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Give the logits ``(n, n_classes)`` of ``(n, side, side, 3)``, uint8."""
+        x = pixels.permute(0, 3, 1, 2)  # (n, 3, side, side), channels last in memory
+        logits: Tensor = self.partly(normalized(x, self._preprocessing))
+        return logits
+
+
+def _optimizer(
+    network: nn.Sequential, settings: Settings, parameters: Any, lr: float
+) -> torch.optim.Optimizer:
+    # Instead of skorch's one group: groups by depth, each with its own rate.
+    groups = parameter_groups(
+        network,
+        lr=lr,
+        layer_decay=settings.layer_decay,
+        weight_decay=settings.weight_decay,
+    )
+    for group in groups:
+        group["highest_lr"] = group["lr"]
+    return OPTIMIZERS[settings.optimizer](groups)
+
+
+class _Watch(Callback):
+    """Sets the rate of each step, counts hits, and stops where a loss is no number."""
+
+    def __init__(self, settings: Settings, n_batches: int) -> None:
+        self.settings = settings
+        self.n_batches = n_batches
+        self.rate = 0.0  # of the head, in the last step
+        self._bar: Any = None
+        self.start(0)
+
+    def start(self, epoch: int) -> None:
+        """Begin an epoch, counted from 0."""
+        self._step = epoch * self.n_batches
+        self._hits = self._weight = 0.0
+
+    def accuracy(self) -> float:
+        """Give the weighted share of hits on what is held out."""
+        return self._hits / self._weight
+
+    @contextlib.contextmanager
+    def bar(self, epoch: int) -> Iterator[None]:
+        """Show a bar from there on, if anything is to be shown."""
+        if not self.settings.verbose:
+            yield
+            return
+        n_steps = self.settings.max_epochs * self.n_batches
+        done = epoch * self.n_batches
+        with tqdm(total=n_steps, initial=done, unit="step", delay=1) as self._bar:
+            yield
+        self._bar = None
+
+    def on_batch_begin(
+        self, net: Any, batch: Any = None, training: bool = False, **rest: Any
+    ) -> None:
+        """Set the rates."""
+        if training:
+            n_steps = self.settings.max_epochs * self.n_batches
+            factor = rate_factor(self.settings.lr_schedule, self._step, n_steps)
+            for group in net.optimizer_.param_groups:
+                group["lr"] = factor * group["highest_lr"]
+            self.rate = net.optimizer_.param_groups[0]["lr"]
+
+    def on_batch_end(
+        self, net: Any, batch: Any = None, training: bool = False, **rest: Any
+    ) -> None:
+        """Look at what came out."""
+        label, weight = batch[1]
+        if not training:
+            hits = rest["y_pred"].argmax(1).cpu() == label
+            self._hits += float((hits * weight).sum())
+            self._weight += float(weight.sum())
+            return
+        self._step += 1
+        if self._bar is not None:
+            self._bar.update()
+        loss = net.history[-1, "batches", -1, "train_loss"]
+        if not math.isfinite(loss):
+            raise ValueError(
+                "The training loss must be a finite number. Got "
+                f"{loss} in epoch {self._step // self.n_batches + 1} with lr="
+                f"{self.settings.lr}. Reduce lr, or train fewer stages."
+            )
