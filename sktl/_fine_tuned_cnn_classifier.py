@@ -67,7 +67,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         with hidden layers, as scikit-learn's multilayer perceptron. The statistics of
         BatchNorm, which these features depend on, then stay as they are wherever they
         are pretrained.
-    hidden_layer_sizes : sequence of int, default=()
+    hidden_layer_sizes : int or sequence of int, default=()
         Widths of layers between the penultimate feature and the classes.
     dropout : float, default=0.0
         Share of values dropped before each layer of the head.
@@ -206,7 +206,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         "weights": [str, os.PathLike, None],
         "trainable": [str, Interval(Integral, 0, None, closed="left")],
         "head_init": [StrOptions({"linear_probe", "random"})],
-        "hidden_layer_sizes": ["array-like"],
+        "hidden_layer_sizes": [
+            "array-like",
+            Interval(Integral, 1, None, closed="left"),
+        ],
         "dropout": [Interval(Real, 0, 1, closed="left")],
         "optimizer": [StrOptions(set(OPTIMIZERS))],
         "lr": [Interval(Real, 0, None, closed="neither")],
@@ -243,7 +246,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         weights: str | os.PathLike[str] | None = "DEFAULT",
         trainable: str | int = "all",
         head_init: str = "linear_probe",
-        hidden_layer_sizes: Sequence[int] = (),
+        hidden_layer_sizes: int | Sequence[int] = (),
         dropout: float = 0.0,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -448,7 +451,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             If a picture cannot be read; the message names its row, its path and the
             reason.
         """
-        return self.classes_[self._logits(X).argmax(axis=1)]
+        logits = self._logits(X)
+        return self.classes_[logits.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
         """Give the probabilities of all classes.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,7 +54,7 @@ class Start:
         n_classes: int,
         *,
         image_size: int | None,
-        hidden_layer_sizes: Sequence[int],
+        hidden_layer_sizes: int | Sequence[int],
         dropout: float,
         seed: int,
         progress: bool,
@@ -86,7 +87,7 @@ class Start:
             name, weights, random_state=seed_of_weights, progress=progress
         )
         built_as: dict[str, Any] = {
-            "hidden_layer_sizes": [int(width) for width in hidden_layer_sizes],
+            "hidden_layer_sizes": _widths(hidden_layer_sizes),
             "dropout": float(dropout),
         }
         with seeded(torch.device("cpu"), seed):
@@ -122,3 +123,14 @@ class Start:
             estimator._built_as,
             estimator._digest,
         )
+
+
+def _widths(hidden_layer_sizes: int | Sequence[int]) -> list[int]:
+    given = hidden_layer_sizes
+    widths: list[Any] = np.ravel(given).tolist() if np.size(given) else []
+    if not all(isinstance(width, int) and width >= 1 for width in widths):
+        raise ValueError(
+            "The 'hidden_layer_sizes' parameter must be positive ints, one for each "
+            f"hidden layer. Got {given!r} instead."
+        )
+    return widths
