@@ -57,7 +57,7 @@ class LabelledPictures(Dataset[Any]):
         n_jobs: int | None,
     ) -> None:
         self._pictures = pictures
-        self._rows = rows
+        self._rows = rows.tolist()  # polars knows no integers of NumPy
         self._label = torch.from_numpy(label.astype(np.int64))
         self._weight = torch.from_numpy(weight.astype(np.float32))
         self._augmentation = augmentation

@@ -173,7 +173,7 @@ def identity_of(
         Equal for two runs that would come to the same, on the same machine.
     """
     data = hashlib.sha256(given.label.tobytes() + given.weight.tobytes())
-    for row in given.rows:
+    for row in given.rows.tolist():
         data.update(pictures.key(row))
     chosen = {
         name: value if isinstance(value, bool | int | float) else str(value)

@@ -18,14 +18,25 @@ import torch
 from PIL import Image
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
-from sklearn.utils import estimator_checks
+from sklearn.utils import estimator_checks, get_tags
 from sklearn.utils.fixes import parse_version
 
 import sktl
-from sktl import PretrainedClassifier, PretrainedFeatures
+from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 
-ESTIMATORS = [PretrainedClassifier("resnet_mini"), PretrainedFeatures("tiny")]
-TRANSFORMERS = ESTIMATORS[1:]
+ESTIMATORS = [
+    FineTunedCNNClassifier("tiny", max_epochs=2, random_state=0),
+    PretrainedClassifier("resnet_mini"),
+    PretrainedFeatures("tiny"),
+]
+TRANSFORMERS = ESTIMATORS[2:]
+
+# What cannot hold, and why.
+EXPECTED_FAILURES = {
+    (FineTunedCNNClassifier, "check_sample_weight_equivalence_on_dense_data"): (
+        "a picture of weight 2 is in one batch, two copies of it are in two"
+    ),
+}
 
 # Those that scikit-learn runs on its own estimators and keeps from check_estimator.
 KEPT_BACK = [
@@ -58,6 +69,13 @@ def checks_of(estimator):
     return list(estimator_checks.estimator_checks_generator(estimator))
 
 
+def marked(estimator, check):
+    """Pair of both, marked where the check is expected to fail."""
+    reason = EXPECTED_FAILURES.get((type(estimator), name_of(check)))
+    marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
+    return pytest.param(estimator, check, marks=marks)
+
+
 def name_of(check):
     return getattr(check, "func", check).__name__
 
@@ -67,7 +85,7 @@ class TestScikitLearn:
 
     @pytest.mark.parametrize(
         ("estimator", "check"),
-        [pair for estimator in ESTIMATORS for pair in checks_of(estimator)],
+        [marked(*pair) for estimator in ESTIMATORS for pair in checks_of(estimator)],
         ids=lambda value: name_of(value) if callable(value) else "",
     )
     def test_check_estimator(self, estimator, check):
@@ -82,6 +100,8 @@ class TestScikitLearn:
             *((estimator, name) for estimator in TRANSFORMERS for name in KEPT_BACK),
             (ESTIMATORS[0], "check_dataframe_column_names_consistency"),
             (ESTIMATORS[0], "check_param_validation"),
+            (ESTIMATORS[1], "check_dataframe_column_names_consistency"),
+            (ESTIMATORS[1], "check_param_validation"),
         ],
     )
     def test_checks_kept_back(self, estimator, name):
@@ -91,7 +111,7 @@ class TestScikitLearn:
     # transformer that needs fit gets one more, check_estimators_unfitted, which demands
     # the opposite of what a stateless one promises.
     @pytest.mark.parametrize(
-        ("estimator", "n"), list(zip(ESTIMATORS, [60, 46], strict=True))
+        ("estimator", "n"), list(zip(ESTIMATORS, [63, 60, 46], strict=True))
     )
     def test_no_check_is_lost(self, estimator, n):
         newest = parse_version(sklearn.__version__) >= parse_version("1.9")
@@ -132,6 +152,12 @@ def take(X, rows):
     return X.iloc[list(rows)] if hasattr(X, "iloc") else X[list(rows)]
 
 
+def fitted(estimator, X):
+    """Fitted on X, with two labels where some are needed."""
+    required = get_tags(estimator).target_tags.required
+    return clone(estimator).fit(X, np.arange(len(X)) % 2 if required else None)
+
+
 def output_of(estimator, X):
     """Numbers that an estimator gives for pictures, one row each."""
     method = "transform" if hasattr(estimator, "transform") else "predict_proba"
@@ -146,12 +172,12 @@ class TestPictures:
         return KINDS[kind](paths)
 
     def test_same_output_as_of_the_array(self, estimator, X, pictures):
-        expected = output_of(clone(estimator).fit(pictures), pictures)
-        np.testing.assert_array_equal(output_of(clone(estimator).fit(X), X), expected)
+        expected = output_of(fitted(estimator, pictures), pictures)
+        np.testing.assert_array_equal(output_of(fitted(estimator, X), X), expected)
 
     def test_fit_returns_self_and_changes_nothing_given(self, estimator, X):
         mine, params, before = clone(estimator), estimator.get_params(), pickle.dumps(X)
-        assert mine.fit(X) is mine
+        assert mine.fit(X, np.arange(len(X)) % 2) is mine
         state = {name: pickle.dumps(value) for name, value in vars(mine).items()}
         output_of(mine, X)
         assert {n: pickle.dumps(value) for n, value in vars(mine).items()} == state
@@ -160,12 +186,12 @@ class TestPictures:
 
     def test_order_of_rows_does_not_matter(self, estimator, X):
         order = np.random.default_rng(0).permutation(40)
-        mine = clone(estimator).fit(X)
+        mine = fitted(estimator, X)
         rows = output_of(mine, X)
         np.testing.assert_array_equal(output_of(mine, take(X, order)), rows[order])
 
     def test_a_row_alone_is_the_same_row(self, estimator, X):
-        mine = clone(estimator).fit(X)
+        mine = fitted(estimator, X)
         together = output_of(mine, X)
         alone = np.vstack([output_of(mine, take(X, [row])) for row in (0, 7, 39)])
         np.testing.assert_allclose(
@@ -173,7 +199,7 @@ class TestPictures:
         )
 
     def test_pickle_and_joblib(self, estimator, X, tmp_path):
-        mine = clone(estimator).fit(X)
+        mine = fitted(estimator, X)
         joblib.dump(mine, tmp_path / "mine.joblib")
         assert (tmp_path / "mine.joblib").stat().st_size < 150_000  # of 5.7 MB
         for copied in (
@@ -184,7 +210,7 @@ class TestPictures:
 
     def test_no_rows(self, estimator, X):
         with pytest.raises(ValueError, match=r"0 sample\(s\)|minimum of 1"):
-            clone(estimator).fit(take(X, []))
+            clone(estimator).fit(take(X, []), [])
 
 
 @pytest.mark.parametrize("kind", KINDS)
