@@ -84,7 +84,14 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         document = json.loads(text)
         if not whole or not isinstance(document, dict):
             raise ValueError("its content is not what its sha256 says")
-    except (SafetensorError, LookupError, TypeError, ValueError) as error:
+    # A RecursionError is what JSON of a thousand brackets makes.
+    except (
+        SafetensorError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{str(path)!r} must be a file that sktl wrote, whole and unchanged. It is "
             f"not, or not any more: {str(error) or type(error).__name__}. Nothing in "
