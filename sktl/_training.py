@@ -239,6 +239,9 @@ class Training:
             # Not `fit`, which takes an interrupt for the wish to stop early.
             self.net.fit_loop(self._training, epochs=1)
         progress.epoch += 1
+        state = self.network.state_dict().values()
+        if not torch.stack([value.isfinite().all() for value in state]).all():
+            raise _diverged("weights", "NaN or infinity", progress.epoch, settings.lr)
         row = {
             "epoch": progress.epoch,
             "train_loss": float(self.net.history[-1, "train_loss"]),
@@ -487,8 +490,12 @@ class _Watch(Callback):
             self._bar.update()
         loss = net.history[-1, "batches", -1, "train_loss"]
         if not math.isfinite(loss):
-            raise ValueError(
-                "The training loss must be a finite number. Got "
-                f"{loss} in epoch {self._step // self.n_batches + 1} with lr="
-                f"{self.settings.lr}. Reduce lr, or train fewer stages."
-            )
+            epoch = (self._step - 1) // self.n_batches + 1
+            raise _diverged("loss", str(loss), epoch, self.settings.lr)
+
+
+def _diverged(what: str, got: str, epoch: int, lr: float) -> ValueError:
+    return ValueError(
+        f"The {what} in training must be finite. Got {got} in epoch {epoch} with "
+        f"lr={lr}. Reduce lr, or train fewer stages."
+    )
