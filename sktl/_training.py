@@ -260,8 +260,9 @@ class Training:
         if self._settings.patience is None:
             progress.best_epoch = progress.epoch
             return
-        # Of epochs with the same number of hits, the one with the lower loss.
-        score = (row["valid_score"], -row["valid_loss"])
+        # Of epochs with the same hits, the one with the lower loss. Rounded, since
+        # sums of the same weights in another order differ in the last bits.
+        score = (round(row["valid_score"], 6), -row["valid_loss"])
         if score > progress.best_score:
             progress.best_epoch, progress.best_score = progress.epoch, score
             progress.best_weights = {
