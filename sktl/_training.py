@@ -224,6 +224,10 @@ class Training:
         if progress.best_weights:
             self.network.load_state_dict(progress.best_weights)
         self.network.eval()
+        # Else the net, which is left behind, would hold the pictures that were watched
+        # and a gradient for each weight.
+        self.net.train_split = None
+        self.net.optimizer_.zero_grad()
 
     def _epoch(self) -> None:
         settings, progress = self._settings, self.progress
