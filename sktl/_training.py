@@ -378,7 +378,9 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
         with torch.random.fork_rng(devices=on, device_type=kind):
             torch.default_generator.manual_seed(seed)
             if on:
-                torch.get_device_module(device).manual_seed(seed)
+                # `manual_seed` of the module is for the current device.
+                state = torch.Generator(device).manual_seed(seed).get_state()
+                torch.get_device_module(device).set_rng_state(state, on[0])
             legacy.seed(small % 2**32)
             random.seed(seed)
             yield
