@@ -20,6 +20,7 @@ from sktl._labels import Labelled
 from sktl._tensor_file import read_tensors, write_tensors
 from sktl._training import Progress, Training
 
+_FORMAT = "sktl checkpoint of a fine-tuning, version 1"
 _NAME = "fine_tuning"
 # Parameters that do not change what comes out.
 _WITHOUT_EFFECT = {"callbacks", "checkpoint", "memory", "n_jobs", "verbose", "weights"}
@@ -46,14 +47,14 @@ class Checkpoint:
     def __init__(
         self, directory: str | os.PathLike[str], identity: Mapping[str, Any]
     ) -> None:
-        folder = Path(directory).expanduser()
+        self._file = _file_in(directory)
+        folder = self._file.parent
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(
                 "The 'checkpoint' parameter must be a directory. Got "
                 f"{str(folder)!r}, which is a file."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / f"{_NAME}.safetensors"
         self._identity = dict(identity)
 
     def resume(self, training: Training) -> bool:
@@ -77,26 +78,19 @@ class Checkpoint:
         for left in self._file.parent.glob(f"{_NAME}-*.tmp"):  # by a killed writer
             with contextlib.suppress(OSError):
                 left.unlink()
-        try:
-            tensors, document = read_tensors(self._file)
-        except FileNotFoundError:
+        content = _read(self._file)
+        if content is None:
             return False
-        except ValueError as error:
-            raise ValueError(f"{error} Delete it to start anew.") from error
-        self._check(document["identity"])
-        optimizer: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(_OPTIMIZER, tensors).items():
-            number, part = name.split(".", 1)
-            optimizer.setdefault(int(number), {})[part] = value
-        progress = Progress(
-            seed=document["seed"],
-            epoch=document["epoch"],
-            history=document["history"],
-            best_epoch=document["best_epoch"],
-            best_score=tuple(document["best_score"]),
-            best_weights=_below(_BEST, tensors),
-        )
-        training.restore(_below(_WEIGHTS, tensors), progress, optimizer)
+        tensors, document = content
+        self._check(document.get("identity"))
+        try:
+            _restore(training, tensors, document)
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The checkpoint {str(self._file)!r} must fit the network and its "
+                f"optimizer, and does not: {type(error).__name__}: {error}. Delete it "
+                "to start anew."
+            ) from error
         return True
 
     def save(self, training: Training) -> None:
@@ -118,6 +112,7 @@ class Checkpoint:
                     name = f"{_OPTIMIZER}{number}.{part}"
                     tensors[name] = torch.as_tensor(value)
         document = {
+            "format": _FORMAT,
             "identity": self._identity,
             "seed": progress.seed,
             "epoch": progress.epoch,
@@ -136,8 +131,9 @@ class Checkpoint:
                 stacklevel=2,
             )
 
-    def _check(self, theirs: Mapping[str, Any]) -> None:
+    def _check(self, theirs: Any) -> None:
         mine = self._identity
+        theirs = theirs if isinstance(theirs, dict) else {}
         other = [
             f"{name} (there {theirs.get(name)!r}, here {mine.get(name)!r})"
             for name in sorted({*mine, *theirs})
@@ -189,6 +185,72 @@ def identity_of(
         "digest of weights": digest,
         "torch": torch.__version__.split("+")[0],
     }
+
+
+def seed_of(directory: str | os.PathLike[str], otherwise: int) -> int:
+    """Give the seed of the run whose checkpoint is in a directory.
+
+    Parameters
+    ----------
+    directory : str or path-like
+        As `Checkpoint` has it.
+    otherwise : int
+        What to give if there is none.
+
+    Returns
+    -------
+    int
+        What a run that goes on from there has to begin with.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged.
+    """
+    content = _read(_file_in(directory))
+    return otherwise if content is None else int(content[1]["seed"])
+
+
+def _file_in(directory: str | os.PathLike[str]) -> Path:
+    if not os.fspath(directory):
+        raise ValueError(
+            "The 'checkpoint' parameter must be the name of a directory. Got ''."
+        )
+    return Path(directory).expanduser() / f"{_NAME}.safetensors"
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    try:
+        tensors, document = read_tensors(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error} Delete it to start anew.") from error
+    if document.get("format") != _FORMAT:
+        raise ValueError(
+            f"The checkpoint {str(file)!r} must be of the format {_FORMAT!r}. Got "
+            f"{document.get('format')!r}. Use another directory."
+        )
+    return tensors, document
+
+
+def _restore(
+    training: Training, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
+) -> None:
+    optimizer: dict[int, dict[str, Tensor]] = {}
+    for name, value in _below(_OPTIMIZER, tensors).items():
+        number, part = name.split(".", 1)
+        optimizer.setdefault(int(number), {})[part] = value
+    accuracy, minus_loss = document["best_score"]
+    progress = Progress(
+        seed=int(document["seed"]),
+        epoch=int(document["epoch"]),
+        history=[dict(row) for row in document["history"]],
+        best_epoch=int(document["best_epoch"]),
+        best_score=(float(accuracy), float(minus_loss)),
+        best_weights=_below(_BEST, tensors),
+    )
+    training.restore(_below(_WEIGHTS, tensors), progress, optimizer)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
