@@ -6,6 +6,7 @@ It says which run it belongs to, and is refused by any other.
 import contextlib
 import hashlib
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from numbers import Integral
@@ -172,7 +173,7 @@ def identity_of(
     for row in given.rows.tolist():
         data.update(pictures.key(row))
     chosen = {
-        name: value if isinstance(value, bool | int | float) else str(value)
+        name: value if isinstance(value, bool | int | float) else _named(value)
         for name, value in parameters.items()
         if name not in _WITHOUT_EFFECT
     }
@@ -232,6 +233,11 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             f"{document.get('format')!r}. Use another directory."
         )
     return tensors, document
+
+
+def _named(value: Any) -> str:
+    """Give the text of a value, without where in the memory of a process it is."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
 
 
 def _restore(
