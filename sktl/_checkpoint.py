@@ -169,9 +169,9 @@ def identity_of(
     dict of str
         Equal for two runs that would come to the same, on the same machine.
     """
-    data = hashlib.sha256(given.label.tobytes() + given.weight.tobytes())
+    X = hashlib.sha256()
     for row in given.rows.tolist():
-        data.update(pictures.key(row))
+        X.update(pictures.key(row))
     chosen = {
         name: value if isinstance(value, bool | int | float) else _named(value)
         for name, value in parameters.items()
@@ -181,7 +181,11 @@ def identity_of(
         chosen["random_state"] = "none: that of the checkpoint is used"
     return {
         **chosen,
-        "data": data.hexdigest(),
+        "X": X.hexdigest(),
+        "y": hashlib.sha256(given.label.tobytes()).hexdigest(),
+        "weights of samples and classes": hashlib.sha256(
+            given.weight.tobytes()
+        ).hexdigest(),
         "classes": [str(each) for each in given.classes.tolist()],
         "digest of weights": digest,
         "torch": torch.__version__.split("+")[0],
