@@ -9,6 +9,7 @@ interrupt.
 import contextlib
 import math
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -38,6 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 _LARGEST_GRADIENT = 5.0  # norm over all parameters; a step in a smooth loss has less
 _WARM_UP = 0.1  # of all steps
+_global_generators = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -367,14 +369,16 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
     """Seed all global generators from some numbers, and put them back afterwards.
 
     Those of torch (on the CPU and on `device`), of NumPy and of Python: an augmentation
-    of the user's may draw from any.
+    of the user's may draw from any. They belong to all threads: who comes second waits.
     """
     legacy: Any = np.random  # whose global state has no other interface
     seed, small = np.random.SeedSequence(numbers).generate_state(2, np.uint64).tolist()
-    python, numpy = random.getstate(), legacy.get_state()
     on = [] if device.type == "cpu" else [device.index or 0]
     kind = "cuda" if device.type == "cpu" else device.type
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_global_generators)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(legacy.set_state, legacy.get_state())
         with torch.random.fork_rng(devices=on, device_type=kind):
             torch.default_generator.manual_seed(seed)
             if on:
@@ -384,9 +388,6 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
             legacy.seed(small % 2**32)
             random.seed(seed)
             yield
-    finally:
-        random.setstate(python)
-        legacy.set_state(numpy)
 
 
 def rate_factor(lr_schedule: str, step: int, n_steps: int) -> float:
