@@ -32,14 +32,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.base import BaseEstimator
+from sklearn.base import BaseEstimator, clone
 from sklearn.datasets import load_digits, load_files
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedShuffleSplit
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from sktl import PretrainedClassifier, PretrainedFeatures
+from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 
 Pictures = NDArray[Any]
 
@@ -63,6 +63,12 @@ def with_classifier(*steps: Any) -> Pipeline:
 def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
     """Give an estimator for each way of using the network, and for doing without."""
     searched = with_classifier(PretrainedFeatures(**shared))
+    # Far from what the network was trained on, its own features are no good start for
+    # the head, and it takes larger steps than the default to leave them.
+    tuned = FineTunedCNNClassifier(
+        **{**shared, "batch_size": 32}, head_init="random", lr=1e-3, random_state=0
+    )
+    from_scratch = clone(tuned).set_params(weights=None)
     return {
         "raw pixels": with_classifier(FunctionTransformer(raw_pixels)),
         "as is: PretrainedClassifier": PretrainedClassifier(**shared),
@@ -75,6 +81,8 @@ def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
             },
             cv=3,
         ),
+        "fine-tuned: from pretrained weights": tuned,
+        "fine-tuned: from random weights": from_scratch,
     }
 
 
@@ -84,6 +92,8 @@ def n_trained(fitted: Any) -> int:
         fitted = fitted.best_estimator_
     if isinstance(fitted, PretrainedClassifier):
         return int(np.prod(fitted.label_given_category_.shape))
+    if isinstance(fitted, FineTunedCNNClassifier):
+        return sum(p.numel() for p in fitted.module_.parameters())
     head = fitted[-1]
     return int(head.coef_.size + head.intercept_.size)
 

@@ -71,8 +71,9 @@ def labelled(
     Raises
     ------
     ValueError
-        If `y` is no classification target, lengths differ, every weight is 0, or there
-        are fewer than two classes, or others than in `classes`.
+        If `y` is no classification target, lengths differ, every weight is 0, one of
+        a class is negative, or there are fewer than two classes, or others than in
+        `classes`.
     """
     name = type(estimator).__name__
     if y is None:
@@ -92,12 +93,12 @@ def labelled(
     present = np.unique(y)
     if classes is None:
         classes = present
-        if len(classes) < 2:
-            raise ValueError(
-                f"{name} needs pictures of at least two classes. Got one class: "
-                f"{classes.tolist()}."
-            )
     classes = np.unique(np.asarray(classes))
+    if len(classes) < 2:
+        raise ValueError(
+            f"{name} needs pictures of at least two classes. Got one class: "
+            f"{classes.tolist()}."
+        )
     if not np.isin(present, classes).all():
         raise ValueError(
             f"y must have labels of the classes {classes.tolist()} only. Got "
@@ -108,9 +109,10 @@ def labelled(
         class_weight, classes=present, y=y, sample_weight=weight
     )
     weight = weight * of_class[np.searchsorted(present, y)]
-    if not weight.any():
+    if not (np.isfinite(of_class).all() and of_class.min() >= 0 and weight.any()):
         raise ValueError(
-            f"class_weight must be positive for a class in y. Got {class_weight!r}."
+            "class_weight must not be negative nor infinite, and positive for a class "
+            f"in y. Got {class_weight!r}."
         )
     return Labelled(classes, rows, label, weight / weight.mean())
 
@@ -148,4 +150,12 @@ def rows_held_out(
             random_state=seed,
         )
         held_out[chosen] = True
+        left = np.isin(given.label, given.label[~held_out])
+        if not left.all():
+            gone = given.classes[np.unique(given.label[~left])]
+            raise ValueError(
+                "Pictures of each class must be left to learn from. Got "
+                f"validation_fraction={fraction!r}, which holds out all of "
+                f"{gone.tolist()}."
+            )
     return held_out

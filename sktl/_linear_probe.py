@@ -25,6 +25,7 @@ from torch import nn
 STRENGTHS = np.logspace(-4, 1, 6)
 _N_FOLDS = 5
 _MANY = 2000  # pictures; from here on one held-out fifth tells enough
+_LEAST_SCALE = 1e-6  # of the largest deviation of a feature
 _MAX_ITER = {"regression": 1000, "perceptron": 200}  # scikit-learn's, and ample
 
 
@@ -65,10 +66,17 @@ def solve_head(
         :obj:`sklearn.linear_model.LogisticRegression`.
     """
     scaler = StandardScaler().fit(features, sample_weight=weight)
+    # A column next to all others constant is one, not a denormal made as large as they.
+    scaler.scale_ = np.maximum(scaler.scale_, _LEAST_SCALE * np.sqrt(scaler.var_.max()))
     x = scaler.transform(features.astype(np.float64))
     hidden = tuple(hidden_layer_sizes)
-    C = _best_strength(x, label, weight, hidden, seed)
-    model = _fitted(C, x, label, weight, hidden, seed)
+    with warnings.catch_warnings():
+        # A start need not be the optimum: training goes on from there.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # That there are few pictures of a class is so of a fold, not of what is given.
+        warnings.filterwarnings("ignore", "The number of unique classes")
+        C = _best_strength(x, label, weight, hidden, seed)
+        model = _fitted(C, x, label, weight, hidden, seed)
     if hidden:
         layers = list(zip(model.coefs_, model.intercepts_, strict=True))
     else:
@@ -99,7 +107,9 @@ def _best_strength(
     if smallest < 2:  # a single picture of a class cannot be learned and tested on
         return float(STRENGTHS[len(STRENGTHS) // 2])
     if len(label) >= _MANY:
-        splitter = StratifiedShuffleSplit(1, test_size=0.2, random_state=seed)
+        # At least one picture of each class on average, or scikit-learn refuses.
+        n_held_out = max(-(-len(label) // 5), int(label.max()) + 1)
+        splitter = StratifiedShuffleSplit(1, test_size=n_held_out, random_state=seed)
     else:
         n_folds = min(_N_FOLDS, smallest)
         splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
@@ -138,7 +148,4 @@ def _fitted(
         )
     else:
         model = LogisticRegression(C=C, max_iter=_MAX_ITER["regression"])
-    with warnings.catch_warnings():
-        # A start need not be the optimum: training goes on from there.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return model.fit(x, label, sample_weight=weight)
+    return model.fit(x, label, sample_weight=weight)

@@ -101,7 +101,21 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{str(path)!r} must be a file of FineTunedCNNClassifier.save. Got a file "
             f"of the format {document.get('format')!r}."
         )
-    fitted = {name: _usual(value) for name, value in document["fitted"].items()}
+    try:
+        fitted = _fitted(document, tensors)
+        parameters = document["parameters"].items()
+        return {name: _usual(value) for name, value in parameters}, fitted
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{str(path)!r} must be a file of FineTunedCNNClassifier.save, and its "
+            "backbone the network that it was. Got "
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    given = document["fitted"]
+    fitted = {name: _usual(given[name]) for name in _FITTED if name in given}
     for name in ("loss_curve_", "validation_scores_", "history_"):
         if fitted[name] is not None:
             fitted[name] = list(fitted[name])
@@ -109,15 +123,13 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         fitted["feature_names_in_"] = np.array(fitted["feature_names_in_"], object)
     classes = np.array(document["classes"], np.dtype(document["dtype_of_classes"]))
     network = _rebuilt(document["network"], len(classes), tensors)
-    fitted |= {
+    return fitted | {
         "classes_": classes,
         "module_": network,
         "preprocessing_": Preprocessing(**document["preprocessing"]),
         "_built_as": document["network"],
         "_digest": content_digest(network.state_dict()),
     }
-    parameters = document["parameters"]
-    return {name: _usual(value) for name, value in parameters.items()}, fitted
 
 
 def _rebuilt(

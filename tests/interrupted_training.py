@@ -1,0 +1,152 @@
+"""Trainings to be interrupted: what they are, and a program that runs one to its end.
+
+``python interrupted_training.py DIRECTORY NAME EVENT NUMBER`` kills itself, without a
+chance to clean up, at that number of an event; see `Kill`.
+"""
+
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from conftest import TinyNet
+from sklearn.datasets import load_sample_images
+from sklearn.model_selection import GridSearchCV
+from sklearn.utils import check_random_state
+from skorch.callbacks import Callback
+
+from sktl import FineTunedCNNClassifier
+
+
+def vary(picture):
+    """Draw from the global generators of NumPy and of Python."""
+    n = random.randrange(2) + int(check_random_state(None).randint(3))
+    return picture.rotate(90 * n)
+
+
+KINDS = {
+    "adamw": {"dropout": 0.3, "augmentation": "flip", "early_stopping": True},
+    "sgd": {"optimizer": "sgd", "augmentation": "standard", "layer_decay": 0.5},
+    "stage by stage": {"unfreeze_every": 2, "augmentation": vary, "dropout": 0.3},
+    "random head": {
+        "head_init": "random",
+        "optimizer": "sgd",
+        "augmentation": "trivial",
+        "early_stopping": True,
+        "hidden_layer_sizes": 8,
+        "lr_schedule": "onecycle",
+    },
+    "no random state": {"random_state": None, "dropout": 0.5, "augmentation": vary},
+}
+N_EPOCHS = 6
+
+
+def data():
+    """Forty pictures of 24 x 24, and labels that are hard to tell from them."""
+    china, flower = load_sample_images().images
+    X = [
+        photograph[y : y + 24, x : x + 24]
+        for photograph in (china, flower)
+        for y in range(60, 300, 60)
+        for x in range(40, 540, 100)
+    ]
+    return np.stack(X), np.repeat(["a", "b"], 20)[np.arange(40) * 7 % 40]
+
+
+def a_classifier(directory, name, **options):
+    """Give the classifier of that name, with a checkpoint in the directory."""
+    weights = Path(directory) / "weights.safetensors"
+    if not weights.exists():
+        torch.manual_seed(0)
+        safetensors.torch.save_file(TinyNet().state_dict(), weights)
+    defaults = {
+        "max_epochs": N_EPOCHS,
+        "batch_size": 8,
+        "lr": 0.01,
+        "random_state": 3,
+        "checkpoint": Path(directory) / "checkpoint",
+    }
+    return FineTunedCNNClassifier(
+        "tiny",
+        weights=weights,
+        validation_fraction=0.2,
+        n_iter_no_change=4,
+        **{**defaults, **KINDS[name], **options},
+    )
+
+
+class Kill(Callback):
+    """Kill this process.
+
+    Parameters
+    ----------
+    event : {"batch", "gradient", "epoch", "write", "never"}
+        At the end of a batch, of training or of watching; between backward pass and
+        step; after an epoch, before anything of it is written; or when the checkpoint
+        is half written.
+    number : int
+        At which of them, counted from 1.
+    """
+
+    def __init__(self, event, number):
+        self.event = event
+        self.number = number
+
+    def count(self, event):
+        """Count down, and kill at zero."""
+        if event == self.event:
+            self.number -= 1
+            if self.number == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_train_begin(self, net, **rest):
+        """Say that it begins, and count what is written from now on."""
+        print("training", flush=True)
+        fsync = os.fsync
+
+        def counted(descriptor):
+            size = os.fstat(descriptor).st_size
+            if self.event == "write" and self.number == 1:
+                os.ftruncate(descriptor, size // 2)
+            self.count("write")
+            fsync(descriptor)
+
+        os.fsync = counted
+
+    def on_batch_end(self, net, **rest):
+        """Count."""
+        self.count("batch")
+
+    def on_grad_computed(self, net, named_parameters, **rest):
+        """Count."""
+        self.count("gradient")
+
+    def on_epoch_end(self, net, **rest):
+        """Count."""
+        self.count("epoch")
+        print("epoch", flush=True)
+
+
+def main():
+    """Run."""
+    directory, name, event, number = sys.argv[1:]
+    X, y = data()
+    mine = a_classifier(directory, name, callbacks=[Kill(event, int(number))])
+    if event == "interrupt":  # until then
+        mine.set_params(max_epochs=10**6)
+    estimator = mine
+    if event == "search":
+        mine.set_params(checkpoint=None, max_epochs=10**6)
+        estimator = GridSearchCV(mine, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
+    try:
+        estimator.fit(X, y)
+    except KeyboardInterrupt:
+        print("interrupted", hasattr(estimator, "classes_"), flush=True)
+
+
+if __name__ == "__main__":
+    main()

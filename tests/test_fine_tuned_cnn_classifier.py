@@ -1,0 +1,348 @@
+"""FineTunedCNNClassifier: what it starts from, what it learns, and what it leaves."""
+
+import pickle
+
+import numpy as np
+import pytest
+import sklearn
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_files
+from sklearn.experimental import enable_halving_search_cv  # noqa: F401  (as it asks)
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import (
+    GridSearchCV,
+    HalvingGridSearchCV,
+    cross_val_score,
+    cross_validate,
+)
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch.nn import functional as F
+
+from sktl import FineTunedCNNClassifier, PretrainedFeatures
+from sktl._linear_probe import STRENGTHS
+
+
+@pytest.fixture
+def y():
+    return np.repeat(["china", "flower"], 20)
+
+
+def tuned(**parameters):
+    defaults = {"max_epochs": 2, "random_state": 0, "batch_size": 8}
+    return FineTunedCNNClassifier("tiny", **{**defaults, **parameters})
+
+
+def test_epoch_0_is_the_logistic_regression_on_frozen_features(pictures, y):
+    classifier = tuned(max_epochs=0).fit(pictures, y)
+    candidates = [
+        make_pipeline(
+            PretrainedFeatures("tiny"), StandardScaler(), LogisticRegression(C=C)
+        ).fit(pictures, y)
+        for C in STRENGTHS
+    ]
+    proba = classifier.predict_proba(pictures)
+    gaps = [np.abs(c.predict_proba(pictures) - proba).max() for c in candidates]
+    probe = candidates[int(np.argmin(gaps))]
+    assert min(gaps) < 1e-4
+    assert classifier.score(pictures, y) == probe.score(pictures, y)
+    assert classifier.n_iter_ == classifier.best_epoch_ == 0
+    assert classifier.loss_curve_ == []
+    assert [row["epoch"] for row in classifier.history_] == [0]
+
+
+def test_module_is_what_predicts_and_needs_nothing_of_ours(pictures, y):
+    classifier = tuned().fit(pictures, y)
+    preprocessing = classifier.preprocessing_
+    x = np.stack([preprocessing(picture) for picture in _images(pictures)])
+    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std)
+    )
+    assert not classifier.module_.training
+    with torch.inference_mode():
+        logits = classifier.module_((x - mean) / std)
+    proba = F.softmax(logits, dim=1).numpy()
+    np.testing.assert_allclose(classifier.predict_proba(pictures), proba, atol=1e-5)
+    scores = (logits[:, 1] - logits[:, 0]).numpy()
+    np.testing.assert_allclose(
+        classifier.decision_function(pictures), scores, atol=1e-4
+    )
+
+
+def _images(pictures):
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+@pytest.mark.parametrize("trainable", ["head", 1, "stage1", "all"])
+def test_training_learns(pictures, y, trainable):
+    classifier = tuned(
+        trainable=trainable, head_init="random", max_epochs=30, lr=1e-2
+    ).fit(pictures, y)
+    assert len(classifier.loss_curve_) == classifier.n_iter_ == 30
+    assert classifier.loss_curve_[-1] < 0.8 * classifier.loss_curve_[0]
+    assert classifier.score(pictures, y) > 0.7  # of two classes of one size
+
+
+@pytest.mark.parametrize(
+    "labels", [[3, 7], ["b", "a"], [False, True], [2.0, 1.0], [-1, 1]]
+)
+def test_labels_come_back_as_they_were(pictures, labels):
+    y = np.repeat(labels, 20)
+    classifier = tuned(max_epochs=0).fit(pictures, y)
+    np.testing.assert_array_equal(classifier.classes_, np.unique(y))
+    assert classifier.predict(pictures).dtype == y.dtype
+    assert accuracy_score(y, classifier.predict(pictures)) > 0.8
+
+
+def test_class_weight_is_sample_weight(pictures, y):
+    weights = {"china": 3.0, "flower": 1.0}
+    sample_weight = np.array([weights[label] for label in y])
+    by_class = tuned(class_weight=weights).fit(pictures, y)
+    by_sample = tuned().fit(pictures, y, sample_weight=sample_weight)
+    proba = by_sample.predict_proba(pictures)
+    np.testing.assert_array_equal(by_class.predict_proba(pictures), proba)
+    assert by_class.score(pictures, y, sample_weight=sample_weight) == accuracy_score(
+        y, by_sample.predict(pictures), sample_weight=sample_weight
+    )
+
+
+def test_weights_are_routed_through_a_cross_validation(pictures, y):
+    weight = np.where(np.arange(40) % 20 < 15, 1.0, 0.0)
+    with sklearn.config_context(enable_metadata_routing=True):
+        classifier = tuned(max_epochs=0)
+        classifier.set_fit_request(sample_weight=True)
+        classifier.set_score_request(sample_weight=True)
+        found = cross_validate(
+            classifier, pictures, y, cv=2, params={"sample_weight": weight}
+        )
+    assert found["test_score"].shape == (2,)
+
+
+def test_a_picture_of_weight_0_is_not_there(pictures, y):
+    weight = np.ones(40)
+    weight[[3, 30]] = 0
+    mine = tuned().fit(pictures, y, sample_weight=weight)
+    without = tuned().fit(np.delete(pictures, [3, 30], 0), np.delete(y, [3, 30]))
+    np.testing.assert_array_equal(
+        mine.predict_proba(pictures), without.predict_proba(pictures)
+    )
+    with pytest.raises(ValueError, match="at least one non-zero"):
+        tuned().fit(pictures, y, sample_weight=np.zeros(40))
+
+
+def test_halving_on_epochs(pictures, y):
+    search = HalvingGridSearchCV(
+        tuned(head_init="random"),
+        {"lr": [1e-4, 1e-2]},
+        resource="max_epochs",
+        max_resources=4,
+        min_resources=2,
+        factor=2,
+        cv=2,
+        random_state=0,
+    ).fit(pictures, y)
+    assert search.n_resources_ == [2, 4]
+    assert search.best_estimator_.n_iter_ == 4
+
+
+def test_two_workers_find_what_one_finds(paths, y, tmp_path):
+    grid = {"lr": [1e-3, 1e-2], "trainable": ["head", "all"]}
+    # "tiny" is registered in this process only.
+    model = FineTunedCNNClassifier("resnet_mini", max_epochs=1, random_state=0)
+    model.set_params(memory=tmp_path)
+    one = GridSearchCV(model, grid, cv=2).fit(paths, y)
+    two = GridSearchCV(model, grid, cv=2, n_jobs=2).fit(paths, y)
+    np.testing.assert_allclose(
+        one.cv_results_["mean_test_score"],
+        two.cv_results_["mean_test_score"],
+        atol=0.051,  # one picture; sums over one thread round otherwise than over two
+    )
+
+
+def test_the_linear_probe_shares_rows_with_pretrained_features(
+    paths, y, tmp_path, monkeypatch
+):
+    PretrainedFeatures("tiny", memory=tmp_path).fit_transform(paths)
+    computed = []
+    monkeypatch.setattr("sktl._memory.batches", lambda *a, **k: computed.append(a))
+    classifier = tuned(memory=tmp_path, max_epochs=0).fit(paths, y)
+    assert computed == []
+    assert classifier.history_[0]["train_loss"] > 0
+
+
+def test_partial_fit_goes_on_where_it_stopped(pictures, y):
+    classes = ["china", "flower"]
+    classifier = tuned(lr=1e-3, trainable="head")
+    for epoch in range(1, 4):
+        assert classifier.partial_fit(pictures, y, classes=classes) is classifier
+        assert classifier.n_iter_ == epoch
+    once = tuned(lr=1e-3, trainable="head", max_epochs=3, lr_schedule="constant")
+    once.fit(pictures, y)
+    assert once.loss_curve_ == classifier.loss_curve_
+    np.testing.assert_array_equal(
+        once.predict_proba(pictures), classifier.predict_proba(pictures)
+    )
+
+
+def test_partial_fit_on_some_classes(pictures, y):
+    classifier = tuned()
+    with pytest.raises(ValueError, match="first call of partial_fit"):
+        classifier.partial_fit(pictures, y)
+    classifier.partial_fit(pictures[:8], y[:8], classes=["bird", "china", "flower"])
+    assert list(classifier.classes_) == ["bird", "china", "flower"]
+    classifier.partial_fit(pictures, y)
+    with pytest.raises(ValueError, match=r"only\. Got \['cat'\]"):
+        classifier.partial_fit(pictures, np.repeat(["cat", "china"], 20))
+    with pytest.raises(ValueError, match="classes it began with"):
+        classifier.partial_fit(pictures, y, classes=["china", "flower"])
+    with pytest.raises(ValueError, match="early_stopping must be False"):
+        tuned(early_stopping=True).partial_fit(pictures, y, classes=np.unique(y))
+
+
+def test_warm_start_goes_on_from_the_last_weights(pictures, y):
+    classifier = tuned(warm_start=True, head_init="random", lr=1e-2).fit(pictures, y)
+    first = classifier.loss_curve_
+    before = classifier.module_
+    again = classifier.fit(pictures, y).loss_curve_
+    assert len(again) == 2
+    assert again[0] < first[0]
+    assert classifier.module_ is not before
+    with pytest.raises(ValueError, match="warm_start needs the classes"):
+        classifier.fit(pictures, np.repeat(["a", "b"], 20))
+
+
+def test_early_stopping_keeps_the_best_epoch(pictures, y):
+    classifier = tuned(
+        early_stopping=True, validation_fraction=0.25, max_epochs=30, n_iter_no_change=3
+    ).fit(pictures, y)
+    rows = [(row["valid_score"], -row["valid_loss"]) for row in classifier.history_]
+    assert classifier.best_epoch_ == int(np.argmax([s for s, _ in rows])) or (
+        rows[classifier.best_epoch_][0] == max(rows)[0]
+    )
+    assert rows[classifier.best_epoch_] == max(rows)
+    assert classifier.n_iter_ == min(30, classifier.best_epoch_ + 3)
+    assert len(classifier.validation_scores_) == classifier.n_iter_
+
+
+def test_hidden_layers_start_as_a_perceptron(pictures, y):
+    classifier = tuned(hidden_layer_sizes=(8, 4), max_epochs=0).fit(pictures, y)
+    widths = [m.out_features for m in classifier.module_[-1] if hasattr(m, "weight")]
+    assert widths == [8, 4, 2]
+    assert classifier.score(pictures, y) > 0.9
+    assert clone(classifier).set_params(hidden_layer_sizes=8).fit(pictures, y)
+    for wrong in ([0], [2.5], ["3"]):
+        with pytest.raises(ValueError, match="'hidden_layer_sizes' parameter must be"):
+            tuned(hidden_layer_sizes=wrong).fit(pictures, y)
+
+
+def test_saved_and_loaded_predicts_the_same_bits(pictures, y, tmp_path):
+    classifier = tuned(image_size=20, class_weight={"china": 2.0}).fit(pictures, y)
+    classifier.save(tmp_path / "mine.safetensors")
+    loaded = FineTunedCNNClassifier.load(tmp_path / "mine.safetensors")
+    np.testing.assert_array_equal(
+        loaded.predict_proba(pictures), classifier.predict_proba(pictures)
+    )
+    assert loaded.get_params() == classifier.get_params()
+    assert loaded.history_ == classifier.history_
+    assert loaded.partial_fit(pictures, y).n_iter_ == 3
+
+
+def test_pickles_hold_weights_and_no_optimizer(pictures, y):
+    classifier = tuned(max_epochs=1).fit(pictures, y)
+    content = pickle.dumps(classifier)
+    n_values = sum(v.numel() for v in classifier.module_.state_dict().values())
+    assert b"optim" not in content.replace(b"optimizer", b"", 2)
+    assert len(content) < 4 * n_values + 20_000
+    assert not hasattr(pickle.loads(content), "net_")
+
+
+def test_plot_history(pictures, y):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    classifier = tuned(early_stopping=True, max_epochs=3).fit(pictures, y)
+    ax = classifier.plot_history()
+    drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
+    np.testing.assert_array_equal(drawn["train_loss"][1:], classifier.loss_curve_)
+    assert list(drawn["valid_score"][1:]) == classifier.validation_scores_
+    assert classifier.plot_history(ax) is ax
+    plt.close(ax.figure)
+
+
+def test_a_bar_is_shown_under_verbose(pictures, y, monkeypatch):
+    steps = []
+    monkeypatch.setattr("sktl._training.tqdm", lambda **kw: _Bar(kw, steps))
+    tuned(verbose=1, max_epochs=3).fit(pictures, y)
+    assert steps == [15] + [1] * 15  # 40 pictures in batches of 8, 3 times
+
+
+class _Bar:
+    def __init__(self, options, steps):
+        self.steps = steps
+        steps.append(options["total"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self):
+        self.steps.append(1)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"trainable": "stage9"}, "one of the stages"),
+        ({"trainable": 3}, "from 0 to 2"),
+        ({"lr": 0}, "'lr' parameter"),
+        ({"augmentation": "blur"}, "'augmentation' parameter"),
+        ({"precision": "float16"}, "'precision' parameter"),
+        ({"augmentation": lambda picture: None}, "PIL image"),
+    ],
+)
+def test_wrong_parameters_are_said(pictures, y, parameters, reason):
+    with pytest.raises((ValueError, TypeError), match=reason):
+        tuned(**parameters).fit(pictures, y)
+
+
+def test_a_bad_picture_names_its_row(paths, y, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    rows = [*paths[:5], str(bad), *paths[6:]]
+    for head_init in ("random", "linear_probe"):
+        with pytest.raises(ValueError, match=r"X\[5\].*bad\.png"):
+            tuned(head_init=head_init).fit(rows, y)
+
+
+class TestAntsAndBees:
+    @pytest.fixture(scope="class")
+    def network(self, test_data):
+        return {
+            "backbone": "squeezenet1_1",
+            "weights": test_data / "weights" / "squeezenet1_1-imagenet.pth",
+            "precision": "bfloat16",
+        }
+
+    @pytest.fixture(scope="class")
+    def photographs(self, test_data):
+        parts = (test_data / "hymenoptera" / part for part in ("train", "val"))
+        return [load_files(part, load_content=False) for part in parts]
+
+    def test_training_starts_at_the_linear_probe(self, network, photographs):
+        train, val = photographs
+        classifier = FineTunedCNNClassifier(
+            **network, max_epochs=1, random_state=0, n_jobs=2
+        ).fit(train.filenames, train.target)
+        assert classifier.score(val.filenames, val.target) > 0.89
+        start, first = (row["train_loss"] for row in classifier.history_)
+        assert first < start + 0.02
+
+
+def test_cross_validation_in_a_pipeline(paths, y):
+    scores = cross_val_score(make_pipeline(tuned(max_epochs=1)), paths, y, cv=2)
+    assert scores.shape == (2,)
