@@ -16,10 +16,10 @@ directory gone              made again when the next row is written
 ==========================  ====================================================
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import warnings
@@ -30,13 +30,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sktl._shard import DTYPES, KEY_BYTES, SUFFIX, shards_in, write_whole
-from sktl._shard_index import ShardIndex, pairs
+from sktl._shard import DTYPES, KEY_BYTES, is_ours, shards_in, write_whole
+from sktl._shard_index import ShardIndex
 
 Space = Mapping[str, str]
 
 _VERSION = "sktl-store-1"  # of the layout; another one is another directory
-_MERGED_BYTES = 2**24  # no shard grows beyond it by merging
+_SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
+# No shard grows beyond it by merging: so a merge takes some 10 ms.
+_MERGED_BYTES = 3 * 2**20
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
 
 
@@ -123,24 +125,7 @@ class FeatureStore:
         ValueError
             If the directory of the store is a file.
         """
-        index = self._index(space)
-        rows: NDArray[Any] | None = None
-        known = np.zeros(len(keys), dtype=bool)
-        for _ in range(3):  # a shard may be merged or evicted between look and read
-            index.refresh()
-            wanted = index.locate(keys, np.flatnonzero(~known))
-            if not wanted:
-                break
-            if rows is None:
-                rows = np.empty((len(keys), *index.row_shape), dtype=index.dtype)
-            for name, places in wanted.items():
-                known[index.read(name, places, rows)] = True
-            if known.all():
-                break
-        positions = np.flatnonzero(known)
-        if rows is None or not len(positions):
-            return positions, None
-        return positions, rows if len(positions) == len(keys) else rows[positions]
+        return self._index(space).get(keys)
 
     def known(self, space: Space) -> Mapping[bytes, object]:
         """Look up which rows there are now, those of other processes included.
@@ -222,6 +207,8 @@ class FeatureStore:
         spaces: dict[str, dict[str, Any]] = {}
         for index in self._indexes():
             index.refresh()
+            if not index.where:  # cleared, or all evicted
+                continue
             description = _description(index.folder)
             name = ", ".join(v if len(v) <= 32 else v[:8] for v in description.values())
             spaces[f"{name} [{index.folder.name[:8]}]"] = {
@@ -248,12 +235,8 @@ class FeatureStore:
         for seen in self._indexes():
             index = ShardIndex(seen.folder)  # that believes the disk only
             index.refresh()
+            intact += sum(map(index.n_intact, list(index.shards.values())))
             corrupt += len(index.refused)
-            for name, shard in list(index.shards.items()):
-                rows = np.empty((len(shard.keys), *index.row_shape), index.dtype)
-                good = len(index.read(name, pairs(range(len(rows))), rows))
-                intact += good
-                corrupt += good < len(rows)
         return {"rows": intact, "corrupt": corrupt}
 
     def clear(self) -> None:
@@ -266,7 +249,7 @@ class FeatureStore:
         """
         for index in self._indexes():
             for file in index.folder.iterdir():
-                if file.suffix in (SUFFIX, ".tmp", ".corrupt", ".json"):
+                if is_ours(file.name):
                     file.unlink(missing_ok=True)
             index.refresh()
 
@@ -286,9 +269,11 @@ class FeatureStore:
         return _index_of(root / hashlib.sha256(text.encode()).hexdigest())
 
     def _indexes(self) -> list[ShardIndex]:
-        with contextlib.suppress(FileNotFoundError):
-            return [_index_of(f) for f in sorted(self._root().iterdir()) if f.is_dir()]
-        return []
+        try:
+            folders = sorted(self._root().iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return [_index_of(f) for f in folders if _SPACE.fullmatch(f.name)]
 
     def _make(self, index: ShardIndex, space: Space) -> None:
         description = index.folder / "space.json"
