@@ -139,7 +139,8 @@ class ShardIndex:
         A shard of which one row is wrong is not believed at all.
         """
         kept = keep(shard)
-        unread = np.unique(wanted[~kept.checked[wanted]])
+        checked = kept.checked[wanted]
+        unread = wanted[:0] if checked.all() else np.unique(wanted[~checked])
         for begin in range(0, len(unread), _AT_ONCE):
             part = unread[begin : begin + _AT_ONCE]
             # Not at once into `kept`: another thread may have read it there.
