@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ class FeatureStore:
 
     Raises
     ------
+    TypeError
+        If `directory` is neither a str nor a path.
     ValueError
-        If `directory` is empty or `max_bytes` not positive.
+        If `directory` is empty or `max_bytes` no positive integer.
 
     See Also
     --------
@@ -84,14 +87,22 @@ class FeatureStore:
     def __init__(
         self, directory: str | os.PathLike[str], max_bytes: int | None = None
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(
+                f"directory must be a str or a path. Got {directory!r} of type "
+                f"{type(directory).__name__}."
+            )
         if not os.fspath(directory) or "\0" in os.fspath(directory):
             raise ValueError(
                 f"directory must be the name of a directory. Got {directory!r}. Use "
                 "'.' for the current one."
             )
-        if max_bytes is not None and max_bytes <= 0:
+        if max_bytes is not None and (
+            not isinstance(max_bytes, Integral) or max_bytes is True or max_bytes <= 0
+        ):
             raise ValueError(
-                f"max_bytes must be positive, or None for no limit. Got {max_bytes!r}."
+                "max_bytes must be a positive integer, such as 10**9, or None for no "
+                f"limit. Got {max_bytes!r}."
             )
         self.directory = directory
         self.max_bytes = max_bytes
@@ -166,6 +177,7 @@ class FeatureStore:
             or the directory of the store is a file.
         """
         index = self._index(space)
+        rows = np.asarray(rows)
         _check_rows(keys, rows)
         index.refresh()
         if index.where and (rows.shape[1:], rows.dtype) != (
@@ -254,24 +266,23 @@ class FeatureStore:
             index.refresh()
 
     def _root(self) -> Path:
-        directory = os.path.expanduser(self.directory)
-        return Path(os.path.abspath(directory)) / _VERSION
-
-    def _index(self, space: Space) -> ShardIndex:
-        root = self._root()
+        directory = os.path.abspath(os.path.expanduser(self.directory))
         # os.path, since to pathlib a name too long is an error and not an absence.
-        if os.path.exists(root.parent) and not os.path.isdir(root.parent):
+        if os.path.isfile(directory):
             raise ValueError(
                 f"memory must be a directory, or one that can be made. Got "
                 f"{str(self.directory)!r}, which is a file. Choose another name."
             )
+        return Path(directory) / _VERSION
+
+    def _index(self, space: Space) -> ShardIndex:
         text = json.dumps(dict(space), sort_keys=True)
-        return _index_of(root / hashlib.sha256(text.encode()).hexdigest())
+        return _index_of(self._root() / hashlib.sha256(text.encode()).hexdigest())
 
     def _indexes(self) -> list[ShardIndex]:
         try:
             folders = sorted(self._root().iterdir())
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             return []
         return [_index_of(f) for f in folders if _SPACE.fullmatch(f.name)]
 
@@ -320,9 +331,14 @@ def _warn_once(root: Path, message: str) -> None:
 
 
 def _check_rows(keys: Sequence[bytes], rows: NDArray[Any]) -> None:
-    if any(len(key) != KEY_BYTES for key in keys):
-        raise ValueError(f"A key must have {KEY_BYTES} bytes, such as a sha256.")
-    if rows.ndim < 2 or len(keys) != len(rows) or rows.dtype.str not in DTYPES.values():
+    if not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+        raise ValueError(f"A key must be {KEY_BYTES} bytes, such as a sha256.")
+    if (
+        rows.ndim < 2
+        or len(keys) != len(rows)
+        or 0 in rows.shape[1:]
+        or rows.dtype.str not in DTYPES.values()
+    ):
         raise ValueError(
             f"rows must be an array of floats with a row for each of {len(keys)} keys. "
             f"Got shape {rows.shape} and {rows.dtype}."
