@@ -66,6 +66,7 @@ class ShardIndex:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.refused: set[str] = set()  # damaged, and perhaps still there
         self._n_numbers = 0  # given to rows so far
+        self._may_merge = True
         # Of the space too, so that a file copied from another one is not believed.
         self._seed = zlib.crc32(folder.name.encode())
         self._lock = threading.RLock()
@@ -197,7 +198,7 @@ class ShardIndex:
 
         Unless somebody else is doing it, or the file system has no locks.
         """
-        if not self._small(most):
+        if not self._may_merge or not self._small(most):
             return
         lock = FileLock(self.folder / "merge.lock", timeout=0)
         with contextlib.suppress(Timeout, NotImplementedError), self._lock, lock:
@@ -242,14 +243,19 @@ class ShardIndex:
         if keys:
             moment = min(moment_of(shard.name) for shard in shards)
             self._write(keys, np.concatenate(parts), np.concatenate(checksums), moment)
-        for shard in shards:
-            (self.folder / shard.name).unlink(missing_ok=True)
+        try:
+            for shard in shards:
+                (self.folder / shard.name).unlink(missing_ok=True)
+        except PermissionError:
+            # Of other users, who share a directory such as /tmp. What was merged is
+            # there twice now; to go on would make it ever more.
+            self._may_merge = False
         self.refresh()
 
     def _remove_stale(self) -> None:
         # One folder up too: the tag of the whole store is written there.
         for file in [*self.folder.glob("*.tmp"), *self.folder.parent.glob("*.tmp")]:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
 

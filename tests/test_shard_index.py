@@ -5,6 +5,8 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +176,32 @@ def test_a_shard_that_we_may_not_read_is_left_alone(filled, monkeypatch):
             positions, _ = filled.get(SPACE, KEYS)
     assert len(positions) == 0
     assert len(shards(filled.directory)) == 1
+
+
+def test_shards_that_we_may_not_delete_are_merged_once(tmp_path, monkeypatch):
+    def refused(file, missing_ok=False):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    mine = FeatureStore(tmp_path)
+    for key in KEYS:
+        mine.put(SPACE, [key], rows_of([key]))
+    check(mine)
+    assert len(shards(tmp_path)) == len(KEYS) + 1
+
+
+def test_threads_that_merge_at_the_same_time(tmp_path):
+    mine = FeatureStore(tmp_path)
+
+    def put(key):
+        mine.put(SPACE, [key], rows_of([key]))
+        check(mine, [key])
+
+    keys = [bytes([i]) * 32 for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, keys))
+    check(mine, keys)
+    assert mine.verify() == {"rows": 200, "corrupt": 0}
 
 
 def test_a_shard_removed_by_another_machine_is_a_miss(filled, monkeypatch):
