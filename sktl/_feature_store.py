@@ -333,7 +333,9 @@ _warned: set[Path] = set()
 
 def _index_of(folder: Path) -> ShardIndex:
     with _indexes_lock:
-        return _indexes.setdefault(folder, ShardIndex(folder))
+        if folder not in _indexes:
+            _indexes[folder] = ShardIndex(folder)
+        return _indexes[folder]
 
 
 def _warn_once(root: Path, message: str) -> None:
