@@ -236,7 +236,8 @@ def load_backbone(
         return _kept[key]
 
 
-@functools.cache  # asked for in each fit and transform
+# What is cached here is asked for in each fit and transform.
+@functools.cache
 def _builtin() -> tuple[str, ...]:
     return (_BUNDLED, *models.list_models(module=models))
 
@@ -257,7 +258,7 @@ def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _
         )
     if name == _BUNDLED:
         return _bundled_recipe(weights)
-    enum = models.get_model_weights(name)
+    enum = _weights_of(name)
     member, file = enum.DEFAULT, None
     short = str(weights).removeprefix(f"{enum.__name__}.")
     if short in enum.__members__:
@@ -271,10 +272,20 @@ def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _
     return _torchvision_recipe(name, member, file)
 
 
+@functools.cache
+def _weights_of(name: str) -> Any:
+    return models.get_model_weights(name)
+
+
+@functools.cache
+def _bundled_categories(file: Path) -> tuple[str, ...]:
+    with safe_open(file, framework="numpy") as opened:
+        return tuple(opened.metadata()["categories"].splitlines())
+
+
 def _bundled_recipe(weights: str | PathLike[str] | None) -> _Recipe:
     file = Path(__file__).parent / "data" / f"{_BUNDLED}.safetensors"
-    with safe_open(file, framework="numpy") as opened:
-        categories = tuple(opened.metadata()["categories"].splitlines())
+    categories = _bundled_categories(file)
     preprocessing = Preprocessing(IMAGE_SIZE, IMAGE_SIZE, mean=MEAN, std=STD)
     if weights is None:
         return _Recipe(ResNetMini, preprocessing, None, _MIN_SIZE)
@@ -283,6 +294,7 @@ def _bundled_recipe(weights: str | PathLike[str] | None) -> _Recipe:
     return _Recipe(ResNetMini, preprocessing, categories, _MIN_SIZE, file=file)
 
 
+@functools.lru_cache(_N_KEPT)
 def _torchvision_recipe(name: str, member: Any, file: Path | None) -> _Recipe:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):

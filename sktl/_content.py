@@ -8,6 +8,7 @@ are.
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,15 @@ _SETTLED_NS = 2_000_000_000
 _MOST_REMEMBERED = 2**20
 
 _remembered: dict[str, tuple[tuple[int, ...], bytes]] = {}
+
+
+def content_keys(pictures: Iterable[Any], *, pixel_range: PixelRange) -> list[bytes]:
+    """Give the keys of pictures, in order; see `content_key`."""
+    return [
+        (isinstance(picture, str) and _remembered_key(picture))
+        or content_key(picture, row=row, pixel_range=pixel_range)
+        for row, picture in enumerate(pictures)
+    ]
 
 
 def content_key(picture: Any, *, row: int, pixel_range: PixelRange) -> bytes:
@@ -55,8 +65,6 @@ def content_key(picture: Any, *, row: int, pixel_range: PixelRange) -> bytes:
     ValueError
         If it is a file that cannot be read; what is in it is not looked at.
     """
-    if isinstance(picture, str) and (key := _remembered_key(picture)) is not None:
-        return key
     if isinstance(picture, bytes):
         return hashlib.sha256(picture).digest()
     if isinstance(picture, str | os.PathLike):
@@ -105,19 +113,23 @@ def keyed(
 
 def _remembered_key(path: str) -> bytes | None:
     try:
-        signature, key = _remembered[_absolute(path)]
-        return key if signature == _signature(os.stat(path)) else None
-    except (KeyError, OSError, ValueError):
-        return None  # not there, or a name that none can have: reading it will tell
+        # As it stands if absolute, as most are: joining costs as much as os.stat.
+        known = _remembered.get(path) or _remembered.get(_absolute(path))
+        if known is None:
+            return None
+        return known[1] if known[0] == _signature(os.stat(path)) else None
+    except (OSError, ValueError):
+        return None  # gone, or a name that none can have: reading it will tell
 
 
 def _absolute(path: str) -> str:
-    return path if os.path.isabs(path) else os.path.abspath(path)
+    # Not os.path.abspath: to it link/../a is a, which may be another file.
+    return os.path.join(os.getcwd(), path)
 
 
 def _key_of_file(path: str | os.PathLike[Any], name: str) -> bytes:
-    full = _absolute(os.fsdecode(path))
-    if (remembered := _remembered_key(full)) is not None:
+    text = os.fsdecode(path)
+    if (remembered := _remembered_key(text)) is not None:
         return remembered
     now = time.time_ns()
     file: Any  # hashlib's types ask for more than typing's IO has
@@ -127,7 +139,7 @@ def _key_of_file(path: str | os.PathLike[Any], name: str) -> bytes:
     if max(status.st_mtime_ns, status.st_ctime_ns) < now - _SETTLED_NS:
         if len(_remembered) >= _MOST_REMEMBERED:
             _remembered.clear()
-        _remembered[full] = (_signature(status), key)
+        _remembered[_absolute(text)] = (_signature(status), key)
     return key
 
 

@@ -16,27 +16,30 @@ directory gone              made again when the next row is written
 ==========================  ====================================================
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sktl._shard import DTYPES, KEY_BYTES, SUFFIX, shards_in, write_whole
-from sktl._shard_index import ShardIndex, pairs
+from sktl._shard import DTYPES, KEY_BYTES, is_ours, shards_in, write_whole
+from sktl._shard_index import ShardIndex
 
 Space = Mapping[str, str]
 
 _VERSION = "sktl-store-1"  # of the layout; another one is another directory
-_MERGED_BYTES = 2**24  # no shard grows beyond it by merging
+_SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
+# No shard grows beyond it by merging: so a merge takes some 10 ms.
+_MERGED_BYTES = 3 * 2**20
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
 
 
@@ -58,12 +61,26 @@ class FeatureStore:
 
     Raises
     ------
+    TypeError
+        If `directory` is neither a str nor a path.
     ValueError
-        If `directory` is empty or `max_bytes` not positive.
+        If `directory` is empty or `max_bytes` no positive integer.
 
     See Also
     --------
     PretrainedFeatures : Has a parameter ``memory`` that takes one.
+
+    Notes
+    -----
+    A row is found by the content of its picture, and by all else that decides it:
+    weights, layer, pooling, preprocessing, precision, kind of device, and the major
+    versions of PyTorch and Pillow. So a store needs no care when pictures are moved or
+    replaced or a library is updated. The one thing it cannot see is the code of a
+    network that you registered: when its ``forward`` changes and its layers do not,
+    `clear` it.
+
+    Whatever happens on the disk, no wrong row is returned: each has a checksum, and
+    what is damaged or gone is computed again, with a warning if something is amiss.
 
     Examples
     --------
@@ -82,14 +99,22 @@ class FeatureStore:
     def __init__(
         self, directory: str | os.PathLike[str], max_bytes: int | None = None
     ) -> None:
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(
+                f"directory must be a str or a path. Got {directory!r} of type "
+                f"{type(directory).__name__}."
+            )
         if not os.fspath(directory) or "\0" in os.fspath(directory):
             raise ValueError(
                 f"directory must be the name of a directory. Got {directory!r}. Use "
                 "'.' for the current one."
             )
-        if max_bytes is not None and max_bytes <= 0:
+        if max_bytes is not None and (
+            not isinstance(max_bytes, Integral) or max_bytes is True or max_bytes <= 0
+        ):
             raise ValueError(
-                f"max_bytes must be positive, or None for no limit. Got {max_bytes!r}."
+                "max_bytes must be a positive integer, such as 10**9, or None for no "
+                f"limit. Got {max_bytes!r}."
             )
         self.directory = directory
         self.max_bytes = max_bytes
@@ -123,24 +148,7 @@ class FeatureStore:
         ValueError
             If the directory of the store is a file.
         """
-        index = self._index(space)
-        rows: NDArray[Any] | None = None
-        known = np.zeros(len(keys), dtype=bool)
-        for _ in range(3):  # a shard may be merged or evicted between look and read
-            index.refresh()
-            wanted = index.locate(keys, np.flatnonzero(~known))
-            if not wanted:
-                break
-            if rows is None:
-                rows = np.empty((len(keys), *index.row_shape), dtype=index.dtype)
-            for name, places in wanted.items():
-                known[index.read(name, places, rows)] = True
-            if known.all():
-                break
-        positions = np.flatnonzero(known)
-        if rows is None or not len(positions):
-            return positions, None
-        return positions, rows if len(positions) == len(keys) else rows[positions]
+        return self._index(space).get(keys)
 
     def known(self, space: Space) -> Mapping[bytes, object]:
         """Look up which rows there are now, those of other processes included.
@@ -181,6 +189,7 @@ class FeatureStore:
             or the directory of the store is a file.
         """
         index = self._index(space)
+        rows = np.asarray(rows)
         _check_rows(keys, rows)
         index.refresh()
         if index.where and (rows.shape[1:], rows.dtype) != (
@@ -222,6 +231,8 @@ class FeatureStore:
         spaces: dict[str, dict[str, Any]] = {}
         for index in self._indexes():
             index.refresh()
+            if not index.where:  # cleared, or all evicted
+                continue
             description = _description(index.folder)
             name = ", ".join(v if len(v) <= 32 else v[:8] for v in description.values())
             spaces[f"{name} [{index.folder.name[:8]}]"] = {
@@ -248,12 +259,8 @@ class FeatureStore:
         for seen in self._indexes():
             index = ShardIndex(seen.folder)  # that believes the disk only
             index.refresh()
+            intact += sum(map(index.n_intact, list(index.shards.values())))
             corrupt += len(index.refused)
-            for name, shard in list(index.shards.items()):
-                rows = np.empty((len(shard.keys), *index.row_shape), index.dtype)
-                good = len(index.read(name, pairs(range(len(rows))), rows))
-                intact += good
-                corrupt += good < len(rows)
         return {"rows": intact, "corrupt": corrupt}
 
     def clear(self) -> None:
@@ -266,29 +273,30 @@ class FeatureStore:
         """
         for index in self._indexes():
             for file in index.folder.iterdir():
-                if file.suffix in (SUFFIX, ".tmp", ".corrupt", ".json"):
+                if is_ours(file.name):
                     file.unlink(missing_ok=True)
             index.refresh()
 
     def _root(self) -> Path:
-        directory = os.path.expanduser(self.directory)
-        return Path(os.path.abspath(directory)) / _VERSION
-
-    def _index(self, space: Space) -> ShardIndex:
-        root = self._root()
+        directory = os.path.abspath(os.path.expanduser(self.directory))
         # os.path, since to pathlib a name too long is an error and not an absence.
-        if os.path.exists(root.parent) and not os.path.isdir(root.parent):
+        if os.path.isfile(directory):
             raise ValueError(
                 f"memory must be a directory, or one that can be made. Got "
                 f"{str(self.directory)!r}, which is a file. Choose another name."
             )
+        return Path(directory) / _VERSION
+
+    def _index(self, space: Space) -> ShardIndex:
         text = json.dumps(dict(space), sort_keys=True)
-        return _index_of(root / hashlib.sha256(text.encode()).hexdigest())
+        return _index_of(self._root() / hashlib.sha256(text.encode()).hexdigest())
 
     def _indexes(self) -> list[ShardIndex]:
-        with contextlib.suppress(FileNotFoundError):
-            return [_index_of(f) for f in sorted(self._root().iterdir()) if f.is_dir()]
-        return []
+        try:
+            folders = sorted(self._root().iterdir())
+        except FileNotFoundError:
+            return []
+        return [_index_of(f) for f in folders if _SPACE.fullmatch(f.name)]
 
     def _make(self, index: ShardIndex, space: Space) -> None:
         description = index.folder / "space.json"
@@ -325,7 +333,9 @@ _warned: set[Path] = set()
 
 def _index_of(folder: Path) -> ShardIndex:
     with _indexes_lock:
-        return _indexes.setdefault(folder, ShardIndex(folder))
+        if folder not in _indexes:
+            _indexes[folder] = ShardIndex(folder)
+        return _indexes[folder]
 
 
 def _warn_once(root: Path, message: str) -> None:
@@ -335,9 +345,14 @@ def _warn_once(root: Path, message: str) -> None:
 
 
 def _check_rows(keys: Sequence[bytes], rows: NDArray[Any]) -> None:
-    if any(len(key) != KEY_BYTES for key in keys):
-        raise ValueError(f"A key must have {KEY_BYTES} bytes, such as a sha256.")
-    if rows.ndim < 2 or len(keys) != len(rows) or rows.dtype.str not in DTYPES.values():
+    if not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
+        raise ValueError(f"A key must be {KEY_BYTES} bytes, such as a sha256.")
+    if (
+        rows.ndim < 2
+        or len(keys) != len(rows)
+        or 0 in rows.shape[1:]
+        or rows.dtype.str not in DTYPES.values()
+    ):
         raise ValueError(
             f"rows must be an array of floats with a row for each of {len(keys)} keys. "
             f"Got shape {rows.shape} and {rows.dtype}."

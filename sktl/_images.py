@@ -34,7 +34,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 
-from sktl._content import content_key, keyed
+from sktl._content import content_keys, keyed
 from sktl._decode import PixelRange, as_array, black_and_white, decode, describe
 
 ImageShape = tuple[int, int] | tuple[int, int, int] | Literal["auto"]
@@ -97,9 +97,12 @@ class Pictures:
         """Values of black and white in arrays."""
         return self._pixel_range
 
-    def key(self, row: int) -> bytes:
-        """Give the key of the content of one row; see `sktl._content`."""
-        return content_key(self._row(row), row=row, pixel_range=self._pixel_range)
+    def keys(self) -> list[bytes]:
+        """Give the keys of the content of all rows; see `sktl._content`."""
+        rows: Iterable[Any] = self._rows
+        if self._row_shape is not None:
+            rows = map(self._row, range(len(self)))
+        return content_keys(rows, pixel_range=self._pixel_range)
 
     def keyed(self, row: int) -> tuple[bytes, Image.Image]:
         """Decode the picture of one row, and give the key of just that content."""
@@ -283,6 +286,8 @@ def _column_of_pictures(X: Any) -> Any | None:
         return None
     if not _holds_pictures(column):
         return None
+    if isinstance(column, np.ndarray):
+        return column.tolist()  # NumPy's strings are slow to take out one by one
     # .array of a pandas Series counts positions where the Series counts labels.
     return column.array if hasattr(column, "iloc") else column
 
@@ -317,7 +322,7 @@ def _arrays_among(rows: Iterable[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]
     """Check each row without opening it, and give the arrays among them."""
     for row, picture in enumerate(rows):
         if isinstance(picture, str) and picture:  # most are: no further checks
-            if not _URL.match(picture):
+            if ":" not in picture or not _URL.match(picture):
                 continue
             raise ValueError(
                 f"{describe(picture, row)} is a URL: pictures are not fetched from a "

@@ -2,7 +2,8 @@
 
 A shard is a safetensors file of up to some thousand rows that is written once and never
 changed: ``keys`` (n, 32) of the pictures, ``checksums`` (n,) and ``rows`` (n, ...). It
-appears whole, by renaming, or not at all.
+appears whole, by renaming, or not at all. Its name begins with the moment, in
+nanoseconds, of the oldest row in it; a file of another name is not the store's.
 
 It is neither unpickled nor executed, and not mapped into memory: of a mapped file that
 another process cuts short, a read is a signal that ends the process; of this it is an
@@ -13,18 +14,26 @@ import contextlib
 import json
 import math
 import os
+import re
 import struct
+import threading
 import uuid
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-SUFFIX = ".safetensors"
+_NAME = re.compile(r"\d{20}-[0-9a-f]{12}\.safetensors")
+_OURS = re.compile(
+    r"\d{20}-[0-9a-f]{12}(\.safetensors|\.corrupt|-[0-9a-f]{12}\.tmp)"
+    r"|space(\.json|-[0-9a-f]{12}\.tmp)"
+)
 KEY_BYTES = 32  # of sha256
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # as safetensors names them
+MOST_KEPT = 2**28  # bytes of rows in the memory of a process, of all its stores
 _LONGEST_HEADER = 2**20
 
 
@@ -36,17 +45,62 @@ class Kept:
     checked: NDArray[np.bool_]
 
 
-@dataclass
+@dataclass(eq=False)
 class Shard:
     """Where things lie in a file of n rows, and those that were read already."""
 
+    name: str
+    first: int  # number of its first row among all rows of its space in this process
     keys: list[bytes]
     checksums: NDArray[np.uint32]
     start: int  # of the rows, in bytes from the beginning of the file
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     signature: tuple[int, int]
+    shadowed: bool = False  # whether some of its keys are read from another shard
     kept: Kept | None = None
+
+    def rows_like(self, n: int) -> NDArray[Any]:
+        """Make room for n of its rows."""
+        return np.empty((n, *self.row_shape), self.dtype)
+
+
+_keeping: set[Shard] = set()
+_keeping_lock = threading.Lock()
+
+
+def keep(shard: Shard) -> Kept:
+    """Give the rows of a shard in memory, of which few or none may be there yet."""
+    kept = shard.kept
+    if kept is None:
+        # np.empty takes no memory for rows that are never read into it.
+        rows = shard.rows_like(len(shard.keys))
+        with _keeping_lock:
+            total = sum(k.rows.nbytes for s in _keeping if (k := s.kept))
+            if total + rows.nbytes > MOST_KEPT:
+                for other in _keeping:
+                    other.kept = None
+                _keeping.clear()
+            shard.kept = kept = Kept(rows, np.zeros(len(rows), dtype=bool))
+            _keeping.add(shard)
+    return kept
+
+
+def let_go(shard: Shard) -> None:
+    """Free the memory of a shard that is gone; whoever reads from it just now may."""
+    with _keeping_lock:
+        shard.kept = None
+        _keeping.discard(shard)
+
+
+def new_name(moment: int) -> str:
+    """Name a shard whose oldest row is of that moment, in nanoseconds."""
+    return f"{moment:020d}-{uuid.uuid4().hex[:12]}.safetensors"
+
+
+def moment_of(name: str) -> int:
+    """Say which moment a name begins with."""
+    return int(name.split("-")[0])
 
 
 def shards_in(folder: Path) -> dict[str, os.stat_result]:
@@ -56,13 +110,18 @@ def shards_in(folder: Path) -> dict[str, os.stat_result]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 # No link, no pipe: reading could lead elsewhere, or never end.
-                if entry.name.endswith(SUFFIX):
+                if _NAME.fullmatch(entry.name):
                     with contextlib.suppress(FileNotFoundError):
                         if entry.is_file(follow_symlinks=False):
                             found[entry.name] = entry.stat()
     except OSError:  # not there, or not ours to read: nothing is known
         return {}
     return found
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a file in the folder of a space was written by the store."""
+    return _OURS.fullmatch(name) is not None
 
 
 def signature_of(status: os.stat_result) -> tuple[int, int]:
@@ -84,8 +143,8 @@ def write_whole(file: Path, content: bytes) -> None:
         raise
 
 
-def read_header(file: BinaryIO) -> Shard:
-    """Read all of a shard but its rows.
+def read_header(file: BinaryIO, name: str, first: int) -> Shard:
+    """Read all of a shard but its rows; `name` and `first` as in `Shard`.
 
     The format is that of safetensors; it is read here since the library maps files
     into memory and does not tell where in them a tensor lies.
@@ -105,15 +164,15 @@ def read_header(file: BinaryIO) -> Shard:
             raise ValueError("its header has numbers that are none")
         n = header["keys"]["shape"][0]
         tensors = {}
-        for name, dtype in [("keys", "U8"), ("checksums", "U32"), ("rows", None)]:
-            begin, end = (8 + length + at for at in header[name]["data_offsets"])
+        for part, dtype in [("keys", "U8"), ("checksums", "U32"), ("rows", None)]:
+            begin, end = (8 + length + at for at in header[part]["data_offsets"])
             if not (
-                0 < n == header[name]["shape"][0] and begin < end <= status.st_size
+                0 < n == header[part]["shape"][0] and begin < end <= status.st_size
             ):
                 raise ValueError("its header and its size do not agree")
-            if dtype not in (None, header[name]["dtype"]):
-                raise ValueError(f"its {name} are of another type")
-            tensors[name] = (begin, end)
+            if dtype not in (None, header[part]["dtype"]):
+                raise ValueError(f"its {part} are of another type")
+            tensors[part] = (begin, end)
         row_shape = tuple(header["rows"]["shape"][1:])
         row_type = np.dtype(DTYPES[header["rows"]["dtype"]])
         begin, end = tensors["rows"]
@@ -128,7 +187,20 @@ def read_header(file: BinaryIO) -> Shard:
     if len(checksums) != n:
         raise ValueError("its checksums are of another length")
     split = [keys[i : i + KEY_BYTES] for i in range(0, len(keys), KEY_BYTES)]
-    return Shard(split, checksums, begin, row_shape, row_type, signature_of(status))
+    signature = signature_of(status)
+    return Shard(name, first, split, checksums, begin, row_shape, row_type, signature)
+
+
+def read_rows(file: BinaryIO, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any]:
+    """Read some rows of a shard, in ascending order; neighbours in one go."""
+    content = shard.rows_like(len(rows))
+    breaks = (np.flatnonzero(np.diff(rows) != 1) + 1).tolist()
+    for begin, end in pairwise([0, *breaks, len(rows)]):
+        part = content[begin:end]
+        file.seek(shard.start + int(rows[begin]) * content[0].nbytes)
+        if file.readinto(part.data.cast("B")) < part.nbytes:  # type: ignore[attr-defined]
+            raise ValueError("it ends too early")
+    return content
 
 
 def _part(file: BinaryIO, begin: int, end: int) -> bytes:

@@ -6,19 +6,26 @@ what may happen             what then
 two writers                 each writes shards of its own; no lock is needed, and
                             of a row that both wrote the older is read
 shard damaged               its checksums tell; it is put aside as ``.corrupt``
+shard not ours to read      left where it is, with a warning
 shard gone while reading    it was merged or evicted: looked up again, or computed
 ==========================  ====================================================
+
+Rows have numbers, in the order in which this process came to know of them: those of a
+shard follow each other. So to look up many keys is one look at a dict for each, and
+some arithmetic for all.
 """
 
+import bisect
 import contextlib
+import errno
+import itertools
 import threading
 import time
-import uuid
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -27,18 +34,22 @@ from safetensors.numpy import save
 
 from sktl._shard import (
     KEY_BYTES,
-    SUFFIX,
-    Kept,
     Shard,
+    keep,
+    let_go,
+    moment_of,
+    new_name,
     read_header,
+    read_rows,
     shards_in,
     signature_of,
     write_whole,
 )
 
-MERGE_FROM = 16  # shards that are small enough
+MERGE_FROM = 16  # shards that are small enough, unless fewer fill a large one
 _STALE = 3600.0  # seconds after which the file of a killed writer is removed
-MOST_KEPT = 2**28  # bytes of rows of one space in memory
+_AT_ONCE = 1024  # rows read, while the same number is checked and copied
+_GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed it
 
 
 class ShardIndex:
@@ -49,11 +60,15 @@ class ShardIndex:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards: dict[str, Shard] = {}
-        self.where: dict[bytes, tuple[str, int]] = {}
+        self.shards: dict[str, Shard] = {}  # in the order of the numbers of their rows
+        self.where: dict[bytes, int] = {}  # the number of the row of a key
         self.row_shape: tuple[int, ...] = ()
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.refused: set[str] = set()  # damaged, and perhaps still there
+        self._n_numbers = 0  # given to rows so far
+        self._may_merge = True
+        # Of the space too, so that a file copied from another one is not believed.
+        self._seed = zlib.crc32(folder.name.encode())
         self._lock = threading.RLock()
 
     def refresh(self) -> None:
@@ -63,194 +78,269 @@ class ShardIndex:
             there = {name: signature_of(status) for name, status in listed}
             self.refused &= there.keys()
             shards = self.shards.items()
-            gone = [name for name, s in shards if there.get(name) != s.signature]
-            if gone:
-                for name in gone:
-                    del self.shards[name]
-                self.where = {}
-                for name in sorted(self.shards):
-                    self._enter(name)
+            self._forget([n for n, s in shards if there.get(n) != s.signature])
             for name in sorted(there.keys() - self.shards.keys() - self.refused):
                 self._load(name)
 
-    def locate(
-        self, keys: Sequence[bytes], positions: NDArray[np.intp]
-    ) -> dict[str, NDArray[np.intp]]:
-        """Give, by shard, pairs (row in the shard, position in `keys`)."""
-        found: dict[str, list[tuple[int, int]]] = {}
-        where = self.where
-        for position in positions.tolist():
-            if (place := where.get(keys[position])) is not None:
-                found.setdefault(place[0], []).append((place[1], position))
-        return {name: np.array(sorted(pairs)) for name, pairs in found.items()}
+    def get(
+        self, keys: Sequence[bytes]
+    ) -> tuple[NDArray[np.intp], NDArray[Any] | None]:
+        """Read the rows that are known; see `FeatureStore.get`."""
+        rows: NDArray[Any] | None = None
+        known = np.zeros(len(keys), dtype=bool)
+        for _ in range(3):  # a shard may be merged or evicted between look and read
+            self.refresh()
+            found = self._locate(keys, np.flatnonzero(~known))
+            if not found:
+                break
+            for shard, wanted, positions in found:
+                if rows is None:
+                    rows = shard.rows_like(len(keys))
+                known[positions] = self._read(shard, wanted, positions, rows)
+            if known.all():
+                break
+        positions = np.flatnonzero(known)
+        if rows is None or not len(positions):
+            return positions, None
+        return positions, rows if len(positions) == len(keys) else rows[positions]
 
-    def read(
-        self, name: str, places: NDArray[np.intp], rows: NDArray[Any]
-    ) -> NDArray[np.intp]:
-        """Read rows of one shard into `rows`; give the positions that are right.
+    def _locate(
+        self, keys: Sequence[bytes], positions: NDArray[np.intp]
+    ) -> list[tuple[Shard, NDArray[np.intp], NDArray[np.intp]]]:
+        """Give shards, the rows wanted of each in ascending order, and their places."""
+        if len(positions) < len(keys):
+            keys = [keys[position] for position in positions.tolist()]
+        with self._lock:
+            found = map(self.where.get, keys, itertools.repeat(-1))
+            numbers = np.fromiter(found, np.intp, len(keys))
+            shards = list(self.shards.values())
+        order = np.argsort(numbers)
+        firsts = [shard.first for shard in shards]
+        bounds = np.searchsorted(numbers[order], firsts).tolist()
+        spans = itertools.pairwise([*bounds, len(keys)])
+        return [
+            (
+                shard,
+                numbers[order[begin:end]] - shard.first,
+                positions[order[begin:end]],
+            )
+            for shard, (begin, end) in zip(shards, spans, strict=True)
+            if begin < end
+        ]
+
+    def _read(
+        self,
+        shard: Shard,
+        wanted: NDArray[np.intp],
+        positions: NDArray[np.intp],
+        rows: NDArray[Any],
+    ) -> bool:
+        """Read rows of one shard into `rows`, unless it is gone or damaged.
 
         A shard of which one row is wrong is not believed at all.
         """
-        shard = self.shards.get(name)
-        if shard is None:  # another thread noticed that it went
-            return places[:0, 1]
-        kept = self._keep(shard)
-        in_shard, positions = places.T
+        kept = keep(shard)
+        checked = kept.checked[wanted]
+        unread = wanted[:0] if checked.all() else np.unique(wanted[~checked])
+        for begin in range(0, len(unread), _AT_ONCE):
+            part = unread[begin : begin + _AT_ONCE]
+            # Not at once into `kept`: another thread may have read it there.
+            content = self._from_disk(shard, part)
+            if content is None:
+                return False
+            kept.rows[part] = content
+            kept.checked[part] = True
+        rows[positions] = kept.rows[wanted]
+        return True
+
+    def _from_disk(self, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any] | None:
+        """Read and check some rows; None if the shard is gone or damaged."""
         try:
-            self._fill(kept, name, shard, in_shard[~kept.checked[in_shard]])
-        except FileNotFoundError:
-            return places[:0, 1]
+            with open(self.folder / shard.name, "rb") as file:
+                content = read_rows(file, shard, rows)
+            self._check(shard, rows, content)
         except (OSError, ValueError) as error:
-            self._refuse(name, error)
-            return places[:0, 1]
-        rows[positions] = kept.rows[in_shard]
-        return positions
+            self._refuse(shard.name, error)
+            return None
+        return content
 
-    def _keep(self, shard: Shard) -> Kept:
-        if shard.kept is not None:
-            return shard.kept
-        # np.empty takes no memory for rows that are never read into it.
-        rows = np.empty((len(shard.keys), *shard.row_shape), shard.dtype)
-        with self._lock:
-            total = sum(s.kept.rows.nbytes for s in self.shards.values() if s.kept)
-            if total + rows.nbytes > MOST_KEPT:
-                for other in self.shards.values():
-                    other.kept = None
-            shard.kept = kept = Kept(rows, np.zeros(len(rows), dtype=bool))
-        return kept
+    def n_intact(self, shard: Shard) -> int:
+        """Read all of a shard; give the number of its rows, or 0 if one is wrong."""
+        n = len(shard.keys)
+        for begin in range(0, n, _AT_ONCE):
+            rows = np.arange(begin, min(begin + _AT_ONCE, n))
+            if self._from_disk(shard, rows) is None:
+                return 0
+        return n
 
-    def _fill(
-        self, kept: Kept, name: str, shard: Shard, rows: NDArray[np.intp]
-    ) -> None:
-        if not len(rows):
-            return
-        with open(self.folder / name, "rb", buffering=0) as file:
-            for row in rows.tolist():
-                # Not at once into `kept`: another thread may have read it there.
-                content = np.empty(shard.row_shape, shard.dtype)
-                self._read_row(file, shard, row, content)
-                kept.rows[row] = content
-                kept.checked[row] = True
-
-    def _read_row(
-        self, file: BinaryIO, shard: Shard, row: int, out: NDArray[Any]
-    ) -> None:
-        file.seek(shard.start + row * out.nbytes)
-        content = out.data.cast("B")
-        read: int = file.readinto(content)  # type: ignore[attr-defined]
-        if read < len(content):
-            raise ValueError("it ends too early")
-        if self._checksum(shard.keys[row], out) != shard.checksums[row]:
-            raise ValueError(f"the checksum of row {row} is wrong")
-        if not np.isfinite(out).all():
-            raise ValueError(f"row {row} has NaN or infinity")
-
-    def write(self, keys: list[bytes], rows: NDArray[Any], moment: int) -> None:
+    def write(self, keys: Sequence[bytes], rows: NDArray[Any], moment: int) -> None:
         """Write a shard of distinct keys; `moment` (ns) decides which is the oldest."""
         rows = np.ascontiguousarray(rows)
-        checksums = [self._checksum(*pair) for pair in zip(keys, rows, strict=True)]
+        self._write(keys, rows, np.array(self._checksums(keys, rows)), moment)
+
+    def _write(
+        self,
+        keys: Sequence[bytes],
+        rows: NDArray[Any],
+        checksums: NDArray[Any],
+        moment: int,
+    ) -> None:
         tensors: dict[str, NDArray[Any]] = {
             "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES),
-            "checksums": np.array(checksums, dtype=np.uint32),
+            "checksums": checksums.astype(np.uint32),
             "rows": rows,
         }
-        name = f"{moment:020d}-{uuid.uuid4().hex[:12]}{SUFFIX}"
-        write_whole(self.folder / name, save(tensors))
+        write_whole(self.folder / new_name(moment), save(tensors))
         self.refresh()
 
     def merge(self, most: int) -> None:
-        """Make one shard of many small ones, unless somebody else is doing it."""
-        listed = shards_in(self.folder).items()
-        sizes = {name: status.st_size for name, status in listed}
-        small, total = [], 0
-        for name in sorted(self.shards.keys() & sizes):
-            if sizes[name] <= most // 2 and total + sizes[name] <= most:
-                small.append(name)
-                total += sizes[name]
-        if len(small) < MERGE_FROM:
-            return
-        try:
-            with FileLock(self.folder / "merge.lock", timeout=0):
-                self._remove_stale()
-                self._merge(small)
-        except Timeout:
-            return
+        """Make one shard of at most `most` bytes of small ones, if there are many.
 
-    def _merge(self, names: list[str]) -> None:
+        Unless somebody else is doing it, or the file system has no locks.
+        """
+        if not self._may_merge or not self._small(most):
+            return
+        lock = FileLock(self.folder / "merge.lock", timeout=0)
+        with contextlib.suppress(Timeout, NotImplementedError), self._lock, lock:
+            self._remove_stale()
+            self.refresh()  # somebody else may have done it just before
+            self._merge(self._small(most))
+
+    def _small(self, most: int) -> list[Shard]:
+        """Those to merge: enough to fill a large one, or many, or none."""
+        small: list[Shard] = []
+        total = 0
         with self._lock:
-            keys: list[bytes] = []
-            parts: list[NDArray[Any]] = []
-            for name in names:
-                # Only the rows that are read from this shard: should another have the
-                # same key, the one that won so far wins on.
-                shard = self.shards[name]
-                places = enumerate(shard.keys)
-                own = [row for row, key in places if self.where[key] == (name, row)]
-                rows = np.empty((len(own), *self.row_shape), self.dtype)
-                if len(self.read(name, pairs(own), rows)) < len(own):
-                    return  # it went or is damaged: next time, without it
-                keys += [shard.keys[row] for row in own]
-                parts.append(rows)
-            if keys:
-                self.write(keys, np.concatenate(parts), int(names[0].split("-")[0]))
-            for name in names:
-                (self.folder / name).unlink(missing_ok=True)
-            self.refresh()
+            shards = [self.shards[name] for name in sorted(self.shards)]
+        for shard in shards:
+            size = shard.signature[0]
+            if size > most // 2:
+                continue
+            if total + size > most:
+                return small
+            small.append(shard)
+            total += size
+        return small if len(small) >= MERGE_FROM else []
+
+    def _merge(self, shards: Sequence[Shard]) -> None:
+        keys: list[bytes] = []
+        checksums: list[NDArray[Any]] = []
+        parts: list[NDArray[Any]] = []
+        for shard in shards:
+            # Only the rows that are read from this shard: should another have the
+            # same key, the one that won so far wins on.
+            numbers = enumerate(shard.keys, shard.first)
+            own = [n - shard.first for n, key in numbers if self.where.get(key) == n]
+            if not own:
+                continue
+            rows = np.array(own, dtype=np.intp)
+            content = self._from_disk(shard, rows)
+            if content is None:
+                return  # it went or is damaged: next time, without it
+            keys += [shard.keys[row] for row in own]
+            checksums.append(shard.checksums[rows])
+            parts.append(content)
+        if keys:
+            moment = min(moment_of(shard.name) for shard in shards)
+            self._write(keys, np.concatenate(parts), np.concatenate(checksums), moment)
+        try:
+            for shard in shards:
+                (self.folder / shard.name).unlink(missing_ok=True)
+        except PermissionError:
+            # Of other users, who share a directory such as /tmp. What was merged is
+            # there twice now; to go on would make it ever more.
+            self._may_merge = False
+        self.refresh()
 
     def _remove_stale(self) -> None:
         # One folder up too: the tag of the whole store is written there.
         for file in [*self.folder.glob("*.tmp"), *self.folder.parent.glob("*.tmp")]:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 if time.time() - file.stat().st_mtime > _STALE:
                     file.unlink()
 
     def _load(self, name: str) -> None:
         try:
             with open(self.folder / name, "rb") as file:
-                shard = read_header(file)
+                shard = read_header(file, name, self._n_numbers)
+                # So that the shape of a file of another space is not taken for ours.
+                row = np.zeros(1, dtype=np.intp)
+                self._check(shard, row, read_rows(file, shard, row))
             if not self.shards:
                 self.row_shape, self.dtype = shard.row_shape, shard.dtype
             if (shard.row_shape, shard.dtype) != (self.row_shape, self.dtype):
                 raise ValueError("its rows are unlike those of the other files")
-        except FileNotFoundError:
-            return
         except (OSError, ValueError) as error:
             self._refuse(name, error)
             return
+        self._n_numbers += len(shard.keys)
         self.shards[name] = shard
-        self._enter(name)
+        self._enter(shard)
 
-    def _enter(self, name: str) -> None:
-        for row, key in enumerate(self.shards[name].keys):
-            place = self.where.setdefault(key, (name, row))
-            if name < place[0]:
-                self.where[key] = (name, row)
+    def _enter(self, shard: Shard) -> None:
+        """Let its keys be read from this shard, but for those that an older one has."""
+        shard.shadowed = False
+        numbers = range(shard.first, shard.first + len(shard.keys))
+        if self.where.keys().isdisjoint(shard.keys):
+            self.where.update(zip(shard.keys, numbers, strict=True))
+            return
+        shards = list(self.shards.values())
+        firsts = [each.first for each in shards]
+        for key, number in zip(shard.keys, numbers, strict=True):
+            had = self.where.setdefault(key, number)
+            other = shards[bisect.bisect(firsts, had) - 1]
+            if shard.name < other.name:
+                self.where[key] = number
+                other.shadowed = True
+            elif other is not shard:
+                shard.shadowed = True
+
+    def _forget(self, names: Iterable[str]) -> None:
+        gone = [self.shards[name] for name in names if name in self.shards]
+        for shard in gone:
+            for number, key in enumerate(shard.keys, shard.first):
+                if self.where.get(key) == number:
+                    del self.where[key]
+            del self.shards[shard.name]  # last, lest Ctrl-C leave numbers of no shard
+            let_go(shard)
+        if gone:  # what was read from them may be in another as well
+            for shard in self.shards.values():
+                if shard.shadowed:
+                    self._enter(shard)
 
     def _refuse(self, name: str, error: Exception) -> None:
+        """Use a shard no more; put it aside if it is what is wrong."""
         with self._lock:
+            self._forget([name])
+            if isinstance(error, OSError) and error.errno in _GONE:
+                return
             self.refused.add(name)
-            if self.shards.pop(name, None) is not None:
-                self.where = {}
-                for other in sorted(self.shards):
-                    self._enter(other)
         file = self.folder / name
-        aside = "left where it is"
-        with contextlib.suppress(OSError):  # a directory that cannot be written
-            file.rename(file.with_suffix(".corrupt"))
-            aside = "put aside as .corrupt"
+        said, aside = "cannot be read", "left where it is"
+        if isinstance(error, ValueError):
+            said = "is damaged"
+            with contextlib.suppress(OSError):  # a directory that cannot be written
+                file.rename(file.with_suffix(".corrupt"))
+                aside = "put aside as .corrupt"
         warnings.warn(
-            f"The file {str(file)!r} of a feature store is damaged: {error}. It was "
+            f"The file {str(file)!r} of a feature store {said}: {error}. It was "
             f"{aside}, and its rows are computed again.",
             UserWarning,
             stacklevel=2,
         )
 
-    def _checksum(self, key: bytes, row: NDArray[Any]) -> int:
-        # Of the space too, so that a file copied from another one is not believed.
-        seed = zlib.crc32(key, zlib.crc32(self.folder.name.encode()))
-        return zlib.crc32(row.data.cast("B"), seed)
+    def _check(
+        self, shard: Shard, rows: NDArray[np.intp], content: NDArray[Any]
+    ) -> None:
+        keys = [shard.keys[row] for row in rows.tolist()]
+        expected = shard.checksums[rows].tolist()
+        if self._checksums(keys, content) != expected:
+            raise ValueError("the checksum of a row is wrong")
+        if not np.isfinite(content).all():
+            raise ValueError("it has NaN or infinity")
 
-
-def pairs(rows: Sequence[int]) -> NDArray[np.intp]:
-    """Pairs (row in a shard, position in a result) for rows that are read in order."""
-    return np.array([(row, i) for i, row in enumerate(rows)], np.intp).reshape(-1, 2)
+    def _checksums(self, keys: Sequence[bytes], rows: NDArray[Any]) -> list[int]:
+        crc32, seed = zlib.crc32, self._seed
+        return [
+            crc32(row, crc32(key, seed)) for key, row in zip(keys, rows, strict=True)
+        ]

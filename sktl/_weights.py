@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from io import BufferedReader
-from os import PathLike, fspath, fstat
+from os import PathLike, fspath, fstat, stat_result
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -123,9 +123,11 @@ def file_digest(path: str | PathLike[str]) -> str:
         If it is not a regular file or not what its name promises.
     """
     path = _regular_file(path)
+    known = _digests.get(_signature(path.stat(), path))
+    if known is not None:
+        return known
     with path.open("rb") as file:
-        known = _digests.get(_signature(file, path))
-        return known if known is not None else _verified_digest(file, path)
+        return _verified_digest(file, path)
 
 
 def fetch(url: str, *, progress: bool) -> Path:
@@ -286,8 +288,7 @@ def _regular_file(path: str | PathLike[str]) -> Path:
     return resolved
 
 
-def _signature(file: BufferedReader, path: Path) -> tuple[str, int, int, int, int]:
-    status = fstat(file.fileno())
+def _signature(status: stat_result, path: Path) -> tuple[str, int, int, int, int]:
     return (
         str(path.absolute()),
         status.st_size,
@@ -300,7 +301,7 @@ def _signature(file: BufferedReader, path: Path) -> tuple[str, int, int, int, in
 
 
 def _verified_digest(file: BufferedReader, path: Path) -> str:
-    signature = _signature(file, path)
+    signature = _signature(fstat(file.fileno()), path)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     promised = _HASH_IN_NAME.search(path.name)
     if promised and not digest.startswith(promised.group(1)):

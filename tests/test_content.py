@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from sktl import _content
-from sktl._content import content_key, keyed
+from sktl._content import content_key, content_keys, keyed
 
 
 def key(picture, pixel_range="auto"):
@@ -30,9 +30,10 @@ def test_a_file_is_known_by_its_bytes(paths, tmp_path):
 
 def test_a_file_is_hashed_once(paths, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after it was written
-    before = key(paths[1])
+    before = content_keys(paths[:3], pixel_range="auto")
     monkeypatch.setattr(_content, "open_regular", None)  # it cannot be opened any more
-    assert key(paths[1]) == before
+    assert [key(path) for path in paths[:3]] == before
+    assert content_keys(map(Path, paths[:3]), pixel_range="auto") == before
 
 
 @pytest.mark.parametrize("replace", [True, False], ids=["replaced", "in place"])
@@ -66,6 +67,20 @@ def test_relative_paths_follow_the_working_directory(tmp_path, monkeypatch):
         os.utime("a.bin", (0, 0))
         keys.add(key("a.bin"))
     assert len(keys) == 2
+
+
+def test_dots_after_a_link_lead_where_the_link_leads(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after it was written
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "far" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "folder")
+    (tmp_path / "a.bin").write_text("near")
+    (tmp_path / "far" / "a.bin").write_text("far")
+    for up in ("link/..", tmp_path / "link" / ".."):
+        file = os.path.join(up, "a.bin")
+        for _ in range(2):
+            assert key(tmp_path / "a.bin") == key("a.bin")
+            assert key(file) == key(Path(file)) == hashlib.sha256(b"far").digest()
 
 
 def test_pixels_dtype_and_shape_make_an_array():

@@ -232,18 +232,18 @@ assert "Permission denied" in str(warned[0].message), warned[0]
 def test_c4_a_file_is_no_directory(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(ValueError, match=r"memory must be a directory.*is a file"):
-        FeatureStore(file).get(SPACE, KEYS)
+    for use in (lambda mine: mine.get(SPACE, KEYS), FeatureStore.info):
+        with pytest.raises(ValueError, match=r"memory must be a directory.*is a file"):
+            use(FeatureStore(file))
 
 
-def test_c4_a_vanished_directory_is_made_again(filled):
-    filled.clear()
-    for folder in Path(filled.directory).glob("*/*/"):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    check_empty, _ = filled.get(SPACE, KEYS)
-    assert len(check_empty) == 0
+@pytest.mark.parametrize("up", [0, 1, 2])
+def test_c4_a_vanished_directory_is_made_again(filled, up):
+    folder = filled._index(SPACE).folder
+    shutil.rmtree([folder, *folder.parents][up])
+    positions, _ = filled.get(SPACE, KEYS)
+    assert len(positions) == 0
+    assert filled.info()["rows"] == 0
     filled.put(SPACE, KEYS, rows_of(KEYS))
     check(filled)
 
@@ -259,6 +259,9 @@ def test_c10_it_holds_nothing_open(filled):
     ("keys", "rows", "reason"),
     [
         ([b"short"], rows_of(KEYS[:1]), "32 bytes"),
+        (["s" * 32], rows_of(KEYS[:1]), "32 bytes"),
+        (KEYS[:1], np.ones((1, 0), "f4"), "array of floats"),
+        (KEYS[:1], [[1, 2]], "array of floats"),
         (KEYS[:2], rows_of(KEYS[:1]), "a row for each of 2"),
         (KEYS[:1], np.ones((1, 3), int), "array of floats"),
         (KEYS[:1], np.full((1, 3), np.nan, "f4"), "finite"),
@@ -297,9 +300,16 @@ def test_command_line_needs_a_directory(tmp_path, capsys, name):
     assert "there is no directory" in capsys.readouterr().err
 
 
-def test_max_bytes_is_positive():
-    with pytest.raises(ValueError, match="max_bytes must be positive"):
-        FeatureStore("anywhere", max_bytes=0)
+@pytest.mark.parametrize("max_bytes", [0, -1, "1GB", 1e9, float("nan"), True])
+def test_max_bytes_is_a_positive_integer(max_bytes):
+    with pytest.raises(ValueError, match="max_bytes must be a positive integer"):
+        FeatureStore("anywhere", max_bytes=max_bytes)
+
+
+@pytest.mark.parametrize("directory", [None, True, 3, b"bytes"])
+def test_a_directory_is_a_name(directory):
+    with pytest.raises(TypeError, match="directory must be a str or a path"):
+        FeatureStore(directory)
 
 
 def test_the_store_knows_no_torch():

@@ -12,6 +12,7 @@ import joblib
 import numpy as np
 import pytest
 from PIL import Image
+from rows_of_a_store import shards
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
@@ -222,6 +223,27 @@ def test_a_full_disk_does_not_fail_a_fit(counting, paths, monkeypatch):
         got = counting.transform(paths)
     assert len(warned) == 1
     np.testing.assert_array_equal(got, expected)
+
+
+def test_a_damaged_shard_does_not_fail_a_fit(counting, paths):
+    expected = counting.transform(paths)
+    for shard in shards(counting.memory):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1  # in the rows
+        shard.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        got = counting.transform(paths)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(counting.transform(paths), expected)
+
+
+def test_a_store_too_small_for_all_does_not_fail_a_fit(counting, paths):
+    expected = clone(counting).set_params(memory=None).transform(paths)
+    for max_bytes in (1, 5_000):
+        small = FeatureStore(counting.memory, max_bytes=max_bytes)
+        got = clone(counting).set_params(memory=small).transform(paths)
+        np.testing.assert_array_equal(got, expected)
+        assert small.info()["bytes"] <= max_bytes
 
 
 def test_rows_that_go_before_they_are_read_are_computed(counting, paths):

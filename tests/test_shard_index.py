@@ -1,16 +1,20 @@
 """Shards come and go, are merged and damaged: what is read stays right."""
 
+import errno
 import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 from rows_of_a_store import KEYS, SPACE, check, rows_of, shards
 from safetensors.numpy import load_file, save_file
 
-from sktl import FeatureStore, _feature_store, _shard_index
+from sktl import FeatureStore, _feature_store, _shard, _shard_index
+from sktl._shard import read_rows
 
 
 def test_small_shards_are_merged(tmp_path):
@@ -35,6 +39,32 @@ def test_merging_keeps_the_row_that_won(tmp_path):
     check(mine, KEYS[: _shard_index.MERGE_FROM])
 
 
+def test_merging_fills_shards_up_to_the_limit(tmp_path):
+    mine = FeatureStore(tmp_path, max_bytes=8 * 40_000)
+    for key in KEYS:
+        mine.put(SPACE, [key], rows_of([key], 1000))
+    sizes = [shard.stat().st_size for shard in shards(tmp_path)]
+    assert max(sizes) <= 40_000
+    assert len(sizes) <= 40 * 4100 / 20_000 + _shard_index.MERGE_FROM
+    np.testing.assert_array_equal(mine.get(SPACE, KEYS)[1], rows_of(KEYS, 1000))
+
+
+def test_the_row_of_the_oldest_shard_counts(tmp_path):
+    mine = FeatureStore(tmp_path)
+    index = mine._index(SPACE)
+    folder = index.folder
+    folder.mkdir(parents=True)
+    for moment in (3, 1, 2):
+        index.write(KEYS[moment:5], rows_of(KEYS[moment:5]) + moment, moment)
+    for moments in ({1, 2, 3}, {2, 3}, {3}):
+        _, rows = mine.get(SPACE, KEYS[3:5])
+        np.testing.assert_array_equal(rows, rows_of(KEYS[3:5]) + min(moments))
+        positions, _ = mine.get(SPACE, KEYS)
+        assert positions.tolist() == list(range(min(moments), 5))
+        shards(tmp_path)[0].unlink()
+    assert mine.get(SPACE, KEYS)[1] is None
+
+
 def rewritten(shard, **changed):
     save_file({**load_file(shard), **changed}, shard)
 
@@ -43,8 +73,8 @@ def nan_with_its_checksum(shard):
     index = _shard_index.ShardIndex(shard.parent)
     rows = load_file(shard)["rows"].copy()
     rows[5, 1] = np.nan
-    sums = [index._checksum(*pair) for pair in zip(KEYS, rows, strict=True)]
-    rewritten(shard, rows=rows, checksums=np.array(sums, np.uint32))
+    sums = np.array(index._checksums(KEYS, rows), np.uint32)
+    rewritten(shard, rows=rows, checksums=sums)
 
 
 def one_bit(shard):
@@ -102,23 +132,98 @@ def test_c5_a_shard_of_another_space_is_not_believed(filled):
     filled.put(other, [b"z" * 32], rows_of([b"z" * 32]))
     mine = filled._index(SPACE).folder
     theirs = filled._index(other).folder
-    (theirs / "0.safetensors").write_bytes(shards(mine)[0].read_bytes())
+    (shard,) = shards(mine)
+    (theirs / shard.name).write_bytes(shard.read_bytes())
     with pytest.warns(UserWarning, match="checksum"):
-        positions, _ = filled.get(other, KEYS)
+        positions, _ = filled.get(other, [*KEYS, b"z" * 32])
+    assert positions.tolist() == [len(KEYS)]
+
+
+def test_a_stray_shard_of_another_shape_does_no_harm(filled):
+    # It would be the first that is read, and so say what shape rows have.
+    index = filled._index({**SPACE, "layer": "wider"})
+    filled.put({**SPACE, "layer": "wider"}, KEYS[:3], rows_of(KEYS[:3], 9))
+    (stray,) = shards(index.folder)
+    stray.rename(filled._index(SPACE).folder / _shard.new_name(0))
+    _feature_store._indexes.clear()
+    with pytest.warns(UserWarning, match="checksum"):
+        check(filled)
+
+
+def test_files_that_are_not_the_stores_are_left_alone(filled):
+    folder = filled._index(SPACE).folder
+    strange = [folder / "copy.safetensors", folder / "mine.json", folder / "x.tmp"]
+    for file in strange:
+        file.write_bytes(shards(filled.directory)[0].read_bytes())
+    (folder.parent / "notes").mkdir()
+    _feature_store._indexes.clear()
+    for key in range(100, 120):  # merging comes by too
+        filled.put(SPACE, [bytes([key]) * 32], rows_of([bytes([key])]))
+    check(filled)
+    assert len(filled.info()["spaces"]) == 1
+    filled.clear()
+    assert all(file.exists() for file in strange)
+    assert filled.info() == {"rows": 0, "bytes": 0, "spaces": {}}
+
+
+def test_a_shard_that_we_may_not_read_is_left_alone(filled, monkeypatch):
+    def refused(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_shard_index, "read_rows", refused)
+        with pytest.warns(UserWarning, match=r"cannot be read.*left where it is"):
+            positions, _ = filled.get(SPACE, KEYS)
+    assert len(positions) == 0
+    assert len(shards(filled.directory)) == 1
+
+
+def test_shards_that_we_may_not_delete_are_merged_once(tmp_path, monkeypatch):
+    def refused(file, missing_ok=False):
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(file))
+
+    monkeypatch.setattr(Path, "unlink", refused)
+    mine = FeatureStore(tmp_path)
+    for key in KEYS:
+        mine.put(SPACE, [key], rows_of([key]))
+    check(mine)
+    assert len(shards(tmp_path)) == len(KEYS) + 1
+
+
+def test_threads_that_merge_at_the_same_time(tmp_path):
+    mine = FeatureStore(tmp_path)
+
+    def put(key):
+        mine.put(SPACE, [key], rows_of([key]))
+        check(mine, [key])
+
+    keys = [bytes([i]) * 32 for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(put, keys))
+    check(mine, keys)
+    assert mine.verify() == {"rows": 200, "corrupt": 0}
+
+
+def test_a_shard_removed_by_another_machine_is_a_miss(filled, monkeypatch):
+    def stale(*arguments):  # as network file systems say it
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(_shard_index, "read_rows", stale)
+    positions, _ = filled.get(SPACE, KEYS)
     assert len(positions) == 0
 
 
 def test_links_and_pipes_are_not_opened(filled):
     folder = filled._index(SPACE).folder
-    os.mkfifo(folder / "1.safetensors")
-    (folder / "2.safetensors").symlink_to("/dev/zero")
+    os.mkfifo(folder / _shard.new_name(1))
+    (folder / _shard.new_name(2)).symlink_to("/dev/zero")
     _feature_store._indexes.clear()
     check(filled)
 
 
 def test_c11_a_shard_that_goes_while_reading_is_a_miss(filled, monkeypatch):
     index = filled._index(SPACE)
-    locate = index.locate
+    locate = index._locate
 
     def then_gone(keys, positions):
         found = locate(keys, positions)
@@ -126,7 +231,7 @@ def test_c11_a_shard_that_goes_while_reading_is_a_miss(filled, monkeypatch):
             shard.unlink()
         return found
 
-    monkeypatch.setattr(index, "locate", then_gone)
+    monkeypatch.setattr(index, "_locate", then_gone)
     positions, rows = filled.get(SPACE, KEYS)
     assert len(positions) == 0
     assert rows is None
@@ -135,25 +240,29 @@ def test_c11_a_shard_that_goes_while_reading_is_a_miss(filled, monkeypatch):
 def test_a_row_is_read_from_disk_once(filled, monkeypatch):
     check(filled, KEYS[:30])
     read = []
-    monkeypatch.setattr(
-        _shard_index.ShardIndex, "_read_row", lambda *args: read.append(args[3])
-    )
+
+    def noted(file, shard, rows):
+        read.extend(rows.tolist())
+        return read_rows(file, shard, rows)
+
+    monkeypatch.setattr(_shard_index, "read_rows", noted)
     check(filled, KEYS[:30][::-1])
     assert read == []
-    filled.get(SPACE, KEYS)
+    check(filled, KEYS * 2)
     assert read == list(range(30, 40))
 
 
 def test_rows_in_memory_have_a_limit(tmp_path, monkeypatch):
     mine = FeatureStore(tmp_path)
-    for key in KEYS[:10]:
-        mine.put(SPACE, [key], rows_of([key]))
+    spaces = [{"layer": layer} for layer in "abcde"]
+    for space in spaces:
+        mine.put(space, KEYS[:1], rows_of(KEYS[:1]))
     row = rows_of(KEYS[:1]).nbytes
-    monkeypatch.setattr(_shard_index, "MOST_KEPT", 3 * row)
-    check(mine, KEYS[:10])
-    shards_now = mine._index(SPACE).shards.values()
-    assert sum(shard.kept.rows.nbytes for shard in shards_now if shard.kept) <= 3 * row
-    check(mine, KEYS[:10][::-1])
+    monkeypatch.setattr(_shard, "MOST_KEPT", 3 * row)
+    for space in spaces * 2:
+        np.testing.assert_array_equal(mine.get(space, KEYS[:1])[1], rows_of(KEYS[:1]))
+        kept = [shard.kept for shard in _shard._keeping]
+        assert 0 < sum(each.rows.nbytes for each in kept) <= 3 * row
 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
