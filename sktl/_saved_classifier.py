@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from sktl._backbones import load_backbone
@@ -135,12 +136,14 @@ def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
 def _rebuilt(
     built_as: dict[str, Any], n_classes: int, tensors: dict[str, Tensor]
 ) -> nn.Sequential:
-    network = new_network(
-        load_backbone(built_as["backbone"], None),
-        n_classes,
-        hidden_layer_sizes=built_as["hidden_layer_sizes"],
-        dropout=built_as["dropout"],
-    )
+    backbone = load_backbone(built_as["backbone"], None)
+    with torch.random.fork_rng(devices=[]):  # a new head draws from the global state
+        network = new_network(
+            backbone,
+            n_classes,
+            hidden_layer_sizes=built_as["hidden_layer_sizes"],
+            dropout=built_as["dropout"],
+        )
     network.load_state_dict(tensors)
     return network.eval()
 

@@ -52,10 +52,8 @@ def counting(pictures):
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-    gc.collect()
     before = set(threading.enumerate())
     yield
-    gc.collect()
     assert set(threading.enumerate()) <= before
 
 

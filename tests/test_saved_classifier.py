@@ -28,8 +28,8 @@ LABELS = {
     "negative": [-(2**62), 5],
     "uint8": np.array([3, 7], "u1"),
     "bool": [False, True],
-    "float": [0.1, 2.0],
-    "float32": np.array([0.1, 2.0], "f4"),
+    "float": [-1.0, 2.0],
+    "float32": np.array([-1.0, 2.0], "f4"),
     "big endian": np.array([3, 7], ">i4"),
 }
 
@@ -283,9 +283,11 @@ def test_nothing_but_what_a_fit_sets_is_set(mine, file):
 
 def test_a_backbone_that_is_not_known(mine, file):
     tensors, document = read_tensors(saved(mine, file))
-    document["network"]["backbone"] = "tyni"
+    document["network"]["backbone"] = "resnet81"
     write_tensors(file, tensors, document)
-    with pytest.raises(ValueError, match=r"no backbone 'tyni'.* Do you mean tiny"):
+    with pytest.raises(
+        ValueError, match=r"no backbone 'resnet81'.* Do you mean resnet18"
+    ):
         FineTunedCNNClassifier.load(file)
 
 
