@@ -23,6 +23,8 @@ NAMES = {"flip", "standard", "trivial"}
 
 # Less of a photograph than a third often shows nothing of what its label names.
 _CROP_AREA = (0.35, 1.0)
+# Those that Pillow converts to RGB without losing anything.
+_PLAIN_MODES = {"1", "L", "P", "RGB", "CMYK", "HSV", "YCbCr"}
 _COLOUR = 0.2  # brightness, contrast and saturation: 80 % to 120 %
 
 
@@ -84,6 +86,12 @@ def augmentation_for(
                 raise TypeError(
                     "A callable 'augmentation' must turn a PIL image into a PIL image. "
                     f"Got {type(other).__name__} from {augmentation!r}."
+                )
+            if other.mode not in _PLAIN_MODES:
+                raise ValueError(
+                    "A callable 'augmentation' must give a picture of 8 bits without "
+                    f"transparency. Got one of mode {other.mode!r} from "
+                    f"{augmentation!r}. Convert it to 'RGB'."
                 )
             return preprocessing(other.convert("RGB"))
 

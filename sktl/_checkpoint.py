@@ -25,7 +25,7 @@ _FORMAT = "sktl checkpoint of a fine-tuning, version 1"
 _NAME = "fine_tuning"
 # Parameters that do not change what comes out.
 _WITHOUT_EFFECT = {"callbacks", "checkpoint", "memory", "n_jobs", "verbose", "weights"}
-_WEIGHTS, _BEST, _OPTIMIZER = "weights.", "best.", "optimizer."
+_WEIGHTS, _BEST, _START, _OPTIMIZER = "weights.", "best.", "start.", "optimizer."
 
 
 class Checkpoint:
@@ -107,6 +107,7 @@ class Checkpoint:
         weights = training.network.state_dict()
         tensors = {f"{_WEIGHTS}{name}": value for name, value in weights.items()}
         tensors |= {f"{_BEST}{name}": v for name, v in progress.best_weights.items()}
+        tensors |= {f"{_START}{name}": v for name, v in progress.start_weights.items()}
         for number, state in optimizer.items():
             for part, value in state.items():
                 if value is not None:
@@ -230,10 +231,12 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{error} Delete it to start anew.") from error
-    if document.get("format") != _FORMAT:
+    whole = isinstance(document.get("seed"), int)
+    if document.get("format") != _FORMAT or not whole:
         raise ValueError(
             f"The checkpoint {str(file)!r} must be of the format {_FORMAT!r}. Got "
-            f"{document.get('format')!r}. Use another directory."
+            f"{document.get('format')!r}{'' if whole else ' without a seed'}. Use "
+            "another directory."
         )
     return tensors, document
 
@@ -258,6 +261,7 @@ def _restore(
         best_epoch=int(document["best_epoch"]),
         best_score=(float(accuracy), float(minus_loss)),
         best_weights=_below(_BEST, tensors),
+        start_weights=_below(_START, tensors),
     )
     training.restore(_below(_WEIGHTS, tensors), progress, optimizer)
 

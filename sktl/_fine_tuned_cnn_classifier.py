@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from sktl import _saved_classifier
 from sktl._augmentation import NAMES, augmentation_for
 from sktl._batches import LabelledPictures
-from sktl._checkpoint import Checkpoint, identity_of
+from sktl._checkpoint import Checkpoint, identity_of, seed_of
 from sktl._decode import PixelRange
 from sktl._feature_store import FeatureStore
 from sktl._frozen_features import frozen_features
@@ -73,7 +73,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         Share of values dropped before each layer of the head.
     optimizer : {"adamw", "sgd"}, default="adamw"
         AdamW, or SGD with Nesterov momentum 0.9. Norms of gradients are clipped at 5.
-    lr : float, default=1e-3
+    lr : float, default=2e-4
         Highest learning rate of the head.
     layer_decay : float, default=1.0
         Each stage learns at this many times the rate of the one above it.
@@ -90,6 +90,11 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         into another.
     label_smoothing : float, default=0.0
         Share of the target that is spread over all classes.
+    wise_ft_alpha : float, default=0.5
+        The weights that are kept lie that far on the way from the linear probe to the
+        trained network [3]_: 1 is the trained network. Without effect where training
+        does not begin with a linear probe on pretrained weights, and under
+        `early_stopping`, which chooses an epoch.
     class_weight : dict, "balanced" or None, default=None
         Weights of classes, as everywhere in scikit-learn.
     unfreeze_every : int or None, default=None
@@ -109,7 +114,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         of the same data and parameters goes on from there, with the bits it would have
         had; any other is refused. One at a time: not for a search.
     callbacks : list of skorch callbacks or None, default=None
-        Copies of them are told of each batch and epoch.
+        Copies of them are told of each batch and epoch. One that stops by raising
+        KeyboardInterrupt, as skorch's EarlyStopping does, ends `fit` with it: use
+        `early_stopping`.
     image_size : int or None, default=None
         Side in pixels to resize and crop to, instead of what the weights were trained
         with.
@@ -170,7 +177,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     Notes
     -----
     `X` has the forms described in the notes of `PretrainedFeatures`. Weights of samples
-    and classes multiply the loss of each picture; pictures of weight 0 are left out.
+    and classes multiply the loss of each picture; samples of weight 0 are left out.
     The accuracy of early stopping is weighted likewise.
 
     Copies in the worker processes of a search share the cores among them. They would
@@ -182,6 +189,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
        Out-of-Distribution*, 2022.
     .. [2] Müller, Hutter: *TrivialAugment: Tuning-free Yet State-of-the-Art Data
        Augmentation*, 2021.
+    .. [3] Wortsman et al.: *Robust Fine-tuning of Zero-shot Models*, 2022.
 
     Examples
     --------
@@ -219,6 +227,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "augmentation": [StrOptions(NAMES), callable, None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
+        "wise_ft_alpha": [Interval(Real, 0, 1, closed="both")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
         "unfreeze_every": [Interval(Integral, 1, None, closed="left"), None],
         "early_stopping": ["boolean"],
@@ -249,13 +258,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         hidden_layer_sizes: int | Sequence[int] = (),
         dropout: float = 0.0,
         optimizer: str = "adamw",
-        lr: float = 1e-3,
+        lr: float = 2e-4,
         layer_decay: float = 1.0,
         weight_decay: float = 1e-2,
         lr_schedule: str = "cosine",
         max_epochs: int = 10,
         augmentation: str | Callable[[Any], Any] | None = None,
         label_smoothing: float = 0.0,
+        wise_ft_alpha: float = 0.5,
         class_weight: dict[Any, float] | str | None = None,
         unfreeze_every: int | None = None,
         early_stopping: bool = False,
@@ -289,6 +299,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self.max_epochs = max_epochs
         self.augmentation = augmentation
         self.label_smoothing = label_smoothing
+        self.wise_ft_alpha = wise_ft_alpha
         self.class_weight = class_weight
         self.unfreeze_every = unfreeze_every
         self.early_stopping = early_stopping
@@ -309,6 +320,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
+    @torch.inference_mode(False)  # of the caller: nothing could be trained in it
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
         """Train the head, and as much below it as `trainable` says.
 
@@ -343,6 +355,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         pictures = self._as_pictures(X, reset=not goes_on)
         given = self._labelled(pictures, y, sample_weight)
         seed = self._seed()
+        if self.checkpoint is not None:
+            seed = seed_of(self.checkpoint, otherwise=seed)
         if goes_on:
             self._check_classes(given.classes, "warm_start")
             start = Start.of_fitted(self)
@@ -362,6 +376,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         return self._keep(training, start, given.classes)
 
     @fit_context(prefer_skip_nested_validation=True)
+    @torch.inference_mode(False)
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> Self:
@@ -412,7 +427,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             start, progress = self._start(given.classes, seed), Progress(seed)
         else:
             self._check_classes(given.classes, "partial_fit")
-            start = Start.of_fitted(self, in_place=True)
+            start = Start.of_fitted(self)
             progress = Progress(seed, self.n_iter_, list(self.history_))
         held_out = rows_held_out(given, None, seed)
         training = self._training(
@@ -423,9 +438,12 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             progress,
             max_epochs=progress.epoch + 1,
             lr_schedule="constant",
+            wise_ft_alpha=1.0,
         )
         if not first and hasattr(self, "net_"):
-            training.restore_optimizer(self.net_.optimizer_.state_dict()["state"])
+            before = self.net_.optimizer_
+            if type(before) is type(training.net.optimizer_):
+                training.restore_optimizer(before.state_dict()["state"])
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
             self._solve_head(training, start, pictures, given, held_out)
@@ -537,11 +555,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         ValueError
             If the file is anything else, is damaged, or its backbone is not known.
         """
-        parameters, fitted = _saved_classifier.load(path)
-        estimator = cls(**parameters)
-        for name, value in fitted.items():
-            setattr(estimator, name, value)
-        return estimator
+        return _saved_classifier.load(cls, path)
 
     def plot_history(self, ax: Any = None) -> Any:
         """Plot loss, and accuracy under early stopping, against epochs.
@@ -578,6 +592,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.three_d_array = True
         tags.classifier_tags.poor_score = True
         return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Say no where `fit` was interrupted, whatever it had set by then."""
+        return hasattr(self, "module_")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out net and optimizer, and fetch the weights from the accelerator."""

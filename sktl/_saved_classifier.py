@@ -2,9 +2,10 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from sktl._tensor_file import read_tensors, write_tensors
 from sktl._trainable import new_network
 from sktl._weights import content_digest
 
+Estimator = TypeVar("Estimator")
 _FORMAT = "sktl FineTunedCNNClassifier, version 1"
 _FITTED = [
     "n_iter_",
@@ -74,20 +76,20 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
     write_tensors(Path(path), estimator.module_.state_dict(), document)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estimator:
     """Read what `save` wrote.
 
     Parameters
     ----------
+    kind : class
+        FineTunedCNNClassifier, which this room does not know.
     path : str or path-like
         Name of the file.
 
     Returns
     -------
-    parameters : dict
-        Of the estimator.
-    fitted : dict
-        Its fitted attributes.
+    FineTunedCNNClassifier
+        Fitted.
 
     Raises
     ------
@@ -103,9 +105,11 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             f"of the format {document.get('format')!r}."
         )
     try:
-        fitted = _fitted(document, tensors)
         parameters = document["parameters"].items()
-        return {name: _usual(value) for name, value in parameters}, fitted
+        estimator = kind(**{name: _usual(value) for name, value in parameters})
+        for name, value in _fitted(document, tensors).items():
+            setattr(estimator, name, value)
+        return estimator
     except (AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"{str(path)!r} must be a file of FineTunedCNNClassifier.save, and its "

@@ -101,24 +101,21 @@ class Start:
         )
 
     @classmethod
-    def of_fitted(cls, estimator: Any, *, in_place: bool = False) -> Self:
+    def of_fitted(cls, estimator: Any) -> Self:
         """Go on from a fitted FineTunedCNNClassifier.
 
         Parameters
         ----------
         estimator : FineTunedCNNClassifier
-            Fitted.
-        in_place : bool, default=False
-            Whether its own network is trained on, and not a copy.
+            Fitted. It keeps its network; a copy is trained.
 
         Returns
         -------
         Start
             Without a backbone.
         """
-        network = estimator.module_
         return cls(
-            network if in_place else copy.deepcopy(network),
+            copy.deepcopy(estimator.module_),
             estimator.preprocessing_,
             estimator._built_as,
             estimator._digest,

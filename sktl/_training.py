@@ -55,6 +55,7 @@ class Settings:
     lr_schedule: str
     max_epochs: int
     label_smoothing: float
+    wise_ft_alpha: float
     unfreeze_every: int | None
     patience: int | None  # n_iter_no_change, or None without early stopping
     batch_size: int
@@ -93,6 +94,8 @@ class Progress:
         Accuracy on the held-out part, and its loss with a minus.
     best_weights : dict of str to Tensor
         Of that epoch; empty without early stopping.
+    start_weights : dict of str to Tensor
+        Of epoch 0, to be mixed into the last; empty if they are not to be.
     """
 
     seed: int
@@ -101,6 +104,7 @@ class Progress:
     best_epoch: int = 0
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
+    start_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -190,7 +194,7 @@ class Training:
             train_split=None if validation is None else predefined_split(validation),
             callbacks=[
                 GradientNormClipping(_LARGEST_GRADIENT),
-                ("watch", self._watch),
+                ("sktl_watch", self._watch),
                 *callbacks,
             ],
             callbacks__print_log=None,
@@ -225,6 +229,8 @@ class Training:
         self.net.notify("on_train_end", X=self._training, y=None)
         if progress.best_weights:
             self.network.load_state_dict(progress.best_weights)
+        elif progress.start_weights:
+            self.network.load_state_dict(self._mixed())
         self.network.eval()
         # Else the net, which is left behind, would hold the pictures that were watched
         # and a gradient for each weight.
@@ -239,7 +245,6 @@ class Training:
         with (
             seeded(settings.device, progress.seed, progress.epoch),
             memory_explained(settings.batch_size),
-            torch.inference_mode(False),
             torch.enable_grad(),
         ):
             # Not `fit`, which takes an interrupt for the wish to stop early.
@@ -271,10 +276,21 @@ class Training:
         score = (round(row["valid_score"], 6), -row["valid_loss"])
         if score > progress.best_score:
             progress.best_epoch, progress.best_score = progress.epoch, score
-            progress.best_weights = {
-                name: value.detach().clone()
-                for name, value in self.network.state_dict().items()
-            }
+            progress.best_weights = self._copied()
+
+    def _copied(self) -> dict[str, Tensor]:
+        state = self.network.state_dict()
+        return {name: value.clone() for name, value in state.items()}
+
+    def _mixed(self) -> dict[str, Tensor]:
+        """Mix the weights of epoch 0 and of the last (Wortsman et al., 2022)."""
+        start, alpha = self.progress.start_weights, self._settings.wise_ft_alpha
+        return {
+            name: start[name].to(end.device).lerp(end, alpha)
+            if end.is_floating_point()
+            else end
+            for name, end in self.network.state_dict().items()
+        }
 
     def _is_over(self) -> bool:
         patience = self._settings.patience
@@ -319,6 +335,11 @@ class Training:
                 np.average(hits[held_out], weights=weight[held_out])
             )
         self._record({**row, "lr": 0.0, "n_open_stages": 0})
+        settings = self._settings
+        # Between two networks that normalize differently lies none that works.
+        if settings.fixed_statistics and settings.patience is None:
+            if settings.wise_ft_alpha < 1:
+                self.progress.start_weights = self._copied()
 
     def restore(
         self,

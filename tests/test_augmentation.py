@@ -113,7 +113,7 @@ def test_a_callable_gets_the_whole_picture(picture):
     assert seen == [("RGB", (32, 24))]
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "CMYK", "HSV", "RGB"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr", "CMYK", "HSV", "RGB"])
 def test_a_callable_may_give_another_mode_and_size(picture, mode):
     pixels = varied(lambda each: each.convert(mode).resize((9, 40)), picture)
     expected = AT_16(picture.convert(mode).resize((9, 40)).convert("RGB"))
@@ -145,3 +145,9 @@ def test_a_callable_that_draws_on_the_picture_leaves_the_users_alone(pictures):
     for row in range(2):
         assert (varied(mine, taken[row]) == [255, 0, 0]).all()
         np.testing.assert_array_equal(np.array(given[row]), pictures[row])
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
+def test_a_callable_must_not_give_what_would_be_lost(picture, mode):
+    with pytest.raises(ValueError, match=f"Got one of mode '{mode}'"):
+        varied(lambda each: Image.new(mode, each.size), picture)

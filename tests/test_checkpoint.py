@@ -380,7 +380,6 @@ def test_the_seed_of_what_is_there(pictures, mine, tmp_path, file):
         seed_of(tmp_path, 5)
 
 
-@pytest.mark.xfail(reason="fit has to begin with the seed of the checkpoint")
 @pytest.mark.parametrize("weights", [None, "DEFAULT"])
 def test_without_a_random_state_it_goes_on_with_its_seed(
     pictures, mine, monkeypatch, tmp_path, weights

@@ -64,8 +64,14 @@ def test_defaults_are_those_of_the_signature(name):
 
 
 def test_public_methods_say_what_they_raise():
-    for method in ("fit", "transform"):
-        doc = FunctionDoc(getattr(sktl.PretrainedFeatures, method))
+    for method in (
+        sktl.PretrainedFeatures.fit,
+        sktl.PretrainedFeatures.transform,
+        sktl.FineTunedCNNClassifier.fit,
+        sktl.FineTunedCNNClassifier.partial_fit,
+        sktl.FineTunedCNNClassifier.predict,
+    ):
+        doc = FunctionDoc(method)
         assert {entry.type for entry in doc["Raises"]} >= {"ValueError"}
 
 

@@ -50,6 +50,16 @@ def test_ants_and_bees(run, folder, capsys):
     assert "validation accuracy" in out
 
 
+def test_fine_tune(run, folder, capsys):
+    arguments = ["--data", folder, "--backbone", "resnet_mini"]
+    run("fine_tune", *arguments, "--epochs", 1, "--folds", 2)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split("±")[0].rsplit(maxsplit=1) for line in lines if "±" in line]
+    assert len(rows) == 6
+    assert all(0 <= float(accuracy) <= 1 for _, accuracy in rows)
+    assert lines[-1].startswith("validation accuracy of ")
+
+
 @pytest.fixture
 def server(tmp_path):
     """Serve an archive of photographs that are not the tutorial's."""
@@ -94,7 +104,7 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     arguments = ["--data", folder / "train", "--labels", 6, "--repeats", 2]
     run("three_strategies", *arguments)
     out = capsys.readouterr().out
-    for row in ("raw pixels", "as is", "frozen: penultimate", "frozen: layer"):
+    for row in ("raw pixels", "as is", "frozen: penultimate", "frozen: layer", "fine-"):
         assert row in out
     assert "the last search chose layer=" in out
 

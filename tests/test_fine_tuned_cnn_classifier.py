@@ -135,6 +135,19 @@ def test_a_picture_of_weight_0_is_not_there(pictures, y):
         tuned().fit(pictures, y, sample_weight=np.zeros(40))
 
 
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_what_is_kept_lies_between_the_probe_and_the_trained(pictures, y, alpha):
+    model = FineTunedCNNClassifier("resnet_mini", lr=1e-3, trainable=2, random_state=0)
+    probe = clone(model).set_params(max_epochs=0).fit(pictures, y).module_.state_dict()
+    trained = clone(model).set_params(wise_ft_alpha=1.0).fit(pictures, y)
+    mixed = clone(model).set_params(wise_ft_alpha=alpha).fit(pictures, y)
+    assert mixed.loss_curve_ == trained.loss_curve_
+    for name, end in trained.module_.state_dict().items():
+        expected = (1 - alpha) * probe[name].double() + alpha * end.double()
+        got = mixed.module_.state_dict()[name].double()
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_halving_on_epochs(pictures, y):
     search = HalvingGridSearchCV(
         tuned(head_init="random"),
@@ -182,7 +195,7 @@ def test_partial_fit_goes_on_where_it_stopped(pictures, y):
         assert classifier.partial_fit(pictures, y, classes=classes) is classifier
         assert classifier.n_iter_ == epoch
     once = tuned(lr=1e-3, trainable="head", max_epochs=3, lr_schedule="constant")
-    once.fit(pictures, y)
+    once.set_params(wise_ft_alpha=1.0).fit(pictures, y)
     assert once.loss_curve_ == classifier.loss_curve_
     np.testing.assert_array_equal(
         once.predict_proba(pictures), classifier.predict_proba(pictures)
@@ -320,7 +333,7 @@ def test_a_bad_picture_names_its_row(paths, y, tmp_path):
 
 
 class TestAntsAndBees:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def network(self, test_data):
         return {
             "backbone": "squeezenet1_1",
@@ -328,7 +341,7 @@ class TestAntsAndBees:
             "precision": "bfloat16",
         }
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def photographs(self, test_data):
         parts = (test_data / "hymenoptera" / part for part in ("train", "val"))
         return [load_files(part, load_content=False) for part in parts]

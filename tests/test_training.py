@@ -50,6 +50,7 @@ DEFAULTS = {
     "lr_schedule": "cosine",
     "max_epochs": 3,
     "label_smoothing": 0.1,
+    "wise_ft_alpha": 1.0,
     "unfreeze_every": None,
     "patience": None,
     "batch_size": 16,
@@ -511,10 +512,7 @@ def test_t06_random_states_of_each_kind(pictures, weights):
     "mode",
     [
         torch.no_grad,
-        pytest.param(
-            torch.inference_mode,
-            marks=pytest.mark.xfail(reason="fit has to leave it first", strict=True),
-        ),
+        torch.inference_mode,
     ],
 )
 def test_t11_it_trains_where_gradients_are_off(pictures, mode):

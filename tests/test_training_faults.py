@@ -123,12 +123,7 @@ class Interrupt(Callback):
     "shape",
     [
         "pictures",
-        pytest.param(
-            "rows",
-            marks=pytest.mark.xfail(
-                reason="n_features_in_ passes for a fitted attribute", strict=True
-            ),
-        ),
+        "rows",
     ],
 )
 def test_t01_an_interrupted_estimator_is_not_fitted(tmp_path, shape):
