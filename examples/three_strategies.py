@@ -24,6 +24,7 @@ against the number of labels.
 """
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -169,24 +170,24 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="file for a picture")
     arguments = parser.parse_args()
 
-    pixel_range: Any = "auto"
+    shared: dict[str, Any] = {
+        "backbone": arguments.backbone,
+        "weights": arguments.weights,
+        "batch_size": 64,
+    }
     if arguments.data:
         files = load_files(arguments.data, load_content=False)
         X, y = files.filenames, np.array(files.target_names)[files.target]
     else:
         digits = load_digits()  # (1797, 8, 8), values from 0 (black) to 16 (white)
-        X, y, pixel_range = digits.images, digits.target, (0, 16)
-
-    shared = {
-        "backbone": arguments.backbone,
-        "weights": arguments.weights,
-        "pixel_range": pixel_range,
-        "batch_size": 64,
-    }
+        X, y = digits.images, digits.target
+        shared |= {"pixel_range": (0, 16), "image_size": 32}
 
     def run(n_labels: int) -> dict[str, list[float]]:
         cv = list(splits(y, n_labels, arguments.repeats, n_test=500))
-        return compare(X, y, strategies(shared), cv)
+        # Folds, candidates and repeats meet the same pictures again and again.
+        with tempfile.TemporaryDirectory() as memory:
+            return compare(X, y, strategies({**shared, "memory": memory}), cv)
 
     print(
         f"{arguments.labels} labels for each of {len(np.unique(y))} classes, "

@@ -108,7 +108,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
 
     Examples
     --------
-    A network for 32 x 32 pictures comes with the library:
+    A network for small pictures comes with the library:
 
     >>> from sklearn.datasets import load_sample_images
     >>> from sktl import PretrainedClassifier

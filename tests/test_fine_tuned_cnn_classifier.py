@@ -346,14 +346,16 @@ class TestAntsAndBees:
         parts = (test_data / "hymenoptera" / part for part in ("train", "val"))
         return [load_files(part, load_content=False) for part in parts]
 
-    def test_training_starts_at_the_linear_probe(self, network, photographs):
+    def test_training_starts_at_the_linear_probe_and_ends_no_worse(
+        self, network, photographs
+    ):
         train, val = photographs
-        classifier = FineTunedCNNClassifier(
-            **network, max_epochs=1, random_state=0, n_jobs=2
-        ).fit(train.filenames, train.target)
-        assert classifier.score(val.filenames, val.target) > 0.89
-        start, first = (row["train_loss"] for row in classifier.history_)
-        assert first < start + 0.02
+        classifier = FineTunedCNNClassifier(**network, random_state=0, n_jobs=2)
+        classifier.fit(train.filenames, train.target)
+        start, *losses = (row["train_loss"] for row in classifier.history_)
+        assert max(losses) < start + 0.02
+        # One seed of the three whose mean is in the docs, less two photographs of 153.
+        assert classifier.score(val.filenames, val.target) > 0.92 - 2 / 153
 
 
 def test_cross_validation_in_a_pipeline(paths, y):

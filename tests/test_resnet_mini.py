@@ -39,14 +39,15 @@ def test_it_is_an_ordinary_backbone():
     assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert len(set(backbone.categories)) == 200
     assert "goldfish" in backbone.categories
-    x = torch.randn(2, 3, 32, 32)
+    side = backbone.preprocessing.crop_size
+    x = torch.randn(2, 3, side, side)
     with torch.inference_mode():
         assert torch.equal(backbone.cut(x), backbone.network(x))
         sides = []
         for stage in backbone.stages.values():
             x = stage(x)
             sides.append(x.shape[-1])
-    assert sides == [32, 32, 16, 8, 4]
+    assert sides == [40, 40, 20, 10, 5]
 
 
 def test_its_stages_are_those_of_resnet18_half_as_wide():
