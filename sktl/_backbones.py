@@ -23,6 +23,7 @@ from torchvision import models
 
 from sktl._backbone import Backbone
 from sktl._preprocessing import Preprocessing
+from sktl._random_state import borrowed_generator
 from sktl._resnet_mini import IMAGE_SIZE, MEAN, STD, ResNetMini
 from sktl._stages import check_cut, cut, last_linear, uncut_reason
 from sktl._weights import (
@@ -378,8 +379,7 @@ def _network(name: str, recipe: _Recipe, seed: int) -> tuple[nn.Module, str]:
 
 def _built(recipe: _Recipe, num_classes: int | None, seed: int) -> nn.Module:
     unfilled = recipe.file is not None and not recipe.registered
-    # devices=[]: forking and seeding those of a GPU would start it.
-    with torch.random.fork_rng(devices=[]), Unfilled() if unfilled else nullcontext():
+    with borrowed_generator(), Unfilled() if unfilled else nullcontext():
         torch.default_generator.manual_seed(seed)
         return recipe.build(num_classes)
 

@@ -32,7 +32,7 @@ class LabelledPictures(Dataset[Any]):
     pictures : Pictures
         All of them.
     rows : ndarray of int
-        Those that are meant.
+        Positions of those that are meant.
     label : ndarray of int, as long as `rows`
         From 0.
     weight : ndarray of float, as long as `rows`

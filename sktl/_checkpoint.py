@@ -13,6 +13,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +138,7 @@ class Checkpoint:
         mine = self._identity
         theirs = theirs if isinstance(theirs, dict) else {}
         other = [
-            f"{name} (there {theirs.get(name)!r}, here {mine.get(name)!r})"
+            f"{name} (there {_short(theirs.get(name))}, here {_short(mine.get(name))})"
             for name in sorted({*mine, *theirs})
             if mine.get(name) != theirs.get(name)
         ]
@@ -159,7 +160,7 @@ def identity_of(
     parameters : mapping of str
         Of the estimator.
     pictures : Pictures
-        All of them.
+        Those that count.
     given : Labelled
         Those that count, with labels and weights.
     digest : str
@@ -170,12 +171,15 @@ def identity_of(
     dict of str
         Equal for two runs that would come to the same, on the same machine.
     """
-    keys = pictures.keys()
-    X = hashlib.sha256(b"".join(keys[row] for row in given.rows))
-    chosen = {
-        name: value if isinstance(value, bool | int | float) else _named(value)
+    X = hashlib.sha256(b"".join(pictures.keys()))
+    plain = {
+        name: value.item() if isinstance(value, np.generic) else value
         for name, value in parameters.items()
         if name not in _WITHOUT_EFFECT
+    }
+    chosen = {
+        name: value if isinstance(value, bool | int | float) else _named(value)
+        for name, value in plain.items()
     }
     if not isinstance(parameters["random_state"], Integral):
         chosen["random_state"] = "none: that of the checkpoint is used"
@@ -239,6 +243,11 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             "another directory."
         )
     return tensors, document
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 50 else f"{text[:20]}…"
 
 
 def _named(value: Any) -> str:

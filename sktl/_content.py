@@ -31,12 +31,14 @@ _MOST_REMEMBERED = 2**20
 _remembered: dict[str, tuple[tuple[int, ...], bytes]] = {}
 
 
-def content_keys(pictures: Iterable[Any], *, pixel_range: PixelRange) -> list[bytes]:
+def content_keys(
+    pictures: Iterable[Any], rows: Iterable[int], *, pixel_range: PixelRange
+) -> list[bytes]:
     """Give the keys of pictures, in order; see `content_key`."""
     return [
         (isinstance(picture, str) and _remembered_key(picture))
         or content_key(picture, row=row, pixel_range=pixel_range)
-        for row, picture in enumerate(pictures)
+        for row, picture in zip(rows, pictures, strict=True)
     ]
 
 

@@ -30,16 +30,14 @@ from sktl._linear_probe import solve_head
 from sktl._memory import Memory
 from sktl._sklearn_compat import Interval, StrOptions, fit_context
 from sktl._start import Start
-from sktl._trainable import n_open_stages
+from sktl._steps import LR_SCHEDULES, OPTIMIZERS, restore_optimizer
+from sktl._trainable import n_open_stages, network_digest
 from sktl._training import (
-    LR_SCHEDULES,
-    OPTIMIZERS,
     Progress,
     Settings,
     Training,
     warn_of_shared_gpu,
 )
-from sktl._weights import content_digest
 
 
 class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
@@ -73,7 +71,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         Share of values dropped before each layer of the head.
     optimizer : {"adamw", "sgd"}, default="adamw"
         AdamW, or SGD with Nesterov momentum 0.9. Norms of gradients are clipped at 5.
-    lr : float, default=2e-4
+    lr : float, default=1e-4
         Highest learning rate of the head.
     layer_decay : float, default=1.0
         Each stage learns at this many times the rate of the one above it.
@@ -90,11 +88,11 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         into another.
     label_smoothing : float, default=0.0
         Share of the target that is spread over all classes.
-    wise_ft_alpha : float, default=0.5
+    wise_ft_alpha : float, default=0.4
         The weights that are kept lie that far on the way from the linear probe to the
         trained network [3]_: 1 is the trained network. Without effect where training
         does not begin with a linear probe on pretrained weights, and under
-        `early_stopping`, which chooses an epoch.
+        `early_stopping`, which chooses an epoch, and in `partial_fit`.
     class_weight : dict, "balanced" or None, default=None
         Weights of classes, as everywhere in scikit-learn.
     unfreeze_every : int or None, default=None
@@ -111,8 +109,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         Whether `fit` goes on from the weights of the last one.
     checkpoint : str, path-like or None, default=None
         A directory where the state of the training is written after each epoch. A `fit`
-        of the same data and parameters goes on from there, with the bits it would have
-        had; any other is refused. One at a time: not for a search.
+        of the same data and parameters goes on from there, on the same CPU with the
+        bits it would have had; any other is refused (functions are told apart by name
+        only). One at a time: not for a search.
     callbacks : list of skorch callbacks or None, default=None
         Copies of them are told of each batch and epoch. One that stops by raising
         KeyboardInterrupt, as skorch's EarlyStopping does, ends `fit` with it: use
@@ -138,7 +137,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         `PretrainedFeatures`, and shared with it.
     random_state : int, RandomState instance or None, default=None
         Decides the order of the pictures, their variation, dropout, what is held out,
-        and whatever starts at random. An int gives the same bits on the same machine.
+        and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
         1 shows a progress bar on anything that takes longer than a second.
 
@@ -147,8 +146,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     classes_ : ndarray of shape (n_classes,)
         The labels, sorted.
     module_ : torch.nn.Sequential
-        The trained network: from normalized ``(n, 3, h, w)`` to logits
-        ``(n, n_classes)``. It needs nothing of this library.
+        The trained network, on the CPU: from normalized ``(n, 3, h, w)`` to logits
+        ``(n, n_classes)``. It needs nothing of this library. `predict` uses a copy, so
+        changes have no effect there.
     net_ : skorch.NeuralNet
         What trained it, with its history and optimizer. Not in a pickle.
     preprocessing_ : Preprocessing
@@ -156,14 +156,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
-        The epoch whose weights were kept: without early stopping the last. 0 is the
-        linear probe.
+        The epoch whose weights were kept, or mixed with those of the linear probe:
+        without early stopping the last. 0 is the state before training.
     loss_curve_ : list of float
         Mean training loss of each epoch.
     validation_scores_ : list of float or None
         Accuracy on the held-out part after each epoch, under early stopping.
     history_ : list of dict
-        One row for each epoch, epoch 0 for the linear probe: ready for a data frame.
+        One row for each epoch, epoch 0 for the linear probe: ready for a data frame. It
+        is about the network in training, before `wise_ft_alpha` mixes it.
     n_features_in_ : int
         Number of features seen during `fit`, for 2-D `X` and data frames.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -258,14 +259,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         hidden_layer_sizes: int | Sequence[int] = (),
         dropout: float = 0.0,
         optimizer: str = "adamw",
-        lr: float = 2e-4,
+        lr: float = 1e-4,
         layer_decay: float = 1.0,
         weight_decay: float = 1e-2,
         lr_schedule: str = "cosine",
         max_epochs: int = 10,
         augmentation: str | Callable[[Any], Any] | None = None,
         label_smoothing: float = 0.0,
-        wise_ft_alpha: float = 0.5,
+        wise_ft_alpha: float = 0.4,
         class_weight: dict[Any, float] | str | None = None,
         unfreeze_every: int | None = None,
         early_stopping: bool = False,
@@ -353,7 +354,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         """
         goes_on = self.warm_start and hasattr(self, "module_")
         pictures = self._as_pictures(X, reset=not goes_on)
-        given = self._labelled(pictures, y, sample_weight)
+        given = self._labelled(pictures, y, sample_weight).rescaled()
+        pictures = pictures.at(given.rows.tolist())
         seed = self._seed()
         if self.checkpoint is not None:
             seed = seed_of(self.checkpoint, otherwise=seed)
@@ -422,6 +424,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         given = self._labelled(
             pictures, y, sample_weight, self.classes_ if classes is None else classes
         )
+        pictures = pictures.at(given.rows.tolist())
         seed = self._seed()
         if first:
             start, progress = self._start(given.classes, seed), Progress(seed)
@@ -443,7 +446,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         if not first and hasattr(self, "net_"):
             before = self.net_.optimizer_
             if type(before) is type(training.net.optimizer_):
-                training.restore_optimizer(before.state_dict()["state"])
+                now = training.net.optimizer_
+                restore_optimizer(now, before.state_dict()["state"])
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
             self._solve_head(training, start, pictures, given, held_out)
@@ -581,7 +585,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             if rows:
                 epochs = [row["epoch"] for row in rows]
                 ax.plot(epochs, [row[name] for row in rows], label=name)
-        ax.axvline(self.best_epoch_, color="0.8", zorder=0, label="kept")
+        ax.axvline(self.best_epoch_, color="0.8", zorder=0, label="best")
         ax.set(xlabel="epoch", title=f"{self.backbone}, {self.trainable} trained")
         ax.legend()
         return ax
@@ -598,11 +602,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         return hasattr(self, "module_")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out net and optimizer, and fetch the weights from the accelerator."""
+        """Leave out the net and its optimizer."""
         state = dict(super().__getstate__())
         state.pop("net_", None)
-        if "module_" in state and resolve_device(self.device).type != "cpu":
-            state["module_"] = copy.deepcopy(self.module_).cpu()
         return state
 
     def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
@@ -672,7 +674,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         learned, watched = (
             LabelledPictures(
                 pictures,
-                given.rows[chosen],
+                np.flatnonzero(chosen),
                 given.label[chosen],
                 given.weight[chosen],
                 augmentation=augmentation_for(augmentation, start.preprocessing),
@@ -716,23 +718,23 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             precision=self.precision,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
-        )[given.rows]
+        )
         solve_head(
             start.network[-1],
             features[~held_out],
             given.label[~held_out],
-            given.weight[~held_out],
+            given.weight[~held_out] / given.weight[~held_out].mean(),
             hidden_layer_sizes=start.built_as["hidden_layer_sizes"],
             seed=training.progress.seed,
         )
         training.begin(features, given.label, given.weight, held_out)
 
     def _keep(self, training: Training, start: Start, classes: NDArray[Any]) -> Self:
-        """Set what is left behind; until here nothing of the estimator has changed."""
+        """Set what is left behind; until here the fitted network has not changed."""
         progress = training.progress
         rows = [row for row in progress.history if row["epoch"] > 0]
         self.classes_ = classes
-        self.module_ = start.network
+        self.module_ = start.network.cpu()
         self.net_ = training.net
         self.preprocessing_ = start.preprocessing
         self.n_iter_ = progress.epoch
@@ -743,9 +745,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             [row["valid_score"] for row in rows] if self.early_stopping else None
         )
         self._built_as = start.built_as
-        self._digest = content_digest(
-            {k: v.cpu() for k, v in start.network.state_dict().items()}
-        )
+        self._digest = network_digest(start.network)
         return self
 
     def _logits(self, X: Any) -> NDArray[np.float32]:
@@ -756,7 +756,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         device = resolve_device(self.device)
         network = prepared(
             ("fine-tuned", self._digest),
-            lambda: copy.deepcopy(self.module_).cpu(),
+            lambda: copy.deepcopy(self.module_),
             side=self.preprocessing_.crop_size,
             device=device,
             precision=self.precision,

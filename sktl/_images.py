@@ -61,6 +61,8 @@ class Pictures:
         Values of black and white in arrays; see `sktl._decode.to_uint8`.
     row_shape : tuple of ints, optional
         Shape of a picture whose row in `rows` is flat.
+    numbers : sequence of int, optional
+        What errors call the rows. None counts them from 0.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Pictures:
         rows: Any,
         pixel_range: PixelRange,
         row_shape: tuple[int, ...] | None = None,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         self._rows = rows
+        self._numbers = range(len(rows)) if numbers is None else numbers
         self._pixel_range = pixel_range
         self._row_shape = row_shape
 
@@ -90,7 +94,14 @@ class Pictures:
         ValueError
             If it cannot be read: names the row, the path and the reason.
         """
-        return decode(self._row(row), row=row, pixel_range=self._pixel_range)
+        number = self._numbers[row]
+        return decode(self._row(row), row=number, pixel_range=self._pixel_range)
+
+    def at(self, positions: Sequence[int]) -> "Pictures":
+        """Give some of the pictures; in errors they keep their numbers."""
+        rows = [self._rows[position] for position in positions]
+        numbers = [self._numbers[position] for position in positions]
+        return Pictures(rows, self._pixel_range, self._row_shape, numbers)
 
     @property
     def pixel_range(self) -> PixelRange:
@@ -102,11 +113,12 @@ class Pictures:
         rows: Iterable[Any] = self._rows
         if self._row_shape is not None:
             rows = map(self._row, range(len(self)))
-        return content_keys(rows, pixel_range=self._pixel_range)
+        return content_keys(rows, self._numbers, pixel_range=self._pixel_range)
 
     def keyed(self, row: int) -> tuple[bytes, Image.Image]:
         """Decode the picture of one row, and give the key of just that content."""
-        return keyed(self._row(row), row=row, pixel_range=self._pixel_range)
+        number = self._numbers[row]
+        return keyed(self._row(row), row=number, pixel_range=self._pixel_range)
 
     def _row(self, row: int) -> Any:
         picture = self._rows[row]

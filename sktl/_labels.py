@@ -1,6 +1,6 @@
 """What is learned from: classes, the label of each picture, and how much it counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,21 @@ class Labelled:
     classes : ndarray of shape (n_classes,)
         Sorted.
     rows : ndarray of shape (n,), int
-        Their positions in X. Pictures of weight 0 are left out.
+        Their positions in X. Samples of weight 0 are left out.
     label : ndarray of shape (n,), int
         Positions in `classes`.
     weight : ndarray of shape (n,), float64
-        How much each counts, of the sample and of its class together: 1 on average.
+        How much each counts, of the sample and of its class together.
     """
 
     classes: NDArray[Any]
     rows: NDArray[np.intp]
     label: NDArray[np.intp]
     weight: NDArray[np.float64]
+
+    def rescaled(self) -> "Labelled":
+        """Give the same with weights whose mean is 1."""
+        return replace(self, weight=self.weight / self.weight.mean())
 
 
 def labelled(
@@ -106,15 +110,15 @@ def labelled(
         )
     label = np.searchsorted(classes, y)
     of_class = compute_class_weight(
-        class_weight, classes=present, y=y, sample_weight=weight
+        class_weight, classes=classes, y=y, sample_weight=weight
     )
-    weight = weight * of_class[np.searchsorted(present, y)]
+    weight = weight * of_class[label]
     if not (np.isfinite(of_class).all() and of_class.min() >= 0 and weight.any()):
         raise ValueError(
             "class_weight must not be negative nor infinite, and positive for a class "
             f"in y. Got {class_weight!r}."
         )
-    return Labelled(classes, rows, label, weight / weight.mean())
+    return Labelled(classes, rows, label, weight)
 
 
 def rows_held_out(
@@ -143,12 +147,19 @@ def rows_held_out(
     """
     held_out = np.zeros(len(given.rows), dtype=bool)
     if fraction is not None:
-        _, chosen = train_test_split(
-            np.arange(len(given.rows)),
-            test_size=fraction,
-            stratify=given.label,
-            random_state=seed,
-        )
+        try:
+            _, chosen = train_test_split(
+                np.arange(len(given.rows)),
+                test_size=fraction,
+                stratify=given.label,
+                random_state=seed,
+            )
+        except ValueError as error:
+            raise ValueError(
+                "early_stopping holds out a stratified part of the pictures, which "
+                f"must be possible. Got validation_fraction={fraction!r} of "
+                f"{len(given.rows)}: {error} Change it, or early_stopping."
+            ) from error
         held_out[chosen] = True
         left = np.isin(given.label, given.label[~held_out])
         if not left.all():

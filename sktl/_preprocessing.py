@@ -55,6 +55,9 @@ class Preprocessing:
         modes = [mode.value for mode in InterpolationMode]
         if self.interpolation not in modes:
             raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
+        # Python's own, so that it looks the same wherever it is written down.
+        for name in ("resize_size", "crop_size"):
+            object.__setattr__(self, name, int(getattr(self, name)))
         # Tuples, so that it can be hashed and compared however it was written.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from sktl._backbones import load_backbone
 from sktl._preprocessing import Preprocessing
+from sktl._random_state import borrowed_generator
 from sktl._tensor_file import read_tensors, write_tensors
-from sktl._trainable import new_network
-from sktl._weights import content_digest
+from sktl._trainable import network_digest, new_network
 
 Estimator = TypeVar("Estimator")
 _FORMAT = "sktl FineTunedCNNClassifier, version 1"
@@ -73,7 +72,7 @@ def save(estimator: Any, path: str | os.PathLike[str]) -> None:
             if hasattr(estimator, name)
         },
     }
-    write_tensors(Path(path), estimator.module_.state_dict(), document)
+    write_tensors(Path(path).expanduser(), estimator.module_.state_dict(), document)
 
 
 def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estimator:
@@ -98,7 +97,7 @@ def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estima
     ValueError
         If it is anything else, is damaged, or its backbone is not known.
     """
-    tensors, document = read_tensors(path)
+    tensors, document = read_tensors(Path(path).expanduser())
     if document.get("format") != _FORMAT:
         raise ValueError(
             f"{str(path)!r} must be a file of FineTunedCNNClassifier.save. Got a file "
@@ -133,7 +132,7 @@ def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
         "module_": network,
         "preprocessing_": Preprocessing(**document["preprocessing"]),
         "_built_as": document["network"],
-        "_digest": content_digest(network.state_dict()),
+        "_digest": network_digest(network),
     }
 
 
@@ -141,7 +140,7 @@ def _rebuilt(
     built_as: dict[str, Any], n_classes: int, tensors: dict[str, Tensor]
 ) -> nn.Sequential:
     backbone = load_backbone(built_as["backbone"], None)
-    with torch.random.fork_rng(devices=[]):  # a new head draws from the global state
+    with borrowed_generator():  # a new head draws from it
         network = new_network(
             backbone,
             n_classes,

@@ -13,8 +13,8 @@ from torch import nn
 from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._preprocessing import Preprocessing
+from sktl._random_state import seeded
 from sktl._trainable import new_network
-from sktl._training import seeded
 
 
 @dataclass(eq=False)
@@ -95,7 +95,12 @@ class Start:
         return cls(
             network,
             backbone.preprocessing_at(image_size),
-            {"backbone": name, **built_as},
+            {
+                "backbone": name,
+                "weights": str(weights),
+                "image_size": None if image_size is None else int(image_size),
+                **built_as,
+            },
             backbone.digest,
             backbone,
         )
@@ -113,11 +118,31 @@ class Start:
         -------
         Start
             Without a backbone.
+
+        Raises
+        ------
+        ValueError
+            If its parameters ask for another network than it has.
         """
+        built_as = estimator._built_as
+        asked = {
+            "backbone": estimator.backbone,
+            "weights": str(estimator.weights),
+            "image_size": estimator.image_size,
+            "hidden_layer_sizes": _widths(estimator.hidden_layer_sizes),
+            "dropout": estimator.dropout,
+        }
+        other = [name for name, value in asked.items() if value != built_as[name]]
+        if other:
+            raise ValueError(
+                "warm_start and partial_fit go on with the network there is, so its "
+                f"parameters must be those it was made with. Got other values of "
+                f"{', '.join(other)}. Fit with warm_start=False."
+            )
         return cls(
             copy.deepcopy(estimator.module_),
             estimator.preprocessing_,
-            estimator._built_as,
+            built_as,
             estimator._digest,
         )
 
@@ -125,7 +150,7 @@ class Start:
 def _widths(hidden_layer_sizes: int | Sequence[int]) -> list[int]:
     given = hidden_layer_sizes
     widths: list[Any] = np.ravel(given).tolist() if np.size(given) else []
-    if not all(isinstance(width, int) and width >= 1 for width in widths):
+    if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError(
             "The 'hidden_layer_sizes' parameter must be positive ints, one for each "
             f"hidden layer. Got {given!r} instead."

@@ -7,16 +7,19 @@ no gradient is computed for what lies below.
 
 import copy
 import difflib
+import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sktl._backbone import Backbone
+from sktl._weights import content_digest
 
 NECK, HEAD = "neck", "head"
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def new_network(
@@ -79,6 +82,13 @@ def new_network(
     return nn.Sequential(parts).requires_grad_(True)
 
 
+def network_digest(network: nn.Sequential) -> str:
+    """Give the sha256 of a network: of its weights, and of what is done with them."""
+    # The weights alone do not tell a stride of 1 from one of 2.
+    content = content_digest(network.state_dict())
+    return hashlib.sha256(f"{network} {content}".encode()).hexdigest()
+
+
 def n_open_stages(trainable: str | int, stages: Sequence[str]) -> int:
     """Say how many of the highest stages train.
 
@@ -136,6 +146,9 @@ class PartlyFrozen(nn.Module):
     fixed_statistics : bool, default=False
         Whether BatchNorm normalizes by the statistics it came with where its stage
         trains, too.
+    faster : callable, default=None
+        Gives a module that computes what the frozen part does, faster. It is asked
+        whenever another part is frozen. None: the part itself.
     """
 
     def __init__(
@@ -144,8 +157,10 @@ class PartlyFrozen(nn.Module):
         n_open: int,
         precision: torch.dtype = torch.float32,
         fixed_statistics: bool = False,
+        faster: Callable[[nn.Sequential], nn.Module] | None = None,
     ) -> None:
         super().__init__()
+        self.faster = faster
         self.fixed_statistics = fixed_statistics
         self.network = network
         self.precision = precision
@@ -159,6 +174,9 @@ class PartlyFrozen(nn.Module):
         for depth, part in enumerate(self.network):
             part.requires_grad_(depth >= self._n_frozen)
         self.train(self.training)
+        frozen = self.network[: self._n_frozen]
+        # In a tuple, or its parameters would be among those of this module.
+        self._frozen = (self.faster(frozen) if self.faster and len(frozen) else frozen,)
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, all but what is frozen."""
@@ -166,7 +184,7 @@ class PartlyFrozen(nn.Module):
         for part in self.network[: self._n_frozen]:
             part.eval()
         for module in self.network.modules():
-            if self.fixed_statistics and isinstance(module, nn.BatchNorm2d):
+            if self.fixed_statistics and isinstance(module, _BATCH_NORMS):
                 module.eval()
         return self
 
@@ -175,7 +193,7 @@ class PartlyFrozen(nn.Module):
         mixed = self.precision != torch.float32
         with torch.autocast(x.device.type, self.precision, enabled=mixed):
             with torch.no_grad():
-                x = self.network[: self._n_frozen](x)
+                x = self._frozen[0](x)
             logits: Tensor = self.network[self._n_frozen :](x)
         return logits.float()
 

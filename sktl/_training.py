@@ -7,9 +7,8 @@ interrupt.
 """
 
 import contextlib
+import copy
 import math
-import random
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -24,22 +23,26 @@ from skorch import NeuralNet
 from skorch.callbacks import Callback, GradientNormClipping
 from skorch.helper import predefined_split
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from sktl._batches import Batches, LabelledPictures
-from sktl._inference import PRECISIONS, memory_explained, normalized
+from sktl._inference import (
+    PRECISIONS,
+    fold_batch_norm,
+    memory_explained,
+    normalized,
+)
 from sktl._preprocessing import Preprocessing
-from sktl._trainable import PartlyFrozen, parameter_groups
+from sktl._random_state import seeded
+from sktl._steps import (
+    WeightedCrossEntropy,
+    new_optimizer,
+    rate_factor,
+    restore_optimizer,
+)
+from sktl._trainable import PartlyFrozen
 
-LR_SCHEDULES = {"constant", "cosine", "onecycle"}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
-}
 _LARGEST_GRADIENT = 5.0  # norm over all parameters; a step in a smooth loss has less
-_WARM_UP = 0.1  # of all steps
-_global_generators = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Settings:
         """Say how many stages train in an epoch, counted from 0."""
         if self.unfreeze_every is None:
             return self.n_open_stages
-        return min(self.n_open_stages, epoch // self.unfreeze_every)
+        return min(self.n_open_stages, int(epoch // self.unfreeze_every))
 
 
 @dataclass
@@ -105,28 +108,6 @@ class Progress:
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     start_weights: dict[str, Tensor] = field(default_factory=dict)
-
-
-class WeightedCrossEntropy(nn.Module):
-    """Mean of the cross entropies of a batch, each times the weight of its picture.
-
-    Parameters
-    ----------
-    label_smoothing : float
-        Share of the target that is spread evenly over all classes.
-    """
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-        """Give the loss of ``(n, n_classes)`` for labels and weights ``(n,)`` each."""
-        label, weight = target
-        losses = F.cross_entropy(
-            logits, label, reduction="none", label_smoothing=self.label_smoothing
-        )
-        return (losses * weight).mean()
 
 
 class Training:
@@ -177,15 +158,26 @@ class Training:
         network.to(settings.device)
         network.to(memory_format=torch.channels_last)
         precision = PRECISIONS[settings.precision]
+        self._n_open = settings.n_open_in(progress.epoch)
         self._partly = PartlyFrozen(
-            network, settings.n_open_stages, precision, settings.fixed_statistics
+            network,
+            self._n_open,
+            precision,
+            settings.fixed_statistics,
+            partial(_folded, side=preprocessing.crop_size, device=settings.device),
         )
         self._watch = _Watch(settings, len(Batches(training, settings.batch_size)))
         self.net = NeuralNet(
             _OnPixels(self._partly, preprocessing),
             WeightedCrossEntropy,
             criterion__label_smoothing=settings.label_smoothing,
-            optimizer=partial(_optimizer, network, settings),
+            optimizer=partial(
+                new_optimizer,
+                network,
+                settings.optimizer,
+                settings.layer_decay,
+                settings.weight_decay,
+            ),
             lr=settings.lr,
             batch_size=settings.batch_size,
             iterator_train=Batches,
@@ -231,20 +223,25 @@ class Training:
             self.network.load_state_dict(progress.best_weights)
         elif progress.start_weights:
             self.network.load_state_dict(self._mixed())
-        self.network.eval()
-        # Else the net, which is left behind, would hold the pictures that were watched
-        # and a gradient for each weight.
+        # Else the net, which is left behind, would hold the pictures that were watched,
+        # a gradient for each weight, and a copy of what was frozen.
+        self._partly.faster = None
+        self._partly.open(self._n_open)
         self.net.train_split = None
         self.net.optimizer_.zero_grad()
+        self.network.eval()
 
     def _epoch(self) -> None:
         settings, progress = self._settings, self.progress
         n_open = settings.n_open_in(progress.epoch)
-        self._partly.open(n_open)
+        if n_open != self._n_open:
+            self._partly.open(n_open)
+            self._n_open = n_open
         self._watch.start(progress.epoch)
         with (
             seeded(settings.device, progress.seed, progress.epoch),
             memory_explained(settings.batch_size),
+            _batch_of_one_explained(),
             torch.enable_grad(),
         ):
             # Not `fit`, which takes an interrupt for the wish to stop early.
@@ -260,8 +257,8 @@ class Training:
         if settings.patience is not None:
             row["valid_loss"] = float(self.net.history[-1, "valid_loss"])
             row["valid_score"] = self._watch.accuracy()
-        row["lr"] = self._watch.rate
-        row["n_open_stages"] = n_open
+        row["lr"] = float(self._watch.rate)
+        row["n_open_stages"] = int(n_open)
         self._record(row)
 
     def _record(self, row: dict[str, float]) -> None:
@@ -279,8 +276,9 @@ class Training:
             progress.best_weights = self._copied()
 
     def _copied(self) -> dict[str, Tensor]:
+        # On the CPU: an accelerator may have no room for them.
         state = self.network.state_dict()
-        return {name: value.clone() for name, value in state.items()}
+        return {name: value.to("cpu", copy=True) for name, value in state.items()}
 
     def _mixed(self) -> dict[str, Tensor]:
         """Mix the weights of epoch 0 and of the last (Wortsman et al., 2022)."""
@@ -350,25 +348,9 @@ class Training:
         """Go back to where a training was: with the same bits from there on."""
         self.network.load_state_dict(weights)
         self.progress = progress
-        self.restore_optimizer(optimizer)
-
-    def restore_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Give the optimizer the state that one for the same parameters had."""
-        optimizer = self.net.optimizer_
-        groups = optimizer.state_dict()["param_groups"]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        laid_out: dict[int, dict[str, Tensor]] = {}
-        for number, values in state.items():
-            like = parameters[number]
-            # In the memory layout of the parameter, as it was: a sum in another order
-            # may round differently.
-            laid_out[number] = {
-                name: torch.empty_like(like).copy_(value)
-                if value.shape == like.shape
-                else value
-                for name, value in values.items()
-            }
-        optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
+        self._n_open = self._settings.n_open_in(progress.epoch)
+        self._partly.open(self._n_open)  # again: what is frozen has other weights now
+        restore_optimizer(self.net.optimizer_, optimizer)
 
 
 def warn_of_shared_gpu(device: torch.device) -> None:
@@ -385,51 +367,13 @@ def warn_of_shared_gpu(device: torch.device) -> None:
         )
 
 
-@contextlib.contextmanager
-def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Seed all global generators from some numbers, and put them back afterwards.
-
-    Those of torch (on the CPU and on `device`), of NumPy and of Python: an augmentation
-    of the user's may draw from any. They belong to all threads: who comes second waits.
-    """
-    legacy: Any = np.random  # whose global state has no other interface
-    seed, small = np.random.SeedSequence(numbers).generate_state(2, np.uint64).tolist()
-    on = [] if device.type == "cpu" else [device.index or 0]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_global_generators)
-        stack.callback(random.setstate, random.getstate())
-        stack.callback(legacy.set_state, legacy.get_state())
-        with torch.random.fork_rng(devices=on, device_type=kind):
-            torch.default_generator.manual_seed(seed)
-            if on:
-                # `manual_seed` of the module is for the current device.
-                state = torch.Generator(device).manual_seed(seed).get_state()
-                torch.get_device_module(device).set_rng_state(state, on[0])
-            legacy.seed(small % 2**32)
-            random.seed(seed)
-            yield
-
-
-def rate_factor(lr_schedule: str, step: int, n_steps: int) -> float:
-    """Say what the learning rate is multiplied with in a step, counted from 0.
-
-    ``"constant"``: 1. ``"cosine"``: from 0 up to 1 in the first tenth of the steps,
-    then along a cosine down to 0 (Loshchilov and Hutter, *SGDR*, 2017).
-    ``"onecycle"``: from 1/25 up to 1 in the first three tenths and down to 0, both
-    along cosines (Smith and Topin, *Super-Convergence*, 2018).
-    """
-    if lr_schedule == "constant":
-        return 1.0
-    if lr_schedule == "cosine":
-        n_up, start = math.ceil(_WARM_UP * n_steps), 0.0
-        up = (step + 1) / (n_up + 1)
-    else:
-        n_up, start = math.ceil(0.3 * n_steps), 1 / 25
-        up = (1 - math.cos(math.pi * step / n_up)) / 2
-    if step < n_up:
-        return start + (1 - start) * up
-    return (1 + math.cos(math.pi * (step - n_up) / max(1, n_steps - n_up))) / 2
+def _folded(frozen: nn.Sequential, *, side: int, device: torch.device) -> nn.Sequential:
+    """Give a copy without BatchNorm: what does not train needs none of its own."""
+    mine = copy.deepcopy(frozen).cpu().eval()
+    with torch.no_grad():
+        fold_batch_norm(mine, side)
+    mine.to(device)
+    return mine.to(memory_format=torch.channels_last)
 
 
 class _OnPixels(nn.Module):
@@ -445,21 +389,6 @@ class _OnPixels(nn.Module):
         x = pixels.permute(0, 3, 1, 2)  # (n, 3, side, side), channels last in memory
         logits: Tensor = self.partly(normalized(x, self._preprocessing))
         return logits
-
-
-def _optimizer(
-    network: nn.Sequential, settings: Settings, parameters: Any, lr: float
-) -> torch.optim.Optimizer:
-    # Instead of skorch's one group: groups by depth, each with its own rate.
-    groups = parameter_groups(
-        network,
-        lr=lr,
-        layer_decay=settings.layer_decay,
-        weight_decay=settings.weight_decay,
-    )
-    for group in groups:
-        group["highest_lr"] = group["lr"]
-    return OPTIMIZERS[settings.optimizer](groups)
 
 
 class _Watch(Callback):
@@ -521,6 +450,21 @@ class _Watch(Callback):
         if not math.isfinite(loss):
             epoch = (self._step - 1) // self.n_batches + 1
             raise _diverged("loss", str(loss), epoch, self.settings.lr)
+
+
+@contextlib.contextmanager
+def _batch_of_one_explained() -> Iterator[None]:
+    """Turn what torch says where BatchNorm has one value to normalize."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            "BatchNorm must see more than one value of a channel to train. Got batches "
+            "of one picture, of which one position is left. Raise batch_size or "
+            "image_size, or train fewer stages."
+        ) from error
 
 
 def _diverged(what: str, got: str, epoch: int, lr: float) -> ValueError:

@@ -17,11 +17,19 @@ FLOORS = [
     ["_fine_tuned_cnn_classifier", "_pretrained_classifier", "_pretrained_features"],
     ["_checkpoint", "_frozen_features", "_saved_classifier", "_start"],
     ["_memory", "_training"],
-    ["_batches"],
+    ["_batches", "_steps"],
     ["_augmentation", "_inference", "_labels", "_layers", "_linear_probe"],
     ["_backbones", "_images", "_feature_store", "_tensor_file", "_trainable"],
     ["_backbone", "_content", "_shard_index"],
-    ["_shard", "_stages", "_weights", "_preprocessing", "_decode", "_resnet_mini"],
+    [
+        "_shard",
+        "_stages",
+        "_weights",
+        "_preprocessing",
+        "_decode",
+        "_random_state",
+        "_resnet_mini",
+    ],
     ["_sklearn_compat"],
 ]
 

@@ -30,10 +30,10 @@ def test_a_file_is_known_by_its_bytes(paths, tmp_path):
 
 def test_a_file_is_hashed_once(paths, monkeypatch):
     monkeypatch.setattr(time, "time_ns", lambda: 2**62)  # long after it was written
-    before = content_keys(paths[:3], pixel_range="auto")
+    before = content_keys(paths[:3], range(3), pixel_range="auto")
     monkeypatch.setattr(_content, "open_regular", None)  # it cannot be opened any more
     assert [key(path) for path in paths[:3]] == before
-    assert content_keys(map(Path, paths[:3]), pixel_range="auto") == before
+    assert content_keys(map(Path, paths[:3]), range(3), pixel_range="auto") == before
 
 
 @pytest.mark.parametrize("replace", [True, False], ids=["replaced", "in place"])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
+from conftest import TinyNet
 from sklearn.base import clone
 from sklearn.datasets import load_files
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401  (as it asks)
@@ -21,7 +22,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from sktl import FineTunedCNNClassifier, PretrainedFeatures
+from sktl import (
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedFeatures,
+    register_backbone,
+)
 from sktl._linear_probe import STRENGTHS
 
 
@@ -146,6 +152,55 @@ def test_what_is_kept_lies_between_the_probe_and_the_trained(pictures, y, alpha)
         expected = (1 - alpha) * probe[name].double() + alpha * end.double()
         got = mixed.module_.state_dict()[name].double()
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_picture_of_weight_0_is_not_even_read(paths, y, tmp_path):
+    weight = np.ones(40)
+    weight[5] = 0
+    rows = [*paths[:5], str(tmp_path / "gone.png"), *paths[6:]]
+    mine = tuned(checkpoint=tmp_path / "run").fit(rows, y, sample_weight=weight)
+    assert mine.n_iter_ == 2
+    rows[7] = str(tmp_path / "gone too.png")
+    with pytest.raises(ValueError, match=r"X\[7\]"):
+        tuned().fit(rows, y, sample_weight=weight)
+
+
+def test_numpy_scalars_are_numbers(pictures, y, tmp_path):
+    mine = tuned(
+        lr=np.float32(1e-3),
+        max_epochs=np.int64(2),
+        unfreeze_every=np.int64(1),
+        image_size=np.int64(20),
+        hidden_layer_sizes=np.array([4]),
+        checkpoint=tmp_path / "run",
+    ).fit(pictures, y)
+    again = clone(mine).set_params(max_epochs=2, unfreeze_every=1).fit(pictures, y)
+    assert again.history_ == mine.history_
+    mine.save(tmp_path / "mine.safetensors")
+    assert FineTunedCNNClassifier.load(tmp_path / "mine.safetensors").image_size == 20
+
+
+def test_networks_of_the_same_weights_are_told_apart(pictures, y):
+    def strided(stride):
+        network = TinyNet()
+        network.stages["stage1"][0].stride = stride
+        return network
+
+    for stride in (1, 2):
+        register_backbone(
+            f"tiny{stride}",
+            lambda stride=stride: strided(stride),
+            preprocessing=Preprocessing(16, 16),
+        )
+    proba = [
+        FineTunedCNNClassifier(
+            f"tiny{stride}", head_init="random", max_epochs=0, random_state=0
+        )
+        .fit(pictures, y)
+        .predict_proba(pictures)
+        for stride in (1, 2)
+    ]
+    assert not np.allclose(*proba, atol=1e-4)
 
 
 def test_halving_on_epochs(pictures, y):

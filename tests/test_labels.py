@@ -23,6 +23,10 @@ KINDS = {
 
 
 def given(y, sample_weight=None, class_weight=None, classes=None, n=None):
+    return raw(y, sample_weight, class_weight, classes, n).rescaled()
+
+
+def raw(y, sample_weight=None, class_weight=None, classes=None, n=None):
     return labelled(
         range(len(y) if n is None else n),
         y,
@@ -200,3 +204,11 @@ def test_too_few_to_hold_some_out(counts, fraction, reason):
     mine = given(np.repeat(["a", "b"], counts))
     with pytest.raises(ValueError, match=reason):
         rows_held_out(mine, fraction, 0)
+
+
+def test_in_parts_weights_are_what_they_would_be_of_all():
+    weights = {"a": 5, "b": 1, "c": 2}
+    whole = raw(list("abab"), class_weight=weights, classes=list("abc"))
+    parts = [raw([x], class_weight=weights, classes=list("abc")) for x in "abab"]
+    assert whole.weight.tolist() == [5, 1, 5, 1]
+    assert [part.weight.item() for part in parts] == [5, 1, 5, 1]

@@ -278,7 +278,7 @@ def test_nothing_but_what_a_fit_sets_is_set(mine, file):
     write_tensors(file, tensors, document)
     loaded = FineTunedCNNClassifier.load(file)
     assert vars(loaded).keys() == vars(mine).keys() - {"net_"}
-    assert loaded.lr == 2e-4
+    assert loaded.lr == 1e-4
 
 
 def test_a_backbone_that_is_not_known(mine, file):

@@ -1,5 +1,7 @@
 """A training starts from a copy of the backbone, and a head that a seed decides."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,8 @@ def test_widths_in_any_form(given, widths):
     assert [module.out_features for module in linear] == [*widths, 3]
     assert start.built_as == {
         "backbone": "tiny",
+        "weights": "DEFAULT",
+        "image_size": None,
         "hidden_layer_sizes": widths,
         "dropout": 0.5,
     }
@@ -152,4 +156,20 @@ def test_going_on_is_with_all_that_belongs_to_it(fitted):
     assert start.preprocessing == Preprocessing(20, 20)
     assert start.built_as["hidden_layer_sizes"] == [4]
     assert start.backbone is None
-    assert start.digest == bits(fitted.module_)
+    assert start.digest == fitted._digest
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("backbone", "resnet18"),
+        ("weights", None),
+        ("image_size", 24),
+        ("hidden_layer_sizes", (5,)),
+        ("dropout", 0.5),
+    ],
+)
+def test_going_on_is_with_the_same_network(fitted, name, value):
+    other = copy.copy(fitted).set_params(**{name: value})
+    with pytest.raises(ValueError, match=f"Got other values of {name}. Fit with"):
+        Start.of_fitted(other)

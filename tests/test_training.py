@@ -18,7 +18,6 @@ from sklearn.utils import check_random_state
 from skorch.callbacks import Callback
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from sktl import FineTunedCNNClassifier
 from sktl._augmentation import augmentation_for
@@ -26,16 +25,10 @@ from sktl._backbones import load_backbone
 from sktl._batches import LabelledPictures
 from sktl._images import as_pictures
 from sktl._inference import normalized
+from sktl._random_state import seeded
+from sktl._steps import rate_factor
 from sktl._trainable import new_network, parameter_groups
-from sktl._training import (
-    Progress,
-    Settings,
-    Training,
-    WeightedCrossEntropy,
-    rate_factor,
-    seeded,
-    warn_of_shared_gpu,
-)
+from sktl._training import Progress, Settings, Training, warn_of_shared_gpu
 
 Y = np.repeat([0, 1], 20)
 WEIGHT = np.linspace(0.5, 1.5, 40)
@@ -154,72 +147,6 @@ def assert_close(one, other):
 def equal_bits(one, other):
     state = other.state_dict()
     return all(torch.equal(v, state[name]) for name, v in one.state_dict().items())
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_the_loss_is_that_of_torch(label_smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(8, 3, generator=generator)
-    label = torch.randint(3, (8,), generator=generator)
-    got = WeightedCrossEntropy(label_smoothing)(logits, (label, torch.ones(8)))
-    expected = nn.CrossEntropyLoss(label_smoothing=label_smoothing)(logits, label)
-    torch.testing.assert_close(got, expected)
-
-
-def test_weight_2_is_the_gradient_of_the_picture_twice():
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    label, weight = torch.tensor([0, 3, 1]), torch.tensor([1.0, 2.0, 0.0])
-    criterion = WeightedCrossEntropy(0.1)
-    heavy = logits.clone().requires_grad_()
-    (3 * criterion(heavy, (label, weight))).backward()
-    twice = logits[[0, 1, 1]].clone().requires_grad_()
-    (3 * criterion(twice, (label[[0, 1, 1]], torch.ones(3)))).backward()
-    torch.testing.assert_close(heavy.grad[0], twice.grad[0])
-    torch.testing.assert_close(heavy.grad[1], twice.grad[1] + twice.grad[2])
-    assert not heavy.grad[2].any()
-
-
-def rates_of(make, n_steps):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler, rates = make(optimizer), []
-    for _ in range(n_steps):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    return rates
-
-
-@pytest.mark.parametrize("n_steps", [3, 10, 47, 200])
-def test_onecycle_is_that_of_torch(n_steps):
-    # torch's last step has the rate 0; here that would be the step after the last.
-    n_up, total = math.ceil(0.3 * n_steps), n_steps + 1
-
-    def make(optimizer):
-        return OneCycleLR(
-            optimizer,
-            max_lr=1.0,
-            total_steps=total,
-            pct_start=(n_up + 1) / total,
-            cycle_momentum=False,
-            final_div_factor=1e12,
-        )
-
-    got = [rate_factor("onecycle", step, n_steps) for step in range(n_steps)]
-    np.testing.assert_allclose(got, rates_of(make, n_steps), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("n_steps", [1, 3, 10, 47, 200])
-def test_cosine_is_that_of_torch_after_the_warm_up(n_steps):
-    n_up = math.ceil(n_steps / 10)
-    got = [rate_factor("cosine", step, n_steps) for step in range(n_steps)]
-    warm_up = np.arange(1, n_up + 1) / (n_up + 1)
-    np.testing.assert_allclose(got[:n_up], warm_up, rtol=1e-9)
-    n_down = n_steps - n_up
-    if n_down:
-        expected = rates_of(lambda o: CosineAnnealingLR(o, T_max=n_down), n_down)
-        np.testing.assert_allclose(got[n_up:], expected, rtol=1e-9, atol=1e-9)
-    assert all(0 < rate <= 1 for rate in got)
-    assert {rate_factor("constant", step, n_steps) for step in range(n_steps)} == {1}
 
 
 class Rates(Callback):
