@@ -82,7 +82,7 @@ def main() -> None:
         }
         rows = candidates(shared, arguments.epochs)
         search = GridSearchCV(
-            Pipeline([("strategy", None)]),
+            Pipeline([("strategy", rows["as is"])]),
             {"strategy": list(rows.values())},
             cv=StratifiedKFold(arguments.folds, shuffle=True, random_state=0),
         )

@@ -206,7 +206,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     >>> classifier = FineTunedCNNClassifier(
     ...     "resnet_mini", trainable=1, max_epochs=2, random_state=0
     ... ).fit(X, y)
-    >>> classifier.predict([china[60:120, 60:120], flower[180:240, 300:360]])
+    >>> classifier.predict([china[60:120, 100:160], flower[60:120, 300:360]])
     array(['china', 'flower'], dtype='<U6')
     """
 

@@ -1,5 +1,6 @@
 """What is written about the library is true: docstrings, defaults, README."""
 
+import ast
 import inspect
 import re
 from pathlib import Path
@@ -60,7 +61,8 @@ def test_defaults_are_those_of_the_signature(name):
         elif isinstance(parameter.default, tuple):
             assert parameter.name in written
         else:
-            assert written[parameter.name].replace('"', "'") == repr(parameter.default)
+            value = ast.literal_eval(written[parameter.name])
+            assert (type(value), value) == (type(parameter.default), parameter.default)
 
 
 def test_public_methods_say_what_they_raise():
