@@ -16,28 +16,20 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from sktl import _saved_classifier
-from sktl._augmentation import NAMES, augmentation_for
-from sktl._batches import LabelledPictures
+from sktl._augmentation import NAMES
 from sktl._checkpoint import Checkpoint, identity_of, seed_of
 from sktl._decode import PixelRange
 from sktl._feature_store import FeatureStore
-from sktl._frozen_features import frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
 from sktl._inference import forward, prepared, resolve_device
 from sktl._labels import Labelled, labelled, rows_held_out
-from sktl._layers import PENULTIMATE
-from sktl._linear_probe import solve_head
 from sktl._memory import Memory
+from sktl._one_fit import solve_head_of, start_of, training_of
 from sktl._sklearn_compat import Interval, StrOptions, fit_context
 from sktl._start import Start
 from sktl._steps import LR_SCHEDULES, OPTIMIZERS, restore_optimizer
-from sktl._trainable import n_open_stages, network_digest
-from sktl._training import (
-    Progress,
-    Settings,
-    Training,
-    warn_of_shared_gpu,
-)
+from sktl._trainable import network_digest
+from sktl._training import Progress, Training
 
 
 class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
@@ -363,17 +355,17 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             self._check_classes(given.classes, "warm_start")
             start = Start.of_fitted(self)
         else:
-            start = self._start(given.classes, seed)
+            start = start_of(self, len(given.classes), seed)
         fraction = self.validation_fraction if self.early_stopping else None
         held_out = rows_held_out(given, fraction, seed)
-        training = self._training(start, pictures, given, held_out, Progress(seed))
+        training = training_of(self, start, pictures, given, held_out, Progress(seed))
         checkpoint = None
         if self.checkpoint is not None:
             identity = identity_of(self.get_params(), pictures, given, start.digest)
             checkpoint = Checkpoint(self.checkpoint, identity)
         if checkpoint is None or not checkpoint.resume(training):
             if self.head_init == "linear_probe" and not goes_on:
-                self._solve_head(training, start, pictures, given, held_out)
+                solve_head_of(self, training, start, pictures, given, held_out)
         training.run(None if checkpoint is None else checkpoint.save)
         return self._keep(training, start, given.classes)
 
@@ -427,13 +419,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         pictures = pictures.at(given.rows.tolist())
         seed = self._seed()
         if first:
-            start, progress = self._start(given.classes, seed), Progress(seed)
+            start = start_of(self, len(given.classes), seed)
+            progress = Progress(seed)
         else:
             self._check_classes(given.classes, "partial_fit")
             start = Start.of_fitted(self)
             progress = Progress(seed, self.n_iter_, list(self.history_))
         held_out = rows_held_out(given, None, seed)
-        training = self._training(
+        training = training_of(
+            self,
             start,
             pictures,
             given,
@@ -450,7 +444,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
                 restore_optimizer(now, before.state_dict()["state"])
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
-            self._solve_head(training, start, pictures, given, held_out)
+            solve_head_of(self, training, start, pictures, given, held_out)
         training.run()
         return self._keep(training, start, given.classes)
 
@@ -637,97 +631,6 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
                 f"{what} needs the classes it began with, {self.classes_.tolist()}. "
                 f"Got {classes.tolist()}."
             )
-
-    def _start(self, classes: NDArray[Any], seed: int) -> Start:
-        return Start.of_backbone(
-            self.backbone,
-            self.weights,
-            len(classes),
-            image_size=self.image_size,
-            hidden_layer_sizes=self.hidden_layer_sizes,
-            dropout=self.dropout,
-            seed=seed,
-            progress=self.verbose > 0,
-        )
-
-    def _training(
-        self,
-        start: Start,
-        pictures: Pictures,
-        given: Labelled,
-        held_out: NDArray[np.bool_],
-        progress: Progress,
-        **instead: Any,
-    ) -> Training:
-        device = resolve_device(self.device)
-        warn_of_shared_gpu(device)
-        own = {name: getattr(self, name) for name in Settings.parameters()}
-        settings = Settings(
-            n_open_stages=n_open_stages(self.trainable, start.stages),
-            # A head that was solved for these features would suffer from others.
-            fixed_statistics=self.head_init == "linear_probe"
-            and self.weights is not None,
-            patience=self.n_iter_no_change if self.early_stopping else None,
-            device=device,
-            **{**own, **instead},
-        )
-        learned, watched = (
-            LabelledPictures(
-                pictures,
-                np.flatnonzero(chosen),
-                given.label[chosen],
-                given.weight[chosen],
-                augmentation=augmentation_for(augmentation, start.preprocessing),
-                side=start.preprocessing.crop_size,
-                n_jobs=self.n_jobs,
-            )
-            for chosen, augmentation in (
-                (~held_out, self.augmentation),
-                (held_out, None),
-            )
-        )
-        return Training(
-            start.network,
-            start.preprocessing,
-            learned,
-            watched if self.early_stopping else None,
-            settings=settings,
-            progress=progress,
-            callbacks=copy.deepcopy(list(self.callbacks or ())),
-        )
-
-    def _solve_head(
-        self,
-        training: Training,
-        start: Start,
-        pictures: Pictures,
-        given: Labelled,
-        held_out: NDArray[np.bool_],
-    ) -> None:
-        """Make the head the model that is best on the frozen features."""
-        assert start.backbone is not None
-        features = frozen_features(
-            start.backbone,
-            [PENULTIMATE],
-            "avg",
-            pictures,
-            start.preprocessing,
-            memory=self.memory,
-            batch_size=self.batch_size,
-            device=resolve_device(self.device),
-            precision=self.precision,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-        )
-        solve_head(
-            start.network[-1],
-            features[~held_out],
-            given.label[~held_out],
-            given.weight[~held_out] / given.weight[~held_out].mean(),
-            hidden_layer_sizes=start.built_as["hidden_layer_sizes"],
-            seed=training.progress.seed,
-        )
-        training.begin(features, given.label, given.weight, held_out)
 
     def _keep(self, training: Training, start: Start, classes: NDArray[Any]) -> Self:
         """Set what is left behind; until here the fitted network has not changed."""

@@ -15,6 +15,7 @@ PACKAGE = Path(sktl.__file__).parent
 FLOORS = [
     ["store"],
     ["_fine_tuned_cnn_classifier", "_pretrained_classifier", "_pretrained_features"],
+    ["_one_fit"],
     ["_checkpoint", "_frozen_features", "_saved_classifier", "_start"],
     ["_memory", "_training"],
     ["_batches", "_steps"],

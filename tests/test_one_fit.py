@@ -1,0 +1,64 @@
+"""Parameters and data make the training that they say."""
+
+import numpy as np
+import pytest
+from skorch.callbacks import Callback
+
+from sktl import FineTunedCNNClassifier
+from sktl._images import as_pictures
+from sktl._labels import labelled, rows_held_out
+from sktl._one_fit import solve_head_of, start_of, training_of
+from sktl._training import Progress
+
+
+@pytest.fixture
+def parts(pictures):
+    """Give a function that makes an estimator and all that its training is made of."""
+
+    def make(**parameters):
+        mine = FineTunedCNNClassifier("tiny", **parameters)
+        X = as_pictures(pictures, estimator=mine, reset=True)
+        y = np.arange(40) % 2
+        given = labelled(X, y, None, class_weight=None, estimator=mine)
+        held_out = rows_held_out(given, 0.25 if mine.early_stopping else None, 0)
+        return mine, start_of(mine, 2, seed=0), X, given, held_out, Progress(0)
+
+    return make
+
+
+@pytest.mark.parametrize(("trainable", "n_open"), [("head", 0), (1, 1), ("all", 2)])
+def test_depth_and_rate_are_those_asked_for(parts, trainable, n_open):
+    training = training_of(*parts(trainable=trainable, lr=0.5, optimizer="sgd"))
+    names = [name for name, _ in training.network.named_children()]
+    trains = [
+        any(p.requires_grad for p in part.parameters()) for part in training.network
+    ]
+    assert names == ["stem", "stage1", "neck", "head"]
+    assert trains[:2] == [False] * (2 - n_open) + [True] * n_open
+    assert training.net.optimizer_.param_groups[0]["highest_lr"] == 0.5
+    assert type(training.net.optimizer_).__name__ == "SGD"
+
+
+def test_callbacks_are_copied_and_settings_can_be_others(parts):
+    callback = Callback()
+    training = training_of(*parts(callbacks=[callback]), lr=0.25)
+    assert training.net.lr == 0.25
+    kinds = [type(each) for _, each in training.net.callbacks_]
+    assert Callback in kinds
+    assert all(each is not callback for _, each in training.net.callbacks_)
+
+
+def test_what_is_held_out_is_neither_varied_nor_solved_on(parts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "sktl._one_fit.solve_head", lambda head, x, *rest, **options: seen.append(x)
+    )
+    mine, *rest = parts(early_stopping=True, augmentation="flip")
+    training = training_of(mine, *rest)
+    solve_head_of(mine, training, *rest[:-1])
+    held_out = rest[3]
+    assert len(seen[0]) == (~held_out).sum() == 30
+    assert training.progress.history[0]["epoch"] == 0
+    _, watched = training.net.get_split_datasets(range(3))
+    first, again = (next(watched.batches(range(10), 1))[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
