@@ -8,7 +8,6 @@ import itertools
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sktl._augmentation import Augmentation
 from sktl._images import Pictures
-from sktl._inference import in_threads
+from sktl._inference import in_threads, n_decoders
 
 _MOST_KEPT = 2**30  # bytes of pixels
 
@@ -42,7 +41,7 @@ class LabelledPictures(Dataset[Any]):
     side : int
         Of the pixels it gives.
     n_jobs : int or None
-        Threads that decode, in joblib's counting.
+        Threads that decode, see `n_decoders`.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class LabelledPictures(Dataset[Any]):
         self._label = torch.from_numpy(label.astype(np.int64))
         self._weight = torch.from_numpy(weight.astype(np.float32))
         self._augmentation = augmentation
-        self._n_threads = joblib.effective_n_jobs(n_jobs)
+        self._n_threads = n_decoders(n_jobs)
         self._kept: NDArray[np.uint8] | None = None
         self._is_kept = np.zeros(len(rows), dtype=bool)
         if augmentation.prepares_pixels and len(rows) * side * side * 3 <= _MOST_KEPT:

@@ -19,9 +19,11 @@ from sktl import _saved_classifier
 from sktl._augmentation import NAMES
 from sktl._checkpoint import Checkpoint, identity_of, seed_of
 from sktl._decode import PixelRange
+from sktl._engines import prepared
+from sktl._execution import ENGINES, Execution
 from sktl._feature_store import FeatureStore
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import forward, prepared, resolve_device
+from sktl._inference import forward
 from sktl._labels import Labelled, labelled, rows_held_out
 from sktl._memory import Memory
 from sktl._one_fit import solve_head_of, start_of, training_of
@@ -119,11 +121,17 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         Number of pictures of a step, and of those that go through at a time.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
-    precision : {"float32", "bfloat16"}, default="float32"
-        What the network computes in. Weights and their updates are float32 anyway.
+    precision : {"float32", "bfloat16", "auto"}, default="float32"
+        What the network computes in. ``"auto"`` is bfloat16 where the processor
+        multiplies it natively, several times as fast, else float32. Weights and their
+        updates are float32 anyway.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means 1
-        unless in a :obj:`joblib.parallel_config` context, -1 all processors.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        What computes the network where it does not train: in `predict`, and the
+        features for the linear probe. As in `PretrainedFeatures`.
+        Number of threads that decode pictures ahead of the network. None means as many
+        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
+        means all processors.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Where the features that the linear probe is solved on are remembered, as in
         `PretrainedFeatures`, and shared with it.
@@ -234,7 +242,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         "pixel_range": [StrOptions({"auto"}), tuple, list],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
-        "precision": [StrOptions({"float32", "bfloat16"})],
+        "precision": [StrOptions({"float32", "bfloat16", "auto"})],
+        "engine": [StrOptions({*ENGINES, "auto"})],
         "n_jobs": [Integral, None],
         "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "random_state": ["random_state"],
@@ -273,6 +282,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
+        engine: str = "auto",
         n_jobs: int | None = None,
         memory: Memory = None,
         random_state: Any = None,
@@ -307,6 +317,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
         self.n_jobs = n_jobs
         self.memory = memory
         self.random_state = random_state
@@ -656,21 +667,18 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
-        device = resolve_device(self.device)
         network = prepared(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),
-            side=self.preprocessing_.crop_size,
-            device=device,
-            precision=self.precision,
+            self.preprocessing_,
+            Execution.of(self),
+            name=f"the fine-tuned {self.backbone}",
         )
         return forward(
             network,
             pictures,
             self.preprocessing_,
             batch_size=self.batch_size,
-            device=device,
-            precision=self.precision,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from sktl._backbone import Backbone
+from sktl._engines import Prepared, prepared
+from sktl._execution import Execution
 from sktl._images import Pictures
-from sktl._inference import prepared
 from sktl._layers import LayerExtractor
 from sktl._memory import forward_once
 from sktl._preprocessing import Preprocessing
@@ -19,19 +19,17 @@ def feature_extractor(
     backbone: Backbone,
     layers: Sequence[str],
     pooling: str | int,
-    *,
-    side: int,
-    device: torch.device,
-    precision: str,
-) -> LayerExtractor:
+    preprocessing: Preprocessing,
+    execution: Execution,
+) -> Prepared:
     """Give the network that computes features; see `LayerExtractor` and `prepared`."""
     layers = tuple(layers)
     return prepared(
         (backbone, layers, pooling),
         lambda: LayerExtractor(backbone, layers, pooling),
-        side=side,
-        device=device,
-        precision=precision,
+        preprocessing,
+        execution,
+        name=f"{', '.join(layers)} of {backbone.name}",
     )
 
 
@@ -41,9 +39,7 @@ def frozen_features(
     pooling: str | int,
     pictures: Pictures,
     preprocessing: Preprocessing,
-    *,
-    device: torch.device,
-    precision: str,
+    execution: Execution,
     **options: Any,
 ) -> NDArray[np.float32]:
     """Compute features, or remember them.
@@ -54,7 +50,7 @@ def frozen_features(
         Whose.
     layers, pooling
         As `LayerExtractor` has them.
-    pictures, preprocessing, device, precision, options
+    pictures, preprocessing, execution, options
         As `forward_once` has them.
 
     Returns
@@ -63,23 +59,15 @@ def frozen_features(
         One row per picture.
     """
     return forward_once(
-        lambda: feature_extractor(
-            backbone,
-            layers,
-            pooling,
-            side=preprocessing.crop_size,
-            device=device,
-            precision=precision,
-        ),
+        lambda: feature_extractor(backbone, layers, pooling, preprocessing, execution),
         pictures,
         preprocessing,
+        execution,
         space={
             "backbone": backbone.name,
             "weights": backbone.digest,
             "layer": " + ".join(layers),
             "pooling": str(pooling),
         },
-        device=device,
-        precision=precision,
         **options,
     )

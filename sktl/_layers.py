@@ -89,7 +89,7 @@ class LayerExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Turn pictures ``(n, 3, h, w)`` into features ``(n, n_features)``, float32."""
-        n = len(x)
+        n = x.shape[0]
         rows: dict[str, Tensor] = {}
         self._pass.rows = rows
         for name, part in self._parts.items():
@@ -104,9 +104,9 @@ class LayerExtractor(nn.Module):
                     f"{beside}, so it has no features. Choose another layer"
                     f"{', or join it by a FeatureUnion' if beside else ''}."
                 )
-            if len(rows[layer]) != n:
+            if rows[layer].shape[0] != n:
                 raise ValueError(
-                    f"The module {layer!r} gives {len(rows[layer])} rows for {n} "
+                    f"The module {layer!r} gives {rows[layer].shape[0]} rows for {n} "
                     "pictures, so they are not features of them. Choose another layer."
                 )
         columns = [rows[layer] for layer in self._layers]

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import joblib
 import numpy as np
 import PIL
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
+from sktl._engines import Prepared
+from sktl._execution import Execution
 from sktl._feature_store import FeatureStore
 from sktl._images import Pictures
 from sktl._inference import batches, forward, shape_of_batch
@@ -44,15 +44,14 @@ def as_store(memory: Memory) -> FeatureStore | None:
 
 
 def forward_once(
-    network: Callable[[], nn.Module],
+    network: Callable[[], Prepared],
     pictures: Pictures,
     preprocessing: Preprocessing,
+    execution: Execution,
     *,
     memory: Memory,
     space: Mapping[str, str],
     batch_size: int,
-    device: torch.device,
-    precision: str,
     n_jobs: int | None,
     verbose: int,
 ) -> NDArray[np.float32]:
@@ -67,8 +66,10 @@ def forward_once(
     ----------
     network : callable
         Gives the network; not called if every row is known.
-    pictures, preprocessing, batch_size, device, precision, n_jobs, verbose
+    pictures, preprocessing, batch_size, n_jobs, verbose
         As in `forward`.
+    execution : Execution
+        How the network computes.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Where rows are remembered; None to compute all.
     space : mapping of str to str
@@ -87,8 +88,6 @@ def forward_once(
     """
     options: dict[str, Any] = {
         "batch_size": batch_size,
-        "device": device,
-        "precision": precision,
         "n_jobs": n_jobs,
         "verbose": verbose,
     }
@@ -99,9 +98,7 @@ def forward_once(
         **space,
         "preprocessing": str(preprocessing),
         "pixel_range": str(pictures.pixel_range),
-        "precision": precision,
-        "engine": f"torch {torch.__version__.split('.')[0]}",
-        "device": device.type,
+        **execution.space(),
         "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
     }
     # Padded or one by one is decided by the call, not by how much of it is known: so
@@ -183,7 +180,7 @@ class _Missing:
 
     def compute(
         self,
-        network: nn.Module,
+        network: Prepared,
         preprocessing: Preprocessing,
         *,
         alone: bool,

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from sktl._augmentation import augmentation_for
 from sktl._batches import LabelledPictures
+from sktl._execution import Execution
 from sktl._frozen_features import frozen_features
 from sktl._images import Pictures
-from sktl._inference import resolve_device
 from sktl._labels import Labelled
 from sktl._layers import PENULTIMATE
 from sktl._linear_probe import solve_head
@@ -79,8 +79,8 @@ def training_of(
     Training
         Not begun.
     """
-    device = resolve_device(estimator.device)
-    warn_of_shared_gpu(device)
+    execution = Execution.of(estimator)
+    warn_of_shared_gpu(execution.device)
     own = {name: getattr(estimator, name) for name in Settings.parameters()}
     probed = estimator.head_init == "linear_probe"
     settings = Settings(
@@ -88,7 +88,8 @@ def training_of(
         # A head that was solved for these features would suffer from others.
         fixed_statistics=probed and estimator.weights is not None,
         patience=estimator.n_iter_no_change if estimator.early_stopping else None,
-        device=device,
+        device=execution.device,
+        precision=execution.precision,
         **{**own, **instead},
     )
 
@@ -142,10 +143,9 @@ def solve_head_of(
         "avg",
         pictures,
         start.preprocessing,
+        Execution.of(estimator),
         memory=estimator.memory,
         batch_size=estimator.batch_size,
-        device=resolve_device(estimator.device),
-        precision=estimator.precision,
         n_jobs=estimator.n_jobs,
         verbose=estimator.verbose,
     )

@@ -22,9 +22,10 @@ from sklearn.utils.validation import check_is_fitted
 from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._decode import PixelRange
+from sktl._engines import prepared
+from sktl._execution import ENGINES, PRECISIONS, Execution
 from sktl._feature_store import FeatureStore
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import PRECISIONS, prepared, resolve_device
 from sktl._memory import Memory, forward_once
 from sktl._sklearn_compat import (
     Interval,
@@ -65,11 +66,15 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         pictures they go one by one.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
-    precision : {"float32", "bfloat16", "float16"}, default="float32"
-        What the network computes in.
+    precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
+        What the network computes in. ``"auto"`` is bfloat16 where the processor
+        multiplies it natively, several times as fast, else float32.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means 1
-        unless in a :obj:`joblib.parallel_config` context, -1 all processors.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        What computes the network, as in `PretrainedFeatures`.
+        Number of threads that decode pictures ahead of the network. None means as many
+        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
+        means all processors.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         A directory in which the output for every picture is remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it
@@ -130,7 +135,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         "pixel_range": [StrOptions({"auto"}), tuple, list],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
-        "precision": [StrOptions(set(PRECISIONS))],
+        "precision": [StrOptions({*PRECISIONS, "auto"})],
+        "engine": [StrOptions({*ENGINES, "auto"})],
         "n_jobs": [Integral, None],
         "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "verbose": ["verbose"],
@@ -148,6 +154,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
+        engine: str = "auto",
         n_jobs: int | None = None,
         memory: Memory = None,
         verbose: int = 0,
@@ -161,6 +168,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
         self.n_jobs = n_jobs
         self.memory = memory
         self.verbose = verbose
@@ -351,18 +359,19 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self, backbone: Backbone, pictures: Pictures
     ) -> NDArray[np.float64]:
         """Run the network: ``(n_samples, n_categories)``, in its own order."""
-        device = resolve_device(self.device)
+        execution = Execution.of(self)
         preprocessing = backbone.preprocessing_at(self.image_size)
         logits = forward_once(
             lambda: prepared(
                 backbone,
                 lambda: copy.deepcopy(backbone.network),
-                side=preprocessing.crop_size,
-                device=device,
-                precision=self.precision,
+                preprocessing,
+                execution,
+                name=self.backbone,
             ),
             pictures,
             preprocessing,
+            execution,
             memory=self.memory,
             space={
                 "backbone": self.backbone,
@@ -370,8 +379,6 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
                 "layer": "output",
             },
             batch_size=self.batch_size,
-            device=device,
-            precision=self.precision,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )

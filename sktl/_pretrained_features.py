@@ -15,11 +15,11 @@ from sklearn.utils.validation import check_is_fitted
 from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._decode import PixelRange
+from sktl._engines import Prepared
+from sktl._execution import ENGINES, PRECISIONS, Execution
 from sktl._feature_store import FeatureStore
 from sktl._frozen_features import feature_extractor, frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._inference import PRECISIONS, resolve_device
-from sktl._layers import LayerExtractor
 from sktl._memory import Memory
 from sktl._sklearn_compat import (
     Interval,
@@ -81,11 +81,27 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         pictures they go one by one, so choose it no larger than the machine needs.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
-    precision : {"float32", "bfloat16", "float16"}, default="float32"
-        What the network computes in. The features are float32 in any case.
+    precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
+        What the network computes in. ``"auto"`` is bfloat16 where the processor
+        multiplies it natively, several times as fast, else float32. The features are
+        float32 in any case.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means 1
-        unless in a :obj:`joblib.parallel_config` context, -1 all processors.
+    engine : {"auto", "torch", "compile", "openvino"}, default="auto"
+        What computes the network.
+
+        - ``"torch"``: torch, step by step.
+        - ``"compile"``: ``torch.compile``, which takes up to a minute to make a program
+          of the network, and needs a C++ compiler.
+        - ``"openvino"``: OpenVINO, on a CPU. It is installed by
+          ``pip install "sktl[openvino]"``.
+        - ``"auto"``: OpenVINO where it is installed and the device is a CPU, else
+          torch. It depends on the machine only, never on the data.
+
+        The answers are the same up to rounding. A network that an engine cannot take is
+        computed by torch, with a warning.
+        Number of threads that decode pictures ahead of the network. None means as many
+        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
+        means all processors.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         A directory in which the features of every picture are remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it turns
@@ -178,7 +194,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         "pixel_range": [StrOptions({"auto"}), tuple, list],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
-        "precision": [StrOptions(set(PRECISIONS))],
+        "precision": [StrOptions({*PRECISIONS, "auto"})],
+        "engine": [StrOptions({*ENGINES, "auto"})],
         "n_jobs": [Integral, None],
         "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "verbose": ["verbose"],
@@ -197,6 +214,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
+        engine: str = "auto",
         n_jobs: int | None = None,
         memory: Memory = None,
         verbose: int = 0,
@@ -211,6 +229,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
+        self.engine = engine
         self.n_jobs = n_jobs
         self.memory = memory
         self.verbose = verbose
@@ -282,10 +301,9 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             self._pooling(),
             pictures,
             backbone.preprocessing_at(self.image_size),
+            Execution.of(self),
             memory=self.memory,
             batch_size=self.batch_size,
-            device=resolve_device(self.device),
-            precision=self.precision,
             n_jobs=self.n_jobs,
             verbose=self.verbose,
         )
@@ -306,6 +324,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         check_is_fitted(self, "weights_digest_")
         check_feature_names_in(self, input_features, generate_names=False)
         widths = self._network(self._backbone_of_fit()).widths
+        assert widths is not None  # of a LayerExtractor
         names = [
             f"{self.backbone}_{layer}_{i}"
             for layer, width in zip(self._layers(), widths, strict=True)
@@ -362,12 +381,11 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         # NumPy's integers are integers too, and a grid may hold them.
         return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
 
-    def _network(self, backbone: Backbone) -> LayerExtractor:
+    def _network(self, backbone: Backbone) -> Prepared:
         return feature_extractor(
             backbone,
             self._layers(),
             self._pooling(),
-            side=backbone.preprocessing_at(self.image_size).crop_size,
-            device=resolve_device(self.device),
-            precision=self.precision,
+            backbone.preprocessing_at(self.image_size),
+            Execution.of(self),
         )

@@ -26,13 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sktl._batches import Batches, LabelledPictures
-from sktl._inference import (
-    PRECISIONS,
-    fold_batch_norm,
-    memory_explained,
-    normalized,
-)
-from sktl._preprocessing import Preprocessing
+from sktl._engines import memory_explained
+from sktl._execution import PRECISIONS
+from sktl._folding import fold_batch_norm
+from sktl._preprocessing import Normalization, Preprocessing
 from sktl._random_state import seeded
 from sktl._steps import (
     WeightedCrossEntropy,
@@ -69,7 +66,8 @@ class Settings:
     @classmethod
     def parameters(cls) -> list[str]:
         """Name those that are parameters of the estimator as they are."""
-        derived = {"n_open_stages", "fixed_statistics", "patience", "device"}
+        derived = {"n_open_stages", "fixed_statistics", "patience"}
+        derived |= {"device", "precision"}  # what "auto" is on this machine
         return [each.name for each in fields(cls) if each.name not in derived]
 
     def n_open_in(self, epoch: int) -> int:
@@ -382,12 +380,11 @@ class _OnPixels(nn.Module):
     def __init__(self, partly: PartlyFrozen, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.partly = partly
-        self._preprocessing = preprocessing
+        self.normalization = Normalization(preprocessing)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Give the logits ``(n, n_classes)`` of ``(n, side, side, 3)``, uint8."""
-        x = pixels.permute(0, 3, 1, 2)  # (n, 3, side, side), channels last in memory
-        logits: Tensor = self.partly(normalized(x, self._preprocessing))
+        logits: Tensor = self.partly(self.normalization(pixels))
         return logits
 
 

@@ -1,5 +1,6 @@
 """The features a head is solved on are those of PretrainedFeatures, and shared."""
 
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -9,24 +10,26 @@ import torch
 import sktl._frozen_features
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 from sktl._backbones import load_backbone
+from sktl._execution import Execution
 from sktl._frozen_features import frozen_features
 from sktl._images import as_pictures
 
 
 def features(X, memory=None, layers=("penultimate",), pooling="avg", **options):
     backbone = load_backbone("resnet_mini")
-    given = {"device": torch.device("cpu"), "precision": "float32", **options}
+    settings = {"batch_size": 16, "engine": "torch", **options}
+    execution = Execution.of(PretrainedFeatures(**settings))
     return frozen_features(
         backbone,
         layers,
         pooling,
         as_pictures(X, estimator=PretrainedFeatures(), reset=True),
         backbone.preprocessing_at(None),
+        execution,
         memory=memory,
         batch_size=16,
         n_jobs=None,
         verbose=0,
-        **given,
     )
 
 
@@ -39,11 +42,13 @@ def passes():
     def counted(*arguments, **options):
         network = make(*arguments, **options)
 
-        def forward(x):
-            n_pictures.append(len(x))
-            return network(x)
+        def start(pixels):
+            n_pictures.append(len(pixels))
+            return network.start(pixels)
 
-        return forward
+        return SimpleNamespace(
+            start=start, execution=network.execution, n_ahead=network.n_ahead
+        )
 
     with mock.patch("sktl._frozen_features.feature_extractor", counted):
         yield n_pictures
@@ -60,7 +65,12 @@ def passes():
 def test_they_are_those_of_pretrained_features(pictures, layers, pooling, precision):
     got = features(pictures, layers=layers, pooling=pooling, precision=precision)
     expected = PretrainedFeatures(
-        "resnet_mini", layer=layers, pooling=pooling, precision=precision, batch_size=16
+        "resnet_mini",
+        layer=layers,
+        pooling=pooling,
+        precision=precision,
+        engine="torch",
+        batch_size=16,
     ).transform(pictures)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, expected)
@@ -97,7 +107,9 @@ def test_each_picture_goes_through_once(pictures, paths, tmp_path, passes):
 
 
 def test_rows_are_shared_with_pretrained_features(paths, tmp_path, passes):
-    mine = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=16)
+    mine = PretrainedFeatures(
+        "resnet_mini", memory=tmp_path, engine="torch", batch_size=16
+    )
     expected = mine.transform(paths[:32])
     n_before = sum(passes)
     np.testing.assert_array_equal(features(paths[:32], tmp_path), expected)
@@ -132,7 +144,12 @@ def test_if_all_is_known_no_network_is_made(paths, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"layers": ["stage1"]}, {"pooling": "max"}, {"precision": "bfloat16"}],
+    [
+        {"layers": ["stage1"]},
+        {"pooling": "max"},
+        {"precision": "bfloat16"},
+        {"engine": "openvino"},
+    ],
 )
 def test_what_makes_other_rows_is_another_space(paths, tmp_path, change):
     features(paths[:4], tmp_path)

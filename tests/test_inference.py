@@ -1,12 +1,12 @@
 """The forward loop against a plain loop over pictures."""
 
 import copy
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pytest
 import torch
@@ -14,14 +14,16 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from sktl import _inference
+from sktl import _engines
 from sktl._backbones import load_backbone
-from sktl._inference import fold_batch_norm, forward, prepared, resolve_device
+from sktl._engines import TorchNetwork, prepared
+from sktl._execution import Execution
+from sktl._inference import forward, n_decoders
 from sktl._layers import LayerExtractor
 from sktl._preprocessing import Preprocessing
 
-CPU = torch.device("cpu")
 SMALL = Preprocessing(resize_size=32, crop_size=32)
+EACH_ENGINE = pytest.mark.parametrize("engine", ["torch", "openvino"])
 
 
 @pytest.fixture(scope="module")
@@ -29,46 +31,41 @@ def images(pictures):
     return [Image.fromarray(picture) for picture in pictures]
 
 
-def network(name, precision="float32", layer="penultimate", weights=None):
-    backbone = load_backbone(name, weights)
+def on_cpu(precision="float32", engine="torch"):
+    return Execution(torch.device("cpu"), precision, engine)
+
+
+def network(name, precision="float32", layer="penultimate", engine="torch"):
+    backbone = load_backbone(name, None)
     return prepared(
-        (name, weights, layer),
+        (name, layer),
         lambda: LayerExtractor(backbone, [layer], "avg"),
-        side=SMALL.crop_size,
-        device=CPU,
-        precision=precision,
+        SMALL,
+        on_cpu(precision, engine),
+        name=name,
     )
 
 
-def run(net, images, batch_size=8, **options):
-    options = {"device": CPU, "precision": "float32", **options}
+def run(net, images, batch_size=8, precision="float32", **options):
+    if isinstance(net, nn.Module):
+        net = TorchNetwork(net, SMALL, on_cpu(precision))
     return forward(net, images, SMALL, batch_size=batch_size, **options)
 
 
-def trained_batch_norm(net):
-    """Give every BatchNorm statistics as if it had seen data."""
-    generator = torch.Generator().manual_seed(0)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for value in (module.running_mean, module.bias.data):
-                value.copy_(torch.randn(value.shape, generator=generator) / 10)
-            for value in (module.running_var, module.weight.data):
-                value.copy_(0.5 + torch.rand(value.shape, generator=generator))
-    return net.eval().requires_grad_(False)
-
-
-def test_equals_a_plain_loop(images):
+@EACH_ENGINE
+def test_equals_a_plain_loop(images, engine):
     backbone = load_backbone("resnet18", None)
     transform = models.ResNet18_Weights.DEFAULT.transforms(crop_size=32, resize_size=32)
     net = nn.Sequential(*list(backbone.network.children())[:-1], nn.Flatten())
     with torch.inference_mode():
         expected = torch.cat([net(transform(image)[None]) for image in images]).numpy()
-    got = run(network("resnet18"), images)
+    got = run(network("resnet18", engine=engine), images)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_a_row_does_not_depend_on_its_neighbours(images):
-    net = network("squeezenet1_1")
+@EACH_ENGINE
+def test_a_row_does_not_depend_on_its_neighbours(images, engine):
+    net = network("squeezenet1_1", engine=engine)
     rows = run(net, images)
     order = np.random.default_rng(0).permutation(len(images))
     shuffled = run(net, [images[i] for i in order], n_jobs=2)
@@ -77,9 +74,10 @@ def test_a_row_does_not_depend_on_its_neighbours(images):
     np.testing.assert_array_equal(fewer, rows[:11])
 
 
+@EACH_ENGINE
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batch_sizes_agree(images, batch_size):
-    net = network("squeezenet1_1")
+def test_batch_sizes_agree(images, batch_size, engine):
+    net = network("squeezenet1_1", engine=engine)
     rows = run(net, images)
     other = run(net, images, batch_size=batch_size)
     assert np.abs(other - rows).max() <= 1e-5 * np.abs(rows).max()
@@ -101,114 +99,30 @@ def test_small_calls_do_not_pay_for_a_whole_batch(images):
     assert seen == [(8, 3, 32, 32)] * 2
 
 
+@EACH_ENGINE
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_is_close_and_comes_back_as_float32(images, precision):
+def test_lower_precision_is_close_and_comes_back_as_float32(images, precision, engine):
     expected = run(network("squeezenet1_1"), images)
-    got = run(network("squeezenet1_1", precision), images, precision=precision)
+    got = run(network("squeezenet1_1", precision, engine=engine), images)
     assert got.dtype == np.float32
     lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((got * expected).sum(1) / lengths).min() >= 0.999
+    assert not np.array_equal(got, expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "pairs"),
-    [("resnet18", 20), ("mobilenet_v2", 52), ("squeezenet1_1", 0), ("googlenet", 57)],
-)
-def test_folding_merges_every_pair_and_keeps_the_output(name, pairs):
-    torch.manual_seed(0)
-    options = {"init_weights": False, "aux_logits": False}
-    options = options if name == "googlenet" else {}
-    net = trained_batch_norm(models.get_model(name, weights=None, **options))
-    x = torch.randn(2, 3, 64, 64)
-    expected = net(x)
-    assert fold_batch_norm(net, 64) == pairs
-    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 0
-    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_folding_gives_up_where_it_is_not_exact():
-    class Read(nn.Module):
-        """Its convolution is read by a BatchNorm and by an addition."""
-
-        def __init__(self):
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            x = self.conv(x)
-            return x + self.bn(x)
-
-    net = trained_batch_norm(Read())
-    x = torch.randn(2, 3, 8, 8)
-    expected = net(x)
-    assert fold_batch_norm(net, 8) == 0
-    torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
-
-
-def test_folding_leaves_what_is_looked_at():
-    backbone = copy.deepcopy(load_backbone("resnet18", None))
-    trained_batch_norm(backbone.network)
-    extractor = LayerExtractor(backbone, ["layer1.0.conv1"], "avg").eval()
-    assert fold_batch_norm(extractor, 64) == 20 - 1
-    x = torch.randn(1, 3, 64, 64)
-    plain = LayerExtractor(backbone, ["layer1.0.conv1"], "avg").eval()
-    torch.testing.assert_close(extractor(x), plain(x), rtol=1e-4, atol=1e-5)
-
-
-def test_folding_skips_convolutions_that_compute_their_weights():
-    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
-    net = trained_batch_norm(nn.Sequential(conv, nn.BatchNorm2d(4)))
-    assert fold_batch_norm(net, 8) == 0
-
-
-def test_folding_skips_what_has_no_statistics():
-    own = nn.BatchNorm2d(4, track_running_stats=False)
-    assert fold_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), own).eval(), 8) == 0
-
-
-def test_global_state_is_left_alone(images):
+@EACH_ENGINE
+def test_global_state_is_left_alone(images, engine):
     state = torch.get_rng_state()
-    _inference._prepared.clear()
-    net = network("resnet18")
-    run(net, images)
+    _engines._prepared.clear()
+    run(network("resnet18", engine=engine), images)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
-    assert not net.training
+    assert not load_backbone("resnet18", None).network.training
 
 
-FLAGS = """
-import contextlib, torch
-from sktl._inference import _as_trained
-exec({setting!r})
-def flags():
-    backends = torch.backends
-    return (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision,
-            backends.cudnn.benchmark, backends.cudnn.deterministic)
-before = flags()
-first, second = (_as_trained(torch.device("cuda")) for _ in range(2))
-first.__enter__()
-second.__enter__()
-first.__exit__(None, None, None)  # passes of two threads overlap like this
-assert flags() == ("ieee", "ieee", False, True), flags()
-second.__exit__(None, None, None)
-assert flags() == before, (flags(), before)
-"""
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        "torch.set_float32_matmul_precision('high')",
-        "torch.backends.fp32_precision = 'tf32'",  # the newer way to say it
-    ],
-)
-def test_flags_of_a_gpu_are_set_and_put_back(setting):
-    code = FLAGS.format(setting=setting)
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-def test_threads_share_a_network_without_mixing_rows(images):
-    net = network("resnet18", layer="layer1")
+@EACH_ENGINE
+def test_threads_share_a_network_without_mixing_rows(images, engine):
+    net = network("resnet18", layer="layer1", engine=engine)
     halves = images[:16], images[16:32]
     expected = [run(net, half) for half in halves]
     with ThreadPoolExecutor(2) as pool:
@@ -233,14 +147,6 @@ def test_two_passes_at_once_keep_their_rows_apart():
     stem = backbone.network.stages["stem"]
     for rows, picture in ((first, x[0]), (second, x[1])):
         torch.testing.assert_close(rows[:, :8], stem(picture).mean((2, 3)))
-
-
-def test_networks_are_shared_and_only_the_last_few_kept():
-    assert network("squeezenet1_1") is network("squeezenet1_1")
-    assert network("squeezenet1_1") is not network("squeezenet1_1", "bfloat16")
-    for layer in ("stem", "stage1", "stage2", "stage3", "penultimate"):
-        network("squeezenet1_1", layer=layer)
-    assert len(_inference._prepared) == _inference._MAX_PREPARED
 
 
 def test_pictures_are_decoded_at_most_two_batches_ahead(images):
@@ -316,16 +222,6 @@ def test_output_that_is_not_finite_is_named(images):
         run(Overflow(), images, precision="float16")
 
 
-def test_devices():
-    assert resolve_device("cpu") == CPU
-    assert resolve_device("auto").type in {"cpu", "cuda", "mps", "xpu"}
-    with pytest.raises(ValueError, match=r"'device' parameter must be 'auto' or .*gpu"):
-        resolve_device("gpu")
-    for device in ("cuda:99", "meta", "hpu"):
-        with pytest.raises(ValueError, match=f"Got '{device}' instead"):
-            resolve_device(device)
-
-
 @pytest.mark.parametrize("verbose", [0, 1])
 def test_a_bar_is_shown_when_asked_for(images, capsys, monkeypatch, verbose):
     # The bar waits for a second, so let the clock run fast.
@@ -335,3 +231,32 @@ def test_a_bar_is_shown_when_asked_for(images, capsys, monkeypatch, verbose):
     captured = capsys.readouterr()
     assert ("picture" in captured.err) == bool(verbose)
     assert captured.out == ""
+
+
+def test_where_a_device_computes_by_itself_batches_are_started_ahead(images):
+    events = []
+
+    def start(pixels):
+        rows = pixels.mean((1, 2), dtype=np.float32)
+        events.append("start")
+
+        def wait():
+            events.append("wait")
+            return rows
+
+        return wait
+
+    device = SimpleNamespace(start=start, n_ahead=1, execution=on_cpu())
+    rows = run(device, images[:22])
+    assert events == ["start", "start", "wait", "start", "wait", "wait"]
+    expected = [np.asarray(SMALL(image)).mean((0, 1)) for image in images[:22]]
+    np.testing.assert_allclose(rows, expected, rtol=1e-6)
+
+
+def test_as_many_threads_decode_as_torch_computes_with():
+    n_threads = torch.get_num_threads()
+    assert n_decoders(None) == n_threads
+    assert n_decoders(1) == 1
+    assert n_decoders(n_threads + 1) == n_threads + 1
+    with joblib.parallel_config("threading", n_jobs=n_threads + 2):
+        assert n_decoders(None) == n_threads + 2

@@ -144,7 +144,7 @@ def test_one_network_serves_all_clones(paths, monkeypatch):
     mine.fit(paths)
     built = []
     monkeypatch.setattr(
-        "sktl._pretrained_features.LayerExtractor", lambda *_: built.append(1)
+        "sktl._frozen_features.LayerExtractor", lambda *_: built.append(1)
     )
     clone(mine).fit(paths).transform(paths[:2])
     assert not built

@@ -24,7 +24,7 @@ from sktl._augmentation import augmentation_for
 from sktl._backbones import load_backbone
 from sktl._batches import LabelledPictures
 from sktl._images import as_pictures
-from sktl._inference import normalized
+from sktl._preprocessing import Normalization
 from sktl._random_state import seeded
 from sktl._steps import rate_factor
 from sktl._trainable import new_network, parameter_groups
@@ -279,7 +279,7 @@ def test_epochs_with_the_same_hits_are_told_apart_by_their_loss(pictures):
 def features_of(training, pictures):
     x = next(iter(some(pictures).batches(range(40), 1)))[0]
     with torch.inference_mode():
-        x = normalized(x.permute(0, 3, 1, 2), BACKBONE.preprocessing)
+        x = Normalization(BACKBONE.preprocessing)(x)
         return training.network.eval()[:-1](x).numpy()
 
 

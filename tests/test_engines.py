@@ -1,0 +1,191 @@
+"""Engines against torch's plain forward pass, and what they cannot do."""
+
+import shutil
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sktl import _engines
+from sktl._backbones import load_backbone
+from sktl._engines import OpenVINONetwork, TorchNetwork, prepared
+from sktl._execution import Execution
+from sktl._layers import LayerExtractor
+from sktl._preprocessing import Preprocessing
+
+SMALL = Preprocessing(resize_size=64, crop_size=64)
+PIXELS = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
+# The smallest member of each family of convolutional networks in torchvision.
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vgg11",
+]
+
+
+def on_cpu(engine="torch", precision="float32"):
+    return Execution(torch.device("cpu"), precision, engine)
+
+
+def network(name, preprocessing=SMALL, layer="penultimate", **execution):
+    backbone = load_backbone(name, None)
+    return prepared(
+        (name, layer),
+        lambda: LayerExtractor(backbone, [layer], "avg"),
+        preprocessing,
+        on_cpu(**execution),
+        name=name,
+    )
+
+
+def computed(net, pixels=PIXELS):
+    return net.start(pixels)()
+
+
+def plain(name, pixels, layer="penultimate"):
+    """Features by torch alone, without folding."""
+    extractor = LayerExtractor(load_backbone(name, None), [layer], "avg").eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (SMALL.mean, SMALL.std))
+    with torch.inference_mode():
+        return extractor((x - mean) / std).numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_openvino_computes_every_family(name):
+    side = max(64, load_backbone(name, None).min_size)
+    sized = Preprocessing(side, side)
+    pixels = np.random.default_rng(2).integers(0, 256, (2, side, side, 3), np.uint8)
+    expected = plain(name, pixels)
+    exact = network(name, sized, engine="openvino")
+    assert isinstance(exact, OpenVINONetwork)
+    got = computed(exact, pixels)
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    close = network(name, sized, engine="openvino", precision="bfloat16")
+    assert cosines(computed(close, pixels), expected).min() >= 0.999
+
+
+def cosines(a, b):
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_torch_compile_computes_the_same(precision):
+    expected = plain("squeezenet1_1", PIXELS)
+    net = network("squeezenet1_1", engine="compile", precision=precision)
+    got = computed(net)
+    if precision == "float32":
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert cosines(got, expected).min() >= 0.999
+    assert net._programs.keys() == {(1, 64, 64, 3), (4, 64, 64, 3)}
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_layers_inside_a_network(engine):
+    net = network("resnet18", layer="layer2.0.conv1", engine=engine)
+    expected = plain("resnet18", PIXELS, "layer2.0.conv1")
+    np.testing.assert_allclose(computed(net), expected, rtol=1e-3, atol=1e-5)
+    assert net.widths == (128,)
+
+
+class Odd(nn.Module):
+    """Something that no engine but torch can compute, or not rightly."""
+
+    def forward(self, x):
+        rows = x.mean((2, 3))
+        return rows + rows.detach().numpy().max().item()  # traced as a constant
+
+
+@pytest.mark.parametrize("engine", ["openvino", "compile"])
+def test_what_an_engine_cannot_take_is_computed_by_torch(engine):
+    with pytest.warns(RuntimeWarning, match=rf"{engine}' cannot compute odd.*so torch"):
+        net = prepared(("odd", engine), Odd, SMALL, on_cpu(engine), name="odd")
+    expected = computed(TorchNetwork(Odd(), SMALL, on_cpu()))
+    np.testing.assert_array_equal(computed(net), expected)
+    assert net.execution.engine == engine  # what the user asked for, once warned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepared(("odd", engine), Odd, SMALL, on_cpu(engine), name="odd")
+
+
+def test_answers_that_are_wrong_are_not_taken(monkeypatch):
+    right = OpenVINONetwork.start
+    monkeypatch.setattr(
+        OpenVINONetwork, "start", lambda *given: lambda: right(*given)() * 1.001
+    )
+    with pytest.warns(RuntimeWarning, match=r"output differs from torch's by"):
+        net = prepared("wrong", Average, SMALL, on_cpu("openvino"), name="average")
+    assert isinstance(net, TorchNetwork)
+
+
+class Average(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_openvino_is_compiled_for_two_shapes_at_most():
+    net = network("squeezenet1_1", engine="openvino")
+    rows = computed(net)
+    for n in (3, 2, 1):
+        np.testing.assert_allclose(computed(net, PIXELS[:n]), rows[:n], rtol=1e-4)
+    assert len(net._requests) == 2
+
+
+def test_openvino_uses_the_threads_that_torch_has():
+    net = network("squeezenet1_1", engine="openvino")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = computed(net)
+    finally:
+        torch.set_num_threads(n_threads)
+    np.testing.assert_allclose(one, computed(net), rtol=1e-4, atol=1e-6)
+    assert {n for _, n in net._requests} == {1, n_threads}
+
+
+def test_a_batch_that_openvino_has_no_memory_for(monkeypatch):
+    net = network("squeezenet1_1", engine="openvino")
+
+    def full(*_):
+        raise RuntimeError("[CPU] std::bad_alloc: can't allocate 42 bytes")
+
+    monkeypatch.setattr(net, "_request", full)
+    with pytest.raises(MemoryError, match="batch of 4 pictures"):
+        net.start(PIXELS)
+
+
+def test_networks_are_shared_and_only_the_last_few_kept():
+    assert network("squeezenet1_1") is network("squeezenet1_1")
+    lower = network("squeezenet1_1", precision="bfloat16")
+    assert lower is not network("squeezenet1_1")
+    for layer in ("stem", "stage1", "stage2", "stage3", "penultimate"):
+        network("squeezenet1_1", layer=layer)
+    assert len(_engines._prepared) == _engines._MAX_PREPARED
+
+
+def test_a_network_is_converted_once_for_all_threads():
+    nets = []
+    threads = [
+        threading.Thread(target=lambda: nets.append(network("mobilenet_v2")))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(net) for net in nets}) == 1
