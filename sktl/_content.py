@@ -79,7 +79,11 @@ def content_key(picture: Any, *, row: int, pixel_range: PixelRange) -> bytes:
 
 
 def keyed(
-    picture: Any, *, row: int, pixel_range: PixelRange
+    picture: Any,
+    *,
+    row: int,
+    pixel_range: PixelRange,
+    least_side: int | None = None,
 ) -> tuple[bytes, Image.Image]:
     """Decode a picture, and give the key of what was decoded.
 
@@ -89,6 +93,8 @@ def keyed(
     ----------
     picture, row, pixel_range
         As in `content_key`.
+    least_side : int, optional
+        As in `decode`; the key does not depend on it.
 
     Returns
     -------
@@ -107,10 +113,16 @@ def keyed(
         with open_regular(picture, name) as file, errors_naming(name):
             content = file.read()
         key = hashlib.sha256(content).digest()
-        decoded = decode(picture, row=row, pixel_range=pixel_range, content=content)
-        return key, decoded
-    key = content_key(picture, row=row, pixel_range=pixel_range)
-    return key, decode(picture, row=row, pixel_range=pixel_range)
+    else:
+        content = None
+        key = content_key(picture, row=row, pixel_range=pixel_range)
+    return key, decode(
+        picture,
+        row=row,
+        pixel_range=pixel_range,
+        content=content,
+        least_side=least_side,
+    )
 
 
 def _remembered_key(path: str) -> bytes | None:

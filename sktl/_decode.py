@@ -78,7 +78,12 @@ _PIL_LOCK = threading.Lock()
 
 
 def decode(
-    picture: Any, *, row: int, pixel_range: PixelRange, content: bytes | None = None
+    picture: Any,
+    *,
+    row: int,
+    pixel_range: PixelRange,
+    content: bytes | None = None,
+    least_side: int | None = None,
 ) -> Image.Image:
     """Give one picture as upright RGB.
 
@@ -93,6 +98,9 @@ def decode(
         Values of black and white; see `to_uint8`.
     content : bytes, optional
         What the file at the path holds, where it has been read already.
+    least_side : int, optional
+        Of JPEG files, decode every second, fourth or eighth pixel (averages of them)
+        as long as the shorter side keeps that many. None decodes all.
 
     Returns
     -------
@@ -108,10 +116,10 @@ def decode(
     if isinstance(picture, bytes):
         content = picture
     if content is not None:
-        image = _from_file(io.BytesIO(content), name)
+        image = _from_file(io.BytesIO(content), name, least_side)
     elif isinstance(picture, str | os.PathLike):
         with open_regular(picture, name) as file:
-            image = _from_file(file, name)
+            image = _from_file(file, name, least_side)
     elif isinstance(picture, Image.Image):
         with _PIL_LOCK, errors_naming(name):
             image = _upright(picture)
@@ -278,7 +286,7 @@ def open_regular(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
         return open(path, "rb")
 
 
-def _from_file(file: IO[bytes], name: str) -> Image.Image:
+def _from_file(file: IO[bytes], name: str, least_side: int | None) -> Image.Image:
     """Read the first picture of an open file, upright, in the mode it is kept in."""
     with errors_naming(name):
         is_empty = not file.read(1)
@@ -296,6 +304,8 @@ def _from_file(file: IO[bytes], name: str) -> Image.Image:
             "Shrink it, or pass it as a PIL image or an array."
         )
     with errors_naming(name):
+        if least_side is not None:
+            image.draft(None, (least_side, least_side))
         return _upright(image)
 
 

@@ -117,6 +117,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         For 2-D `X`, how a row is a flattened picture, as in `PretrainedFeatures`.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input, as in `PretrainedFeatures`.
+    reducing_gap : float or None, default=None
+        How large JPEG files are decoded, as in `PretrainedFeatures`.
     batch_size : int, default=32
         Number of pictures of a step, and of those that go through at a time.
     device : str or torch.device, default="auto"
@@ -125,10 +127,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         What the network computes in. ``"auto"`` is bfloat16 where the processor
         multiplies it natively, several times as fast, else float32. Weights and their
         updates are float32 anyway.
-    n_jobs : int or None, default=None
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
         What computes the network where it does not train: in `predict`, and the
         features for the linear probe. As in `PretrainedFeatures`.
+    n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors.
@@ -240,6 +242,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), None],
         "image_shape": [StrOptions({"auto"}), tuple, list],
         "pixel_range": [StrOptions({"auto"}), tuple, list],
+        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
         "precision": [StrOptions({"float32", "bfloat16", "auto"})],
@@ -279,6 +282,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         image_size: int | None = None,
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
+        reducing_gap: float | None = None,
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
@@ -314,6 +318,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self.image_size = image_size
         self.image_shape = image_shape
         self.pixel_range = pixel_range
+        self.reducing_gap = reducing_gap
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -367,6 +372,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             start = Start.of_fitted(self)
         else:
             start = start_of(self, len(given.classes), seed)
+        pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
         fraction = self.validation_fraction if self.early_stopping else None
         held_out = rows_held_out(given, fraction, seed)
         training = training_of(self, start, pictures, given, held_out, Progress(seed))
@@ -436,6 +442,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             self._check_classes(given.classes, "partial_fit")
             start = Start.of_fitted(self)
             progress = Progress(seed, self.n_iter_, list(self.history_))
+        pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
         held_out = rows_held_out(given, None, seed)
         training = training_of(
             self,
@@ -676,7 +683,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         )
         return forward(
             network,
-            pictures,
+            pictures.reduced(self.preprocessing_.least_side(self.reducing_gap)),
             self.preprocessing_,
             batch_size=self.batch_size,
             n_jobs=self.n_jobs,

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import PIL
 from PIL import Image
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
@@ -63,6 +64,8 @@ class Pictures:
         Shape of a picture whose row in `rows` is flat.
     numbers : sequence of int, optional
         What errors call the rows. None counts them from 0.
+    least_side : int, optional
+        As in `decode`.
     """
 
     def __init__(
@@ -71,11 +74,13 @@ class Pictures:
         pixel_range: PixelRange,
         row_shape: tuple[int, ...] | None = None,
         numbers: Sequence[int] | None = None,
+        least_side: int | None = None,
     ) -> None:
         self._rows = rows
         self._numbers = range(len(rows)) if numbers is None else numbers
         self._pixel_range = pixel_range
         self._row_shape = row_shape
+        self._least_side = least_side
 
     def __len__(self) -> int:
         """Give the number of pictures."""
@@ -94,19 +99,34 @@ class Pictures:
         ValueError
             If it cannot be read: names the row, the path and the reason.
         """
-        number = self._numbers[row]
-        return decode(self._row(row), row=number, pixel_range=self._pixel_range)
+        return decode(
+            self._row(row),
+            row=self._numbers[row],
+            pixel_range=self._pixel_range,
+            least_side=self._least_side,
+        )
 
     def at(self, positions: Sequence[int]) -> "Pictures":
         """Give some of the pictures; in errors they keep their numbers."""
         rows = [self._rows[position] for position in positions]
         numbers = [self._numbers[position] for position in positions]
-        return Pictures(rows, self._pixel_range, self._row_shape, numbers)
+        return Pictures(
+            rows, self._pixel_range, self._row_shape, numbers, self._least_side
+        )
 
-    @property
-    def pixel_range(self) -> PixelRange:
-        """Values of black and white in arrays."""
-        return self._pixel_range
+    def reduced(self, least_side: int | None) -> "Pictures":
+        """Give the same, with another `least_side`."""
+        return Pictures(
+            self._rows, self._pixel_range, self._row_shape, self._numbers, least_side
+        )
+
+    def decoder(self) -> dict[str, str]:
+        """Say what decides, beside the content of a picture, what it looks like."""
+        return {
+            "pixel_range": str(self._pixel_range),
+            "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
+            "least_side": str(self._least_side),
+        }
 
     def keys(self) -> list[bytes]:
         """Give the keys of the content of all rows; see `sktl._content`."""
@@ -117,8 +137,12 @@ class Pictures:
 
     def keyed(self, row: int) -> tuple[bytes, Image.Image]:
         """Decode the picture of one row, and give the key of just that content."""
-        number = self._numbers[row]
-        return keyed(self._row(row), row=number, pixel_range=self._pixel_range)
+        return keyed(
+            self._row(row),
+            row=self._numbers[row],
+            pixel_range=self._pixel_range,
+            least_side=self._least_side,
+        )
 
     def _row(self, row: int) -> Any:
         picture = self._rows[row]

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import joblib
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -97,9 +96,8 @@ def forward_once(
     space = {
         **space,
         "preprocessing": str(preprocessing),
-        "pixel_range": str(pictures.pixel_range),
+        **pictures.decoder(),
         **execution.space(),
-        "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
     }
     # Padded or one by one is decided by the call, not by how much of it is known: so
     # the bits are those of a call without a store.

@@ -116,6 +116,23 @@ class Preprocessing:
         """
         return replace(self, resize_size=side, crop_size=side)
 
+    def least_side(self, reducing_gap: float | None) -> int | None:
+        """Say how large a picture must at least be decoded.
+
+        Parameters
+        ----------
+        reducing_gap : float or None
+            How many times the size it is resized to; None for as large as it is.
+
+        Returns
+        -------
+        int or None
+            Of the shorter side, in pixels.
+        """
+        if reducing_gap is None:
+            return None
+        return math.ceil(reducing_gap * self.resize_size)
+
     def __call__(self, picture: Image.Image) -> NDArray[np.uint8]:
         """Resize a picture and cut out its middle.
 

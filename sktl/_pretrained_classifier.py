@@ -5,7 +5,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Self
 
 import joblib
@@ -61,6 +61,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         For 2-D `X`, how a row is a flattened picture, as in `PretrainedFeatures`.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input, as in `PretrainedFeatures`.
+    reducing_gap : float or None, default=None
+        How large JPEG files are decoded, as in `PretrainedFeatures`.
     batch_size : int, default=32
         Number of pictures that go through the network at a time. In calls with fewer
         pictures they go one by one.
@@ -69,9 +71,9 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
     precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
         What the network computes in. ``"auto"`` is bfloat16 where the processor
         multiplies it natively, several times as fast, else float32.
-    n_jobs : int or None, default=None
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
         What computes the network, as in `PretrainedFeatures`.
+    n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors.
@@ -133,6 +135,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         "image_size": [Interval(Integral, 1, None, closed="left"), None],
         "image_shape": [StrOptions({"auto"}), tuple, list],
         "pixel_range": [StrOptions({"auto"}), tuple, list],
+        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
         "batch_size": [Interval(Integral, 1, None, closed="left")],
         "device": [str, torch.device],
         "precision": [StrOptions({*PRECISIONS, "auto"})],
@@ -151,6 +154,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         image_size: int | None = None,
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
+        reducing_gap: float | None = None,
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
@@ -165,6 +169,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self.image_size = image_size
         self.image_shape = image_shape
         self.pixel_range = pixel_range
+        self.reducing_gap = reducing_gap
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -369,7 +374,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
                 execution,
                 name=self.backbone,
             ),
-            pictures,
+            pictures.reduced(preprocessing.least_side(self.reducing_gap)),
             preprocessing,
             execution,
             memory=self.memory,

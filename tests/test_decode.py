@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from sktl._decode import MAX_PIXELS, decode, to_uint8
 
@@ -616,3 +617,21 @@ def test_rgb_file_is_decoded_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> 
 def test_an_error_of_the_disk_names_the_row() -> None:
     with pytest.raises(ValueError, match=r"X\[1\] \('/proc/self/mem'\).*[Ii]nput/outp"):
         decode("/proc/self/mem", row=1, pixel_range="auto")
+
+
+@pytest.mark.parametrize(
+    ("least_side", "size"),
+    [(None, (1200, 800)), (801, (1200, 800)), (400, (600, 400)), (100, (150, 100))],
+)
+def test_large_jpeg_files_are_reduced_to_no_less_than_asked_for(
+    tmp_path, least_side, size
+):
+    photograph = Image.fromarray(load_sample_images().images[0]).resize((1200, 800))
+    photograph.save(path := tmp_path / "large.jpg", quality=95)
+    photograph.save(png := tmp_path / "large.png")
+    options = {"row": 0, "pixel_range": "auto", "least_side": least_side}
+    got = decode(path, **options)
+    assert got.size == size
+    expected = np.asarray(photograph.resize(size, Image.Resampling.BOX), float)
+    assert np.abs(np.asarray(got) - expected).mean() < 3
+    assert decode(png, **options).size == (1200, 800)

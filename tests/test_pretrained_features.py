@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
-from sklearn.datasets import load_files
+from sklearn.datasets import load_files, load_sample_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import FeatureUnion, make_pipeline
@@ -337,3 +337,22 @@ def test_a_pipe_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match=r"X\[0\].*pipe\.jpg"):
         PretrainedFeatures("tiny").transform([tmp_path / "pipe.jpg"])
+
+
+def test_large_jpeg_files_may_be_decoded_smaller(tmp_path, monkeypatch):
+    photograph = Image.fromarray(load_sample_images().images[0]).resize((1280, 854))
+    photograph.save(path := tmp_path / "large.jpg", quality=95)
+    sizes = []
+    resized = Preprocessing.__call__
+    monkeypatch.setattr(
+        Preprocessing,
+        "__call__",
+        lambda self, picture: sizes.append(picture.size) or resized(self, picture),
+    )
+    mine = PretrainedFeatures("resnet_mini", memory=tmp_path / "store")
+    whole = mine.transform([path])
+    reduced = clone(mine).set_params(reducing_gap=2.0).transform([path])
+    assert sizes == [(1280, 854), (160, 107)]
+    assert 0 < np.abs(reduced - whole).max() < 0.2 * np.abs(whole).max()
+    np.testing.assert_array_equal(mine.transform([path]), whole)
+    assert len(sizes) == 2  # both are remembered, and apart
