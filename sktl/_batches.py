@@ -6,7 +6,7 @@ are kept in memory if they fit into a budget.
 
 import itertools
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ class LabelledPictures(Dataset[Any]):
         Of the pixels it gives.
     n_jobs : int or None
         Threads that decode, see `n_decoders`.
+
+    Attributes
+    ----------
+    rows : ndarray of int
+        As given.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class LabelledPictures(Dataset[Any]):
         n_jobs: int | None,
     ) -> None:
         self._pictures = pictures
-        self._rows = rows.tolist()  # polars knows no integers of NumPy
+        self.rows = rows
         self._label = torch.from_numpy(label.astype(np.int64))
         self._weight = torch.from_numpy(weight.astype(np.float32))
         self._augmentation = augmentation
@@ -68,7 +73,15 @@ class LabelledPictures(Dataset[Any]):
 
     def __len__(self) -> int:
         """Give the number of pictures."""
-        return len(self._rows)
+        return len(self.rows)
+
+    def freeze(self, n_frozen: int) -> None:
+        """Nothing: its pixels are for the whole network, whatever of it trains."""
+
+    def targets(self, part: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """Give labels and weights of some of the pictures, each of shape (n,)."""
+        at = torch.from_numpy(part)
+        return self._label[at], self._weight[at]
 
     def batches(
         self, order: Sequence[int], n_batches: int
@@ -105,19 +118,33 @@ class LabelledPictures(Dataset[Any]):
             for part in np.array_split(np.asarray(order), n_batches):
                 items = itertools.islice(prepared, len(part))
                 pixels = np.stack([self._augmentation.vary(item) for item in items])
-                at = torch.from_numpy(part)
-                yield torch.from_numpy(pixels), (self._label[at], self._weight[at])
+                yield torch.from_numpy(pixels), self.targets(part)
         finally:
             prepared.close()
 
     def _prepared(self, position: int) -> Any:
         if self._kept is None:
-            return self._augmentation.prepare(self._pictures[self._rows[position]])
+            return self._augmentation.prepare(self._pictures[int(self.rows[position])])
         if not self._is_kept[position]:
-            picture = self._pictures[self._rows[position]]
+            picture = self._pictures[int(self.rows[position])]
             self._kept[position] = self._augmentation.prepare(picture)
             self._is_kept[position] = True
         return self._kept[position]
+
+
+class LabelledBatches(Protocol):
+    """What a training takes its batches from: pixels, or what a frozen part gives."""
+
+    def __len__(self) -> int:
+        """Give the number of pictures."""
+
+    def freeze(self, n_frozen: int) -> None:
+        """Say how many parts of the network, from below, are frozen from now on."""
+
+    def batches(
+        self, order: Sequence[int], n_batches: int
+    ) -> Generator[Batch, None, None]:
+        """Give pictures, labels and weights; see `LabelledPictures.batches`."""
 
 
 class Batches:
@@ -128,7 +155,7 @@ class Batches:
 
     Parameters
     ----------
-    dataset : LabelledPictures
+    dataset : LabelledPictures or LabelledActivations
         The pictures.
     batch_size : int
         Largest number of pictures of a batch.
@@ -137,7 +164,7 @@ class Batches:
     """
 
     def __init__(
-        self, dataset: LabelledPictures, batch_size: int, shuffle: bool = False
+        self, dataset: LabelledBatches, batch_size: int, shuffle: bool = False
     ) -> None:
         self._dataset = dataset
         self._batch_size = batch_size

@@ -26,7 +26,7 @@ from sktl._images import ImageShape, Pictures, as_pictures
 from sktl._inference import forward
 from sktl._labels import Labelled, labelled, rows_held_out
 from sktl._memory import Memory
-from sktl._one_fit import solve_head_of, start_of, training_of
+from sktl._one_fit import activations_of, solve_head_of, start_of, training_of
 from sktl._sklearn_compat import Interval, StrOptions, fit_context
 from sktl._start import Start
 from sktl._steps import LR_SCHEDULES, OPTIMIZERS, restore_optimizer
@@ -373,16 +373,22 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         else:
             start = start_of(self, len(given.classes), seed)
         pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
+        digest = None if start.backbone is None else start.digest
+        activations = activations_of(
+            self, start.network, pictures, start.preprocessing, digest
+        )
         fraction = self.validation_fraction if self.early_stopping else None
         held_out = rows_held_out(given, fraction, seed)
-        training = training_of(self, start, pictures, given, held_out, Progress(seed))
+        training = training_of(
+            self, start, pictures, activations, given, held_out, Progress(seed)
+        )
         checkpoint = None
         if self.checkpoint is not None:
             identity = identity_of(self.get_params(), pictures, given, start.digest)
             checkpoint = Checkpoint(self.checkpoint, identity)
         if checkpoint is None or not checkpoint.resume(training):
             if self.head_init == "linear_probe" and not goes_on:
-                solve_head_of(self, training, start, pictures, given, held_out)
+                solve_head_of(training, start, activations, given, held_out)
         training.run(None if checkpoint is None else checkpoint.save)
         return self._keep(training, start, given.classes)
 
@@ -443,11 +449,16 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             start = Start.of_fitted(self)
             progress = Progress(seed, self.n_iter_, list(self.history_))
         pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
+        digest = None if start.backbone is None else start.digest
+        activations = activations_of(
+            self, start.network, pictures, start.preprocessing, digest
+        )
         held_out = rows_held_out(given, None, seed)
         training = training_of(
             self,
             start,
             pictures,
+            activations,
             given,
             held_out,
             progress,
@@ -462,7 +473,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
                 restore_optimizer(now, before.state_dict()["state"])
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
-            solve_head_of(self, training, start, pictures, given, held_out)
+            solve_head_of(training, start, activations, given, held_out)
         training.run()
         return self._keep(training, start, given.classes)
 
@@ -666,6 +677,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             [row["valid_score"] for row in rows] if self.early_stopping else None
         )
         self._built_as = start.built_as
+        digest = None if start.backbone is None else start.digest
+        self._frozen_part = training.n_frozen, digest
         self._digest = network_digest(start.network)
         return self
 
@@ -674,6 +687,13 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
+        pictures = pictures.reduced(self.preprocessing_.least_side(self.reducing_gap))
+        n_frozen, digest = getattr(self, "_frozen_part", (0, None))
+        if n_frozen and self.memory is not None:
+            activations = activations_of(
+                self, self.module_, pictures, self.preprocessing_, digest
+            )
+            return activations.logits(n_frozen)
         network = prepared(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),
@@ -683,7 +703,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         )
         return forward(
             network,
-            pictures.reduced(self.preprocessing_.least_side(self.reducing_gap)),
+            pictures,
             self.preprocessing_,
             batch_size=self.batch_size,
             n_jobs=self.n_jobs,

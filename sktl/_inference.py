@@ -41,6 +41,7 @@ def forward(
     batch_size: int,
     n_jobs: int | None = None,
     verbose: int = 0,
+    n_samples: int | None = None,
 ) -> Rows:
     """Run every picture through a network.
 
@@ -55,7 +56,7 @@ def forward(
     network : Prepared
         From `prepared`.
     pictures : PictureSequence
-        Sequence of n_samples pictures, decoded as they are needed.
+        Decoded as they are needed.
     preprocessing : Preprocessing
         Turns a picture into ``(side, side, 3)`` uint8.
     batch_size : int
@@ -64,10 +65,13 @@ def forward(
         Threads that decode, see `n_decoders`.
     verbose : int
         Above 0, a bar on whatever takes longer than a second.
+    n_samples : int, default=None
+        Number of pictures of which these are some, where they come in several calls:
+        it decides the shape of the batches, and so the bits. None: these are all.
 
     Returns
     -------
-    ndarray of shape (n_samples, n_outputs), float32
+    ndarray of shape (n_pictures, n_outputs), float32
 
     Raises
     ------
@@ -76,21 +80,21 @@ def forward(
     MemoryError
         If a batch does not fit; it says what to change.
     """
-    n_samples = len(pictures)
+    n_pictures = len(pictures)
     rows: Rows | None = None
     results = batches(
         network,
         pictures,
-        range(n_samples),
+        range(n_pictures),
         preprocessing,
-        batch_size=shape_of_batch(n_samples, batch_size),
+        batch_size=shape_of_batch(n_samples or n_pictures, batch_size),
         n_jobs=n_jobs,
         verbose=verbose,
     )
     with contextlib.closing(results):
         for positions, out in results:
             if rows is None:
-                rows = np.empty((n_samples, out.shape[1]), dtype=np.float32)
+                rows = np.empty((n_pictures, out.shape[1]), dtype=np.float32)
             rows[positions] = out
     assert rows is not None  # there is at least one picture
     return rows

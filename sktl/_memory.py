@@ -53,6 +53,7 @@ def forward_once(
     batch_size: int,
     n_jobs: int | None,
     verbose: int,
+    n_samples: int | None = None,
 ) -> NDArray[np.float32]:
     """Do what `forward` does, for each picture only once.
 
@@ -65,7 +66,7 @@ def forward_once(
     ----------
     network : callable
         Gives the network; not called if every row is known.
-    pictures, preprocessing, batch_size, n_jobs, verbose
+    pictures, preprocessing, batch_size, n_jobs, verbose, n_samples
         As in `forward`.
     execution : Execution
         How the network computes.
@@ -85,23 +86,21 @@ def forward_once(
     MemoryError
         As `forward` does.
     """
-    options: dict[str, Any] = {
-        "batch_size": batch_size,
-        "n_jobs": n_jobs,
-        "verbose": verbose,
-    }
+    options: dict[str, Any] = {"n_jobs": n_jobs, "verbose": verbose}
+    n_samples = n_samples or len(pictures)
     store = as_store(memory)
     if store is None:
+        options |= {"batch_size": batch_size, "n_samples": n_samples}
         return forward(network(), pictures, preprocessing, **options)
+    # Padded or one by one is decided by the call, not by how much of it is known: so
+    # the bits are those of a call without a store.
+    options["batch_size"] = shape_of_batch(n_samples, batch_size)
     space = {
         **space,
         "preprocessing": str(preprocessing),
         **pictures.decoder(),
         **execution.space(),
     }
-    # Padded or one by one is decided by the call, not by how much of it is known: so
-    # the bits are those of a call without a store.
-    options["batch_size"] = shape_of_batch(len(pictures), batch_size)
     keys = pictures.keys()
     positions, known = store.get(space, keys)
     if known is not None and len(positions) == len(keys):

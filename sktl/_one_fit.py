@@ -5,15 +5,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
+from sktl._activations import Activations, LabelledActivations
 from sktl._augmentation import augmentation_for
-from sktl._batches import LabelledPictures
+from sktl._batches import LabelledBatches, LabelledPictures
 from sktl._execution import Execution
-from sktl._frozen_features import frozen_features
 from sktl._images import Pictures
 from sktl._labels import Labelled
-from sktl._layers import PENULTIMATE
 from sktl._linear_probe import solve_head
+from sktl._preprocessing import Preprocessing
 from sktl._start import Start
 from sktl._trainable import n_open_stages
 from sktl._training import Progress, Settings, Training, warn_of_shared_gpu
@@ -46,10 +47,46 @@ def start_of(estimator: Any, n_classes: int, seed: int) -> Start:
     )
 
 
+def activations_of(
+    estimator: Any,
+    network: nn.Sequential,
+    pictures: Pictures,
+    preprocessing: Preprocessing,
+    digest: str | None,
+) -> Activations:
+    """Give what the frozen part of a network says of pictures.
+
+    Parameters
+    ----------
+    estimator : FineTunedCNNClassifier
+        Its parameters are read.
+    network, pictures, preprocessing, digest
+        As `Activations` has them.
+
+    Returns
+    -------
+    Activations
+        None of which is computed yet.
+    """
+    return Activations(
+        network,
+        pictures,
+        preprocessing,
+        Execution.of(estimator),
+        name=estimator.backbone,
+        digest=digest,
+        memory=estimator.memory,
+        batch_size=estimator.batch_size,
+        n_jobs=estimator.n_jobs,
+        verbose=estimator.verbose,
+    )
+
+
 def training_of(
     estimator: Any,
     start: Start,
     pictures: Pictures,
+    activations: Activations,
     given: Labelled,
     held_out: NDArray[np.bool_],
     progress: Progress,
@@ -65,6 +102,8 @@ def training_of(
         The network.
     pictures : Pictures
         Those that count.
+    activations : Activations
+        Of these, from `activations_of`.
     given : Labelled
         Their labels and weights.
     held_out : ndarray of shape (n_samples,), bool
@@ -93,8 +132,8 @@ def training_of(
         **{**own, **instead},
     )
 
-    def some(chosen: NDArray[np.bool_], augmentation: Any) -> LabelledPictures:
-        return LabelledPictures(
+    def some(chosen: NDArray[np.bool_], augmentation: Any) -> LabelledBatches:
+        labelled = LabelledPictures(
             pictures,
             np.flatnonzero(chosen),
             given.label[chosen],
@@ -103,6 +142,9 @@ def training_of(
             side=start.preprocessing.crop_size,
             n_jobs=estimator.n_jobs,
         )
+        if estimator.augmentation is not None:
+            return labelled
+        return LabelledActivations(labelled, activations)
 
     return Training(
         start.network,
@@ -116,10 +158,9 @@ def training_of(
 
 
 def solve_head_of(
-    estimator: Any,
     training: Training,
     start: Start,
-    pictures: Pictures,
+    activations: Activations,
     given: Labelled,
     held_out: NDArray[np.bool_],
 ) -> None:
@@ -127,28 +168,14 @@ def solve_head_of(
 
     Parameters
     ----------
-    estimator : FineTunedCNNClassifier
-        Its parameters are read.
     training : Training
         Not begun; the head of its network is overwritten.
     start : Start
-        Of the training, with its backbone.
-    pictures, given, held_out
+        Of the training.
+    activations, given, held_out
         As `training_of` has them.
     """
-    assert start.backbone is not None
-    features = frozen_features(
-        start.backbone,
-        [PENULTIMATE],
-        "avg",
-        pictures,
-        start.preprocessing,
-        Execution.of(estimator),
-        memory=estimator.memory,
-        batch_size=estimator.batch_size,
-        n_jobs=estimator.n_jobs,
-        verbose=estimator.verbose,
-    )
+    features = activations.features()
     learned = ~held_out
     weight = given.weight[learned]
     solve_head(

@@ -131,8 +131,8 @@ def n_open_stages(trainable: str | int, stages: Sequence[str]) -> int:
     return int(trainable)
 
 
-class PartlyFrozen(nn.Module):
-    """A network of which only the upper part trains, for as long as it is in here.
+def n_frozen_parts(network: nn.Sequential, n_open: int) -> int:
+    """Say how many parts of a network are frozen while some stages train.
 
     Parameters
     ----------
@@ -141,6 +141,25 @@ class PartlyFrozen(nn.Module):
     n_open : int
         Number of stages, from above, that train with the head. The neck trains with
         the last stage.
+
+    Returns
+    -------
+    int
+        From 0 to all but the head.
+    """
+    n_stages = len(network) - 2
+    return n_stages - n_open if n_open else n_stages + 1  # the neck too
+
+
+class PartlyFrozen(nn.Module):
+    """A network of which only the upper part trains, for as long as it is in here.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `new_network`.
+    n_open : int
+        As in `n_frozen_parts`.
     precision : torch.dtype, default=torch.float32
         What is computed in; parameters stay float32.
     fixed_statistics : bool, default=False
@@ -148,7 +167,12 @@ class PartlyFrozen(nn.Module):
         trains, too.
     faster : callable, default=None
         Gives a module that computes what the frozen part does, faster. It is asked
-        whenever another part is frozen. None: the part itself.
+        when pictures come in after another part was frozen. None: the part itself.
+
+    Attributes
+    ----------
+    n_frozen : int
+        Number of parts that are frozen now.
     """
 
     def __init__(
@@ -168,20 +192,16 @@ class PartlyFrozen(nn.Module):
 
     def open(self, n_open: int) -> None:
         """Let the head and `n_open` stages train, and nothing else."""
-        names = [name for name, _ in self.network.named_children()]
-        n_stages = len(names) - 2
-        self._n_frozen = n_stages - n_open if n_open else n_stages + 1  # the neck too
+        self.n_frozen = n_frozen_parts(self.network, n_open)
         for depth, part in enumerate(self.network):
-            part.requires_grad_(depth >= self._n_frozen)
+            part.requires_grad_(depth >= self.n_frozen)
         self.train(self.training)
-        frozen = self.network[: self._n_frozen]
-        # In a tuple, or its parameters would be among those of this module.
-        self._frozen = (self.faster(frozen) if self.faster and len(frozen) else frozen,)
+        self._frozen: tuple[nn.Module, ...] = ()
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, all but what is frozen."""
         super().train(mode)
-        for part in self.network[: self._n_frozen]:
+        for part in self.network[: self.n_frozen]:
             part.eval()
         for module in self.network.modules():
             if self.fixed_statistics and isinstance(module, _BATCH_NORMS):
@@ -190,12 +210,24 @@ class PartlyFrozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits ``(n, n_classes)`` of ``(n, 3, h, w)``, float32."""
-        mixed = self.precision != torch.float32
-        with torch.autocast(x.device.type, self.precision, enabled=mixed):
-            with torch.no_grad():
-                x = self._frozen[0](x)
-            logits: Tensor = self.network[self._n_frozen :](x)
+        if not self._frozen:  # made when it is needed: where activations come in, never
+            frozen = self.network[: self.n_frozen]
+            # In a tuple, or its parameters would be among those of this module.
+            faster = self.faster(frozen) if self.faster and len(frozen) else frozen
+            self._frozen = (faster,)
+        with self._mixed(x), torch.no_grad():
+            x = self._frozen[0](x)
+        return self.above(x)
+
+    def above(self, x: Tensor) -> Tensor:
+        """Give the logits of what the frozen part gives."""
+        with self._mixed(x):
+            logits: Tensor = self.network[self.n_frozen :](x)
         return logits.float()
+
+    def _mixed(self, x: Tensor) -> torch.autocast:
+        mixed = self.precision != torch.float32
+        return torch.autocast(x.device.type, self.precision, enabled=mixed)
 
 
 def parameter_groups(

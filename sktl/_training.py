@@ -25,7 +25,7 @@ from skorch.helper import predefined_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sktl._batches import Batches, LabelledPictures
+from sktl._batches import Batches, LabelledBatches
 from sktl._engines import memory_explained
 from sktl._execution import PRECISIONS
 from sktl._folding import fold_batch_norm
@@ -117,9 +117,9 @@ class Training:
         From `new_network`. It is moved to the device, and trained in place.
     preprocessing : Preprocessing
         Whose mean and deviation the pixels are normalized with.
-    training : LabelledPictures
+    training : LabelledPictures or LabelledActivations
         To learn from.
-    validation : LabelledPictures or None
+    validation : LabelledPictures, LabelledActivations or None
         To tell the best epoch by.
     settings : Settings
         How.
@@ -142,8 +142,8 @@ class Training:
         self,
         network: nn.Sequential,
         preprocessing: Preprocessing,
-        training: LabelledPictures,
-        validation: LabelledPictures | None,
+        training: LabelledBatches,
+        validation: LabelledBatches | None,
         *,
         settings: Settings,
         progress: Progress,
@@ -157,6 +157,7 @@ class Training:
         network.to(memory_format=torch.channels_last)
         precision = PRECISIONS[settings.precision]
         self._n_open = settings.n_open_in(progress.epoch)
+        self._validation = validation
         self._partly = PartlyFrozen(
             network,
             self._n_open,
@@ -164,6 +165,7 @@ class Training:
             settings.fixed_statistics,
             partial(_folded, side=preprocessing.crop_size, device=settings.device),
         )
+        self._open(self._n_open)
         self._watch = _Watch(settings, len(Batches(training, settings.batch_size)))
         self.net = NeuralNet(
             _OnPixels(self._partly, preprocessing),
@@ -191,6 +193,11 @@ class Training:
             device=settings.device,
             verbose=0,
         ).initialize()
+
+    @property
+    def n_frozen(self) -> int:
+        """How many parts of the network, from below, are frozen now."""
+        return self._partly.n_frozen
 
     def run(self, after_epoch: Callable[["Training"], None] | None = None) -> None:
         """Train until `max_epochs` are done, or early stopping says so.
@@ -233,8 +240,7 @@ class Training:
         settings, progress = self._settings, self.progress
         n_open = settings.n_open_in(progress.epoch)
         if n_open != self._n_open:
-            self._partly.open(n_open)
-            self._n_open = n_open
+            self._open(n_open)
         self._watch.start(progress.epoch)
         with (
             seeded(settings.device, progress.seed, progress.epoch),
@@ -258,6 +264,14 @@ class Training:
         row["lr"] = float(self._watch.rate)
         row["n_open_stages"] = int(n_open)
         self._record(row)
+
+    def _open(self, n_open: int) -> None:
+        """Let some stages train from now on."""
+        self._n_open = n_open
+        self._partly.open(n_open)
+        for dataset in (self._training, self._validation):
+            if dataset is not None:
+                dataset.freeze(self._partly.n_frozen)
 
     def _record(self, row: dict[str, float]) -> None:
         """Enter an epoch, and keep its weights if it is the best."""
@@ -346,8 +360,8 @@ class Training:
         """Go back to where a training was: with the same bits from there on."""
         self.network.load_state_dict(weights)
         self.progress = progress
-        self._n_open = self._settings.n_open_in(progress.epoch)
-        self._partly.open(self._n_open)  # again: what is frozen has other weights now
+        # Again: what is frozen has other weights now.
+        self._open(self._settings.n_open_in(progress.epoch))
         restore_optimizer(self.net.optimizer_, optimizer)
 
 
@@ -374,6 +388,10 @@ def _folded(frozen: nn.Sequential, *, side: int, device: torch.device) -> nn.Seq
     return mine.to(memory_format=torch.channels_last)
 
 
+def _layout_of(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
+
+
 class _OnPixels(nn.Module):
     """A network that normalizes what it is given, on its own device."""
 
@@ -382,9 +400,15 @@ class _OnPixels(nn.Module):
         self.partly = partly
         self.normalization = Normalization(preprocessing)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Give the logits ``(n, n_classes)`` of ``(n, side, side, 3)``, uint8."""
-        logits: Tensor = self.partly(self.normalization(pixels))
+    def forward(self, x: Tensor) -> Tensor:
+        """Give the logits ``(n, n_classes)`` of pixels or of activations.
+
+        Pixels are ``(n, side, side, 3)``, uint8; activations what the frozen part gives
+        of them, float32.
+        """
+        if x.dtype != torch.uint8:
+            return self.partly.above(x.contiguous(memory_format=_layout_of(x)))
+        logits: Tensor = self.partly(self.normalization(x))
         return logits
 
 

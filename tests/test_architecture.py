@@ -16,7 +16,7 @@ FLOORS = [
     ["store"],
     ["_fine_tuned_cnn_classifier", "_pretrained_classifier", "_pretrained_features"],
     ["_one_fit"],
-    ["_checkpoint", "_frozen_features", "_saved_classifier", "_start"],
+    ["_activations", "_checkpoint", "_frozen_features", "_saved_classifier", "_start"],
     ["_memory", "_training"],
     ["_batches", "_steps"],
     ["_augmentation", "_inference", "_labels", "_layers", "_linear_probe"],

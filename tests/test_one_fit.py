@@ -7,7 +7,7 @@ from skorch.callbacks import Callback
 from sktl import FineTunedCNNClassifier
 from sktl._images import as_pictures
 from sktl._labels import labelled, rows_held_out
-from sktl._one_fit import solve_head_of, start_of, training_of
+from sktl._one_fit import activations_of, solve_head_of, start_of, training_of
 from sktl._training import Progress
 
 
@@ -21,7 +21,11 @@ def parts(pictures):
         y = np.arange(40) % 2
         given = labelled(X, y, None, class_weight=None, estimator=mine)
         held_out = rows_held_out(given, 0.25 if mine.early_stopping else None, 0)
-        return mine, start_of(mine, 2, seed=0), X, given, held_out, Progress(0)
+        start = start_of(mine, 2, seed=0)
+        activations = activations_of(
+            mine, start.network, X, start.preprocessing, start.digest
+        )
+        return mine, start, X, activations, given, held_out, Progress(0)
 
     return make
 
@@ -53,10 +57,10 @@ def test_what_is_held_out_is_neither_varied_nor_solved_on(parts, monkeypatch):
     monkeypatch.setattr(
         "sktl._one_fit.solve_head", lambda head, x, *rest, **options: seen.append(x)
     )
-    mine, *rest = parts(early_stopping=True, augmentation="flip")
-    training = training_of(mine, *rest)
-    solve_head_of(mine, training, *rest[:-1])
-    held_out = rest[3]
+    made = parts(early_stopping=True, augmentation="flip")
+    _, start, _, activations, given, held_out, _ = made
+    training = training_of(*made)
+    solve_head_of(training, start, activations, given, held_out)
     assert len(seen[0]) == (~held_out).sum() == 30
     assert training.progress.history[0]["epoch"] == 0
     _, watched = training.net.get_split_datasets(range(3))

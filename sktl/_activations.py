@@ -1,0 +1,284 @@
+"""What the frozen part of a network says of each picture: computed once, then known.
+
+While stages are frozen and pictures are not varied, what leaves the frozen part never
+changes. So it goes through the forward loop and the feature store, as features do, and
+an epoch costs only what trains. A *boundary* is where the frozen part ends: at the end
+of a stage or, where only the head trains, before the head.
+
+Activations that fit into a gigabyte are kept in memory. Of more, each batch is read
+from the store, or, where nothing is remembered, computed again in each epoch. Which of
+these it is changes time, and not a bit of the result.
+"""
+
+import copy
+import sys
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from sktl._batches import Batch, LabelledPictures
+from sktl._engines import Prepared, memory_explained, prepared
+from sktl._execution import PRECISIONS, Execution
+from sktl._feature_store import FeatureStore
+from sktl._images import Pictures
+from sktl._inference import shape_of_batch
+from sktl._layers import PENULTIMATE
+from sktl._memory import Memory, as_store, forward_once
+from sktl._preprocessing import Preprocessing
+from sktl._trainable import NECK
+from sktl._weights import content_digest
+
+_MOST_KEPT = 2**30  # bytes of activations in memory
+_BYTES_BESIDE_A_ROW = 36  # in a store: its key and its checksum
+
+
+class Activations:
+    """What the frozen part of a network gives, for a sequence of pictures.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `new_network`. Its frozen part must stay as it is.
+    pictures : Pictures
+        All that will be asked for.
+    preprocessing : Preprocessing
+        What they go through before.
+    execution : Execution
+        How the frozen part is computed.
+    name : str
+        Of the backbone.
+    digest : str or None
+        Of the weights that the frozen part has. None if they are of no known file.
+    memory : str, path-like, FeatureStore, joblib.Memory or None
+        Where activations are remembered.
+    batch_size : int
+        Number of pictures that go through the frozen part at a time.
+    n_jobs, verbose
+        As `forward` has them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Sequential,
+        pictures: Pictures,
+        preprocessing: Preprocessing,
+        execution: Execution,
+        *,
+        name: str,
+        digest: str | None,
+        memory: Memory,
+        batch_size: int,
+        n_jobs: int | None,
+        verbose: int,
+    ) -> None:
+        self._network = network
+        self._pictures = pictures
+        self._preprocessing = preprocessing
+        self._execution = execution
+        self._name = name
+        self._digest = digest
+        self._store = as_store(memory)
+        self._options: dict[str, Any]
+        self._options = {"batch_size": batch_size, "n_jobs": n_jobs, "verbose": verbose}
+        self._kept: dict[int, NDArray[np.float32]] = {}
+        self._shapes: dict[int, tuple[int, ...]] = {}
+        self._digests: dict[int, str] = {}
+
+    def rows(self, n_frozen: int, positions: Sequence[int]) -> Tensor:
+        """Give the activations of some pictures.
+
+        Parameters
+        ----------
+        n_frozen : int
+            Number of parts of the network that are frozen; at least 1.
+        positions : sequence of int
+            Which pictures.
+
+        Returns
+        -------
+        Tensor of shape (len(positions), ...), float32
+            What the next part takes.
+
+        Raises
+        ------
+        ValueError
+            If a picture cannot be read: names the row, the path and the reason.
+        MemoryError
+            If a batch does not fit into memory.
+        """
+        shape = self._shape(n_frozen)
+        if n_frozen not in self._kept and self._fits(shape):
+            self._kept.clear()  # of a boundary that was before
+            self._kept[n_frozen] = self._computed(n_frozen, self._pictures)
+        if n_frozen in self._kept:
+            rows = self._kept[n_frozen][np.asarray(positions)]
+        else:
+            rows = self._computed(n_frozen, self._pictures.at(positions))
+        return torch.from_numpy(rows).view(-1, *shape)
+
+    def features(self) -> NDArray[np.float32]:
+        """Give what the head sees of all pictures: ``(n, n_features)``."""
+        n_frozen = len(self._network) - 1
+        if n_frozen not in self._kept:
+            self._kept[n_frozen] = self._computed(n_frozen, self._pictures)
+        return self._kept[n_frozen]
+
+    def logits(self, n_frozen: int) -> NDArray[np.float32]:
+        """Let the other parts of the network say what they make of the activations.
+
+        Parameters
+        ----------
+        n_frozen : int
+            Number of parts of the network that are frozen; at least 1.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_outputs)
+            Of all pictures. As in `forward`, a row does not depend on its neighbours.
+        """
+        n_samples = len(self._pictures)
+        device, precision = self._execution.device, self._execution.precision
+        above = self._network[n_frozen:].eval()
+        if device.type != "cpu":
+            above = copy.deepcopy(above).to(device)
+        size = shape_of_batch(n_samples, int(self._options["batch_size"]))
+        mixed = torch.autocast(
+            device.type, PRECISIONS[precision], enabled=precision != "float32"
+        )
+        batch = torch.zeros(size, *self._shape(n_frozen), device=device)
+        out = []
+        for start in range(0, n_samples, size):
+            positions = range(start, min(start + size, n_samples))
+            rows = self.rows(n_frozen, positions)
+            with memory_explained(size), self._execution.as_trained(), mixed:
+                batch[: len(rows)] = rows.to(device)
+                out.append(above(batch)[: len(rows)].float().cpu().numpy())
+        return np.concatenate(out)
+
+    def most_bytes(self, n_frozen: int) -> int:
+        """Say how much a store may grow by the activations at a boundary."""
+        bytes_of_row = 4 * int(np.prod(self._shape(n_frozen)))
+        return len(self._pictures) * (bytes_of_row + _BYTES_BESIDE_A_ROW)
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        return 4 * len(self._pictures) * int(np.prod(shape)) <= _MOST_KEPT
+
+    def _shape(self, n_frozen: int) -> tuple[int, ...]:
+        """Say what shape the activations of one picture have, and tell the user."""
+        if n_frozen not in self._shapes:
+            side = self._preprocessing.crop_size
+            first = next(self._network.parameters())
+            picture = first.new_zeros(1, 3, side, side)
+            with torch.no_grad():
+                frozen = self._network[:n_frozen].eval()
+                self._shapes[n_frozen] = tuple(frozen(picture).shape[1:])
+            self._announce(n_frozen)
+        return self._shapes[n_frozen]
+
+    def _announce(self, n_frozen: int) -> None:
+        if self._store is None or not self._options["verbose"]:
+            return
+        kept = self._store_for(n_frozen) is not None
+        tqdm.write(
+            f"The activations of {len(self._pictures)} pictures after "
+            f"{self._layer(n_frozen)} of {self._name} take at most "
+            f"{self.most_bytes(n_frozen) / 1e6:.1f} MB in {self._store!r}"
+            f"{'.' if kept else ', more than it may have: they are not remembered.'}",
+            file=sys.stderr,
+        )
+
+    def _store_for(self, n_frozen: int) -> FeatureStore | None:
+        store = self._store
+        if store is not None and store.max_bytes is not None:
+            # Each row would be gone before it is asked for again.
+            return store if self.most_bytes(n_frozen) <= store.max_bytes else None
+        return store
+
+    def _layer(self, n_frozen: int) -> str:
+        name = list(dict(self._network.named_children()))[n_frozen - 1]
+        return PENULTIMATE if name == NECK else name
+
+    def _computed(self, n_frozen: int, pictures: Pictures) -> NDArray[np.float32]:
+        layer = self._layer(n_frozen)
+        return forward_once(
+            lambda: self._prepared(n_frozen),
+            pictures,
+            self._preprocessing,
+            self._execution,
+            # The same as those of PretrainedFeatures, so that they are shared.
+            space={
+                "backbone": self._name,
+                "weights": self._digest_of(n_frozen),
+                "layer": layer,
+                "pooling": "avg" if layer == PENULTIMATE else "flatten",
+            },
+            memory=self._store_for(n_frozen),
+            n_samples=len(self._pictures),
+            **self._options,
+        )
+
+    def _prepared(self, n_frozen: int) -> Prepared:
+        layer = self._layer(n_frozen)
+        return prepared(
+            ("frozen", self._digest_of(n_frozen), layer),
+            lambda: nn.Sequential(
+                copy.deepcopy(self._network[:n_frozen]).cpu(), nn.Flatten(1)
+            ),
+            self._preprocessing,
+            self._execution,
+            name=f"{self._name} up to {layer}",
+        )
+
+    def _digest_of(self, n_frozen: int) -> str:
+        if self._digest is not None:
+            return self._digest
+        if n_frozen not in self._digests:
+            frozen = self._network[:n_frozen]
+            self._digests[n_frozen] = content_digest(frozen.state_dict())
+        return self._digests[n_frozen]
+
+
+class LabelledActivations(Dataset[Any]):
+    """Some rows of the user's pictures, as what leaves the frozen part, to train on.
+
+    It stands in for a `LabelledPictures`, whose pixels it gives where nothing is
+    frozen.
+
+    Parameters
+    ----------
+    pictures : LabelledPictures
+        Without augmentation.
+    activations : Activations
+        Of all of the user's pictures.
+    """
+
+    def __init__(self, pictures: LabelledPictures, activations: Activations) -> None:
+        self._pictures = pictures
+        self._activations = activations
+        self._n_frozen = 0
+
+    def __len__(self) -> int:
+        """Give the number of pictures."""
+        return len(self._pictures)
+
+    def freeze(self, n_frozen: int) -> None:
+        """Say how many parts of the network are frozen from now on."""
+        self._n_frozen = n_frozen
+
+    def batches(
+        self, order: Sequence[int], n_batches: int
+    ) -> Generator[Batch, None, None]:
+        """Give activations, labels and weights; as `LabelledPictures.batches`."""
+        if self._n_frozen == 0:
+            yield from self._pictures.batches(order, n_batches)
+            return
+        for part in np.array_split(np.asarray(order), n_batches):
+            rows = self._pictures.rows[part].tolist()
+            x = self._activations.rows(self._n_frozen, rows)
+            yield x, self._pictures.targets(part)

@@ -1,0 +1,244 @@
+"""What leaves the frozen part: what torch gives, and once per picture."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+import sktl._memory
+from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
+from sktl import _activations as activations_room
+from sktl._activations import Activations, LabelledActivations
+from sktl._augmentation import augmentation_for
+from sktl._backbones import load_backbone
+from sktl._batches import LabelledPictures
+from sktl._execution import Execution
+from sktl._images import as_pictures
+from sktl._trainable import new_network
+
+Y = np.arange(40) % 2
+BACKBONE = load_backbone("resnet_mini")
+
+
+@pytest.fixture
+def passes():
+    """List how many pictures go through the frozen part, call by call."""
+    n_pictures = []
+    plain = sktl._memory.batches
+
+    def counted(*arguments, **options):
+        for positions, out in plain(*arguments, **options):
+            n_pictures.append(len(positions))
+            yield positions, out
+
+    with (
+        mock.patch("sktl._memory.batches", counted),
+        mock.patch("sktl._inference.batches", counted),
+    ):
+        yield n_pictures
+
+
+def classifier(**parameters):
+    given = {"trainable": 1, "max_epochs": 2, "batch_size": 16, "lr": 1e-3}
+    given |= {"engine": "torch", "random_state": 0, **parameters}
+    return FineTunedCNNClassifier("resnet_mini", **given)
+
+
+def activations_of(X, memory=None, network=None, **parameters):
+    mine = PretrainedFeatures(engine="torch", batch_size=16, **parameters)
+    return Activations(
+        network or new_network(BACKBONE, 2),
+        as_pictures(X, estimator=mine, reset=True),
+        BACKBONE.preprocessing,
+        Execution.of(mine),
+        name="resnet_mini",
+        digest=BACKBONE.digest,
+        memory=memory,
+        batch_size=16,
+        n_jobs=None,
+        verbose=mine.verbose,
+    )
+
+
+def assert_equal_weights(first, second):
+    for name, value in first.module_.state_dict().items():
+        assert torch.equal(value, second.module_.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("most_kept", [2**30, 0])
+@pytest.mark.parametrize("n_frozen", [1, 2, 3])
+def test_rows_are_what_the_stages_give(pictures, monkeypatch, most_kept, n_frozen):
+    monkeypatch.setattr(activations_room, "_MOST_KEPT", most_kept)
+    network = new_network(BACKBONE, 2).eval()
+    got = activations_of(pictures, network=network).rows(n_frozen, [3, 39, 3])
+    chosen = as_pictures(pictures[[3, 39, 3]], estimator=network, reset=True)
+    pixels = np.stack([BACKBONE.preprocessing(picture) for picture in chosen])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(each).view(3, 1, 1)
+        for each in (BACKBONE.preprocessing.mean, BACKBONE.preprocessing.std)
+    )
+    with torch.no_grad():
+        expected = network[:n_frozen]((x - mean) / std)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["head", 1, 2])
+@pytest.mark.parametrize("options", [{}, {"early_stopping": True}, {"dropout": 0.5}])
+def test_weights_have_equal_bits_however_rows_are_kept(
+    paths, tmp_path, monkeypatch, trainable, options
+):
+    mine = classifier(trainable=trainable, **options)
+    expected = clone(mine).fit(paths, Y)
+    remembering = clone(mine).set_params(memory=tmp_path)
+    assert_equal_weights(clone(remembering).fit(paths, Y), expected)  # a cold store
+    monkeypatch.setattr(activations_room, "_MOST_KEPT", 0)
+    assert_equal_weights(clone(mine).fit(paths, Y), expected)  # computed in each epoch
+    assert_equal_weights(clone(remembering).fit(paths, Y), expected)  # read from it
+    FeatureStore(tmp_path).clear()
+    assert_equal_weights(clone(remembering).fit(paths, Y), expected)  # written and read
+
+
+def test_training_from_a_boundary_is_training_of_the_whole(paths, monkeypatch):
+    got = classifier(lr=1e-2, optimizer="sgd").fit(paths, Y)
+    monkeypatch.setattr("sktl._one_fit.LabelledActivations", lambda pixels, _: pixels)
+    expected = classifier(lr=1e-2, optimizer="sgd").fit(paths, Y)
+    for name, value in expected.module_.state_dict().items():
+        other = got.module_.state_dict()[name]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["head", 1])
+@pytest.mark.parametrize("most_kept", [2**30, 0])
+def test_a_search_sends_each_picture_once(
+    paths, tmp_path, passes, monkeypatch, trainable, most_kept
+):
+    monkeypatch.setattr(activations_room, "_MOST_KEPT", most_kept)
+    search = GridSearchCV(
+        classifier(
+            trainable=trainable, head_init="random", memory=tmp_path, max_epochs=1
+        ),
+        {"lr": [1e-3, 1e-4], "hidden_layer_sizes": [(), (4,)]},
+        cv=StratifiedKFold(3, shuffle=True, random_state=0),
+    )
+    search.fit(paths, Y)
+    assert sum(passes) == 40
+    search.fit(paths, Y)
+    search.predict(paths)
+    assert sum(passes) == 40
+
+
+def test_the_linear_probe_needs_one_pass_more_unless_only_the_head_trains(
+    paths, tmp_path, passes
+):
+    classifier(trainable="head", memory=tmp_path).fit(paths, Y)
+    assert sum(passes) == 40
+    classifier(trainable=1, memory=tmp_path).fit(paths, Y)  # the probe is known
+    assert sum(passes) == 80
+    layers = {s["space"]["layer"] for s in spaces(tmp_path)}
+    assert layers == {"penultimate", "stage3"}
+
+
+def spaces(directory):
+    return FeatureStore(directory).info()["spaces"].values()
+
+
+def test_rows_are_those_of_pretrained_features(paths, tmp_path, passes):
+    mine = PretrainedFeatures(
+        "resnet_mini", layer="stage2", pooling="flatten", batch_size=16, engine="torch"
+    )
+    flat = mine.set_params(memory=tmp_path).transform(paths)
+    rows = activations_of(paths, tmp_path).rows(3, range(40))
+    np.testing.assert_array_equal(rows.flatten(1), flat)
+    assert sum(passes) == 40
+
+
+def test_the_boundary_moves_down_as_stages_open(paths, tmp_path):
+    mine = classifier(trainable="all", unfreeze_every=1, max_epochs=6)
+    expected = clone(mine).fit(paths, Y)
+    got = clone(mine).set_params(memory=tmp_path).fit(paths, Y)
+    assert_equal_weights(got, expected)
+    layers = {s["space"]["layer"] for s in spaces(tmp_path)}
+    assert layers == {"stem", "stage1", "stage2", "stage3", "penultimate"}
+
+
+def test_predictions_begin_at_the_boundary(paths, tmp_path, passes):
+    plain = classifier().fit(paths, Y)
+    mine = classifier(memory=tmp_path).fit(paths, Y)
+    n_before = sum(passes)
+    got = mine.predict_proba(paths[::-1])
+    assert sum(passes) == n_before
+    np.testing.assert_allclose(got, plain.predict_proba(paths[::-1]), rtol=1e-4)
+    one = mine.predict_proba(paths[3:4])
+    np.testing.assert_allclose(one[0], got[::-1][3], rtol=1e-4)
+
+
+def test_of_a_network_that_has_trained_rows_are_others(paths, tmp_path, passes):
+    mine = classifier(trainable=2, memory=tmp_path, warm_start=True).fit(paths, Y)
+    n_before = sum(passes)
+    mine.set_params(trainable=1).fit(paths, Y)  # stage3 is not the backbone's any more
+    assert sum(passes) > n_before
+    whole = mine.set_params(memory=None).predict_proba(paths)
+    np.testing.assert_allclose(
+        mine.set_params(memory=tmp_path).predict_proba(paths), whole, rtol=1e-3
+    )
+
+
+def test_more_than_a_store_may_have_is_not_stored(paths, tmp_path, capsys):
+    store = FeatureStore(tmp_path, max_bytes=100_000)
+    mine = classifier(head_init="random", memory=store, verbose=1)
+    expected = classifier(head_init="random").fit(paths, Y)
+    assert_equal_weights(mine.fit(paths, Y), expected)
+    assert store.info()["rows"] == 0
+    told = capsys.readouterr().err
+    assert "activations of 40 pictures after stage3 of resnet_mini" in told
+    assert "more than it may have: they are not remembered" in told
+
+
+def test_the_bound_that_is_told_is_kept(paths, tmp_path, capsys):
+    activations = activations_of(paths, tmp_path, verbose=1)
+    activations.rows(3, [0])
+    told = float(capsys.readouterr().err.split(" MB")[0].split()[-1])
+    most = activations.most_bytes(3)
+    assert abs(told * 1e6 - most) < 1e5
+    on_disk = FeatureStore(tmp_path).info()["bytes"]
+    assert 0.9 * most < on_disk < 1.05 * most
+
+
+def test_augmented_pictures_are_computed_each_time(paths, tmp_path, passes):
+    mine = classifier(augmentation="flip", head_init="random", memory=tmp_path)
+    mine.fit(paths, Y)
+    assert not passes
+    assert FeatureStore(tmp_path).info()["rows"] == 0
+
+
+def test_a_bad_picture_is_named_by_its_row(paths, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    X = [*paths[:20], str(tmp_path / "bad.png"), *paths[20:39]]
+    with pytest.raises(ValueError, match=r"X\[20\].*bad\.png"):
+        classifier(head_init="random").fit(X, Y)
+
+
+def test_where_nothing_is_frozen_pixels_are_given(pictures):
+    X = as_pictures(pictures, estimator=PretrainedFeatures(), reset=True)
+    pixels = LabelledPictures(
+        X,
+        np.arange(40),
+        Y,
+        np.ones(40),
+        augmentation=augmentation_for(None, BACKBONE.preprocessing),
+        side=BACKBONE.preprocessing.crop_size,
+        n_jobs=1,
+    )
+    mine = LabelledActivations(pixels, activations_of(pictures))
+    assert len(mine) == 40
+    (x, (label, weight)), _ = mine.batches(range(40), 2)
+    assert x.dtype == torch.uint8
+    mine.freeze(3)
+    (rows, (same, _)), _ = mine.batches(range(40), 2)
+    assert rows.dtype == torch.float32
+    assert len(x) == len(rows) == len(weight) == 20
+    assert torch.equal(label, same)
