@@ -46,7 +46,7 @@ from sktl._shard import (
     write_whole,
 )
 
-MERGE_FROM = 16  # shards that are small enough, unless fewer fill a large one
+MERGE_FROM = 4  # shards at least, unless fewer fill a large one
 _STALE = 3600.0  # seconds after which the file of a killed writer is removed
 _AT_ONCE = 1024  # rows read, while the same number is checked and copied
 _GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed it
@@ -207,20 +207,27 @@ class ShardIndex:
             self._merge(self._small(most))
 
     def _small(self, most: int) -> list[Shard]:
-        """Those to merge: enough to fill a large one, or many, or none."""
-        small: list[Shard] = []
-        total = 0
+        """Those to merge: enough to fill a large one, or several alike, or none.
+
+        The largest of several is no larger than the others together. So each time a row
+        is written again, its shard is at least twice the size: that is seldom. And what
+        is left is few: all but the smallest are larger than those below them together.
+        """
         with self._lock:
-            shards = [self.shards[name] for name in sorted(self.shards)]
-        for shard in shards:
+            shards = sorted(self.shards.values(), key=lambda shard: shard.signature[0])
+        chosen: list[Shard] = []
+        alike = total = 0
+        for n, shard in enumerate(shards, 1):
             size = shard.signature[0]
             if size > most // 2:
-                continue
+                break
             if total + size > most:
-                return small
-            small.append(shard)
+                return chosen
+            if n >= MERGE_FROM and size <= total:
+                alike = n
+            chosen.append(shard)
             total += size
-        return small if len(small) >= MERGE_FROM else []
+        return chosen[:alike]
 
     def _merge(self, shards: Sequence[Shard]) -> None:
         keys: list[bytes] = []
