@@ -40,6 +40,7 @@ _VERSION = "sktl-store-1"  # of the layout; another one is another directory
 _SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
 # No shard grows beyond it by merging: so a merge takes some 10 ms.
 _MERGED_BYTES = 3 * 2**20
+_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one each time
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
 
 
@@ -288,8 +289,7 @@ class FeatureStore:
         return os.path.join(directory, _VERSION)
 
     def _index(self, space: Space) -> ShardIndex:
-        text = json.dumps(dict(space), sort_keys=True)
-        name = hashlib.sha256(text.encode()).hexdigest()
+        name = hashlib.sha256(_encode(dict(space)).encode()).hexdigest()
         return _index_of(os.path.join(self._root(), name))
 
     def _indexes(self) -> list[ShardIndex]:

@@ -77,6 +77,8 @@ class ShardIndex:
             listed = shards_in(self.folder).items()
             there = {name: signature_of(status) for name, status in listed}
             self.refused &= there.keys()
+            if there == {name: s.signature for name, s in self.shards.items()}:
+                return  # as most times
             shards = self.shards.items()
             self._forget([n for n, s in shards if there.get(n) != s.signature])
             for name in sorted(there.keys() - self.shards.keys() - self.refused):
@@ -114,16 +116,12 @@ class ShardIndex:
             found = map(self.where.get, keys, itertools.repeat(-1))
             numbers = np.fromiter(found, np.intp, len(keys))
             shards = list(self.shards.values())
-        order = np.argsort(numbers)
-        firsts = [shard.first for shard in shards]
-        bounds = np.searchsorted(numbers[order], firsts).tolist()
+        order = numbers.argsort()
+        numbers, positions = numbers[order], positions[order]
+        bounds = numbers.searchsorted([shard.first for shard in shards]).tolist()
         spans = itertools.pairwise([*bounds, len(keys)])
         return [
-            (
-                shard,
-                numbers[order[begin:end]] - shard.first,
-                positions[order[begin:end]],
-            )
+            (shard, numbers[begin:end] - shard.first, positions[begin:end])
             for shard, (begin, end) in zip(shards, spans, strict=True)
             if begin < end
         ]
@@ -141,16 +139,17 @@ class ShardIndex:
         """
         kept = keep(shard)
         checked = kept.checked[wanted]
-        unread = wanted[:0] if checked.all() else np.unique(wanted[~checked])
-        for begin in range(0, len(unread), _AT_ONCE):
-            part = unread[begin : begin + _AT_ONCE]
-            # Not at once into `kept`: another thread may have read it there.
-            content = self._from_disk(shard, part)
-            if content is None:
-                return False
-            kept.rows[part] = content
-            kept.checked[part] = True
-        rows[positions] = kept.rows[wanted]
+        if not checked.all():
+            unread = np.unique(wanted[~checked])
+            for begin in range(0, len(unread), _AT_ONCE):
+                part = unread[begin : begin + _AT_ONCE]
+                # Not at once into `kept`: another thread may have read it there.
+                content = self._from_disk(shard, part)
+                if content is None:
+                    return False
+                kept.rows[part] = content
+                kept.checked[part] = True
+        rows[positions] = kept.rows.take(wanted, axis=0)
         return True
 
     def _from_disk(self, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any] | None:
