@@ -7,12 +7,12 @@ import copy
 import difflib
 import functools
 import hashlib
+import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
-from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -58,7 +58,7 @@ class _Recipe:
     min_size: int = 1
     # Which of torchvision's weights these are, or are taken for.
     origin: str = ""
-    file: Path | None = None
+    file: str | None = None
     registered: bool = False
 
 
@@ -227,7 +227,7 @@ def load_backbone(
             backbone = _load(name, recipe, random_state)
             if recipe.file is not None and file_digest(recipe.file) != identity:
                 raise ValueError(
-                    f"The weights {str(recipe.file)!r} must not change while they are "
+                    f"The weights {recipe.file!r} must not change while they are "
                     "read. They did. Wait until they are written, and try again."
                 )
             _kept[key] = backbone
@@ -239,8 +239,8 @@ def load_backbone(
 
 # What is cached here is asked for in each fit and transform.
 @functools.cache
-def _builtin() -> tuple[str, ...]:
-    return (_BUNDLED, *models.list_models(module=models))
+def _builtin() -> frozenset[str]:
+    return frozenset([_BUNDLED, *models.list_models(module=models)])
 
 
 def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _Recipe:
@@ -264,12 +264,11 @@ def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _
     short = str(weights).removeprefix(f"{enum.__name__}.")
     if short in enum.__members__:
         member = enum[short]
-        file = fetch(member.url, progress=progress)
+        file = str(fetch(member.url, progress=progress))
     elif weights is not None:
-        file = _path(name, weights, list(enum.__members__))
+        file = _path(name, weights, enum.__members__)
         # Fetched by hand and given by path, they are still the same weights.
-        same = [each for each in enum if Path(each.url).name == file.name]
-        member = (same or [enum.DEFAULT])[0]
+        member = _weights_by_file(name).get(os.path.basename(file), member)
     return _torchvision_recipe(name, member, file)
 
 
@@ -279,13 +278,19 @@ def _weights_of(name: str) -> Any:
 
 
 @functools.cache
-def _bundled_categories(file: Path) -> tuple[str, ...]:
+def _weights_by_file(name: str) -> dict[str, Any]:
+    return {os.path.basename(each.url): each for each in _weights_of(name)}
+
+
+@functools.cache
+def _bundled_categories(file: str) -> tuple[str, ...]:
     with safe_open(file, framework="numpy") as opened:
         return tuple(opened.metadata()["categories"].splitlines())
 
 
 def _bundled_recipe(weights: str | PathLike[str] | None) -> _Recipe:
-    file = Path(__file__).parent / "data" / f"{_BUNDLED}.safetensors"
+    folder = os.path.dirname(__file__)
+    file = os.path.join(folder, "data", f"{_BUNDLED}.safetensors")
     categories = _bundled_categories(file)
     preprocessing = Preprocessing(IMAGE_SIZE, IMAGE_SIZE, mean=MEAN, std=STD)
     if weights is None:
@@ -296,7 +301,7 @@ def _bundled_recipe(weights: str | PathLike[str] | None) -> _Recipe:
 
 
 @functools.lru_cache(_N_KEPT)
-def _torchvision_recipe(name: str, member: Any, file: Path | None) -> _Recipe:
+def _torchvision_recipe(name: str, member: Any, file: str | None) -> _Recipe:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # As these models are with weights; torchvision changes them afterwards.
@@ -319,20 +324,20 @@ def _torchvision_recipe(name: str, member: Any, file: Path | None) -> _Recipe:
     )
 
 
-def _path(name: str, weights: str | PathLike[str] | None, known: list[str]) -> Path:
+def _path(name: str, weights: str | PathLike[str] | None, known: Iterable[str]) -> str:
     if isinstance(weights, PathLike):
-        return Path(weights)
+        return os.fspath(weights)
     if not isinstance(weights, str):
         raise TypeError(
             f"weights must be a str, a path or None. Got {weights!r} of type "
             f"{type(weights).__name__}."
         )
-    if not weights.endswith(SUFFIXES) and Path(weights).name == weights:
+    if not weights.endswith(SUFFIXES) and os.path.basename(weights) == weights:
         raise ValueError(
             f"The backbone {name!r} has the weights {', '.join(known)}; a path ends "
             f"in {', '.join(SUFFIXES)}. Got {weights!r}."
         )
-    return Path(weights)
+    return weights
 
 
 def _load(name: str, recipe: _Recipe, seed: int) -> Backbone:
@@ -370,7 +375,7 @@ def _network(name: str, recipe: _Recipe, seed: int) -> tuple[nn.Module, str]:
             # Saved after fine-tuning on another number of categories.
             if len(rows) != _n_outputs(network):
                 network = _built(recipe, len(rows), seed)
-        origin = f"The weights {str(recipe.file)!r} for the backbone {name!r}"
+        origin = f"The weights {recipe.file!r} for the backbone {name!r}"
         fill(network, weights.state_dict, origin)
     network.to("cpu", torch.float32).eval().requires_grad_(False)
     digest = content_digest(network.state_dict()) if weights is None else weights.digest

@@ -6,9 +6,10 @@ are.
 """
 
 import hashlib
+import operator
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ _SETTLED_NS = 2_000_000_000
 _MOST_REMEMBERED = 2**20
 
 _remembered: dict[str, tuple[tuple[int, ...], bytes]] = {}
+# As one function of C: it is called for each file of each call.
+_signature: Callable[[os.stat_result], tuple[int, ...]] = operator.attrgetter(
+    "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"
+)
 
 
 def content_keys(
@@ -155,11 +160,6 @@ def _key_of_file(path: str | os.PathLike[Any], name: str) -> bytes:
             _remembered.clear()
         _remembered[_absolute(text)] = (_signature(status), key)
     return key
-
-
-def _signature(status: os.stat_result) -> tuple[int, ...]:
-    times = (status.st_mtime_ns, status.st_ctime_ns)
-    return (status.st_dev, status.st_ino, status.st_size, *times)
 
 
 def _key_of_pixels(picture: Any, name: str) -> bytes:

@@ -40,6 +40,7 @@ _VERSION = "sktl-store-1"  # of the layout; another one is another directory
 _SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
 # No shard grows beyond it by merging: so a merge takes some 10 ms.
 _MERGED_BYTES = 3 * 2**20
+_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one each time
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
 
 
@@ -277,7 +278,7 @@ class FeatureStore:
                     file.unlink(missing_ok=True)
             index.refresh()
 
-    def _root(self) -> Path:
+    def _root(self) -> str:  # by os.path, since it is asked for in each call
         directory = os.path.abspath(os.path.expanduser(self.directory))
         # os.path, since to pathlib a name too long is an error and not an absence.
         if os.path.isfile(directory):
@@ -285,25 +286,26 @@ class FeatureStore:
                 f"memory must be a directory, or one that can be made. Got "
                 f"{str(self.directory)!r}, which is a file. Choose another name."
             )
-        return Path(directory) / _VERSION
+        return os.path.join(directory, _VERSION)
 
     def _index(self, space: Space) -> ShardIndex:
-        text = json.dumps(dict(space), sort_keys=True)
-        return _index_of(self._root() / hashlib.sha256(text.encode()).hexdigest())
+        name = hashlib.sha256(_encode(dict(space)).encode()).hexdigest()
+        return _index_of(os.path.join(self._root(), name))
 
     def _indexes(self) -> list[ShardIndex]:
+        root = self._root()
         try:
-            folders = sorted(self._root().iterdir())
+            names = sorted(os.listdir(root))
         except FileNotFoundError:
             return []
-        return [_index_of(f) for f in folders if _SPACE.fullmatch(f.name)]
+        return [_index_of(os.path.join(root, n)) for n in names if _SPACE.fullmatch(n)]
 
     def _make(self, index: ShardIndex, space: Space) -> None:
         description = index.folder / "space.json"
         if description.exists():
             return
         index.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self._root() / "CACHEDIR.TAG", _CACHE_TAG.encode())
+        write_whole(index.folder.parent / "CACHEDIR.TAG", _CACHE_TAG.encode())
         write_whole(description, json.dumps(dict(space), indent=1).encode())
 
     def _merged_bytes(self) -> int:
@@ -326,19 +328,19 @@ class FeatureStore:
             excess -= size
 
 
-_indexes: dict[Path, ShardIndex] = {}
+_indexes: dict[str, ShardIndex] = {}
 _indexes_lock = threading.Lock()
-_warned: set[Path] = set()
+_warned: set[str] = set()
 
 
-def _index_of(folder: Path) -> ShardIndex:
+def _index_of(folder: str) -> ShardIndex:
     with _indexes_lock:
         if folder not in _indexes:
-            _indexes[folder] = ShardIndex(folder)
+            _indexes[folder] = ShardIndex(Path(folder))
         return _indexes[folder]
 
 
-def _warn_once(root: Path, message: str) -> None:
+def _warn_once(root: str, message: str) -> None:
     if root not in _warned:
         _warned.add(root)
         warnings.warn(message, UserWarning, stacklevel=3)

@@ -349,6 +349,15 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         tags.transformer_tags.preserves_dtype = ["float32"]
         return tags
 
+    def _validate_params(self) -> None:
+        """Validate the parameters, unless they are the ones that were valid before."""
+        # The very same objects, as True equals 1. Of those that can be changed in place
+        # only the type is validated here; what is in them is looked at in each call.
+        parameters = [getattr(self, name) for name in self._parameter_constraints]
+        if list(map(id, parameters)) != list(map(id, getattr(self, "_valid", ()))):
+            super()._validate_params()
+            self._valid = parameters
+
     def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
         return as_pictures(
             X,

@@ -110,10 +110,9 @@ def shards_in(folder: Path) -> dict[str, os.stat_result]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 # No link, no pipe: reading could lead elsewhere, or never end.
-                if _NAME.fullmatch(entry.name):
+                if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                     with contextlib.suppress(FileNotFoundError):
-                        if entry.is_file(follow_symlinks=False):
-                            found[entry.name] = entry.stat()
+                        found[entry.name] = entry.stat()
     except OSError:  # not there, or not ours to read: nothing is known
         return {}
     return found

@@ -46,7 +46,7 @@ from sktl._shard import (
     write_whole,
 )
 
-MERGE_FROM = 16  # shards that are small enough, unless fewer fill a large one
+MERGE_FROM = 4  # shards at least, unless fewer fill a large one
 _STALE = 3600.0  # seconds after which the file of a killed writer is removed
 _AT_ONCE = 1024  # rows read, while the same number is checked and copied
 _GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed it
@@ -77,6 +77,8 @@ class ShardIndex:
             listed = shards_in(self.folder).items()
             there = {name: signature_of(status) for name, status in listed}
             self.refused &= there.keys()
+            if there == {name: s.signature for name, s in self.shards.items()}:
+                return  # as most times
             shards = self.shards.items()
             self._forget([n for n, s in shards if there.get(n) != s.signature])
             for name in sorted(there.keys() - self.shards.keys() - self.refused):
@@ -114,16 +116,12 @@ class ShardIndex:
             found = map(self.where.get, keys, itertools.repeat(-1))
             numbers = np.fromiter(found, np.intp, len(keys))
             shards = list(self.shards.values())
-        order = np.argsort(numbers)
-        firsts = [shard.first for shard in shards]
-        bounds = np.searchsorted(numbers[order], firsts).tolist()
+        order = numbers.argsort()
+        numbers, positions = numbers[order], positions[order]
+        bounds = numbers.searchsorted([shard.first for shard in shards]).tolist()
         spans = itertools.pairwise([*bounds, len(keys)])
         return [
-            (
-                shard,
-                numbers[order[begin:end]] - shard.first,
-                positions[order[begin:end]],
-            )
+            (shard, numbers[begin:end] - shard.first, positions[begin:end])
             for shard, (begin, end) in zip(shards, spans, strict=True)
             if begin < end
         ]
@@ -141,16 +139,17 @@ class ShardIndex:
         """
         kept = keep(shard)
         checked = kept.checked[wanted]
-        unread = wanted[:0] if checked.all() else np.unique(wanted[~checked])
-        for begin in range(0, len(unread), _AT_ONCE):
-            part = unread[begin : begin + _AT_ONCE]
-            # Not at once into `kept`: another thread may have read it there.
-            content = self._from_disk(shard, part)
-            if content is None:
-                return False
-            kept.rows[part] = content
-            kept.checked[part] = True
-        rows[positions] = kept.rows[wanted]
+        if not checked.all():
+            unread = np.unique(wanted[~checked])
+            for begin in range(0, len(unread), _AT_ONCE):
+                part = unread[begin : begin + _AT_ONCE]
+                # Not at once into `kept`: another thread may have read it there.
+                content = self._from_disk(shard, part)
+                if content is None:
+                    return False
+                kept.rows[part] = content
+                kept.checked[part] = True
+        rows[positions] = kept.rows.take(wanted, axis=0)
         return True
 
     def _from_disk(self, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any] | None:
@@ -207,20 +206,27 @@ class ShardIndex:
             self._merge(self._small(most))
 
     def _small(self, most: int) -> list[Shard]:
-        """Those to merge: enough to fill a large one, or many, or none."""
-        small: list[Shard] = []
-        total = 0
+        """Those to merge: enough to fill a large one, or several alike, or none.
+
+        The largest of several is no larger than the others together. So each time a row
+        is written again, its shard is at least twice the size: that is seldom. And what
+        is left is few: all but the smallest are larger than those below them together.
+        """
         with self._lock:
-            shards = [self.shards[name] for name in sorted(self.shards)]
-        for shard in shards:
+            shards = sorted(self.shards.values(), key=lambda shard: shard.signature[0])
+        chosen: list[Shard] = []
+        alike = total = 0
+        for n, shard in enumerate(shards, 1):
             size = shard.signature[0]
             if size > most // 2:
-                continue
+                break
             if total + size > most:
-                return small
-            small.append(shard)
+                return chosen
+            if n >= MERGE_FROM and size <= total:
+                alike = n
+            chosen.append(shard)
             total += size
-        return small if len(small) >= MERGE_FROM else []
+        return chosen[:alike]
 
     def _merge(self, shards: Sequence[Shard]) -> None:
         keys: list[bytes] = []

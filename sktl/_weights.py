@@ -8,14 +8,16 @@ or exchanged on the disk.
 """
 
 import hashlib
+import os
 import re
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
 from io import BufferedReader
-from os import PathLike, fspath, fstat, stat_result
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -87,7 +89,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
         If it is not a regular file, has another suffix, is not what its name
         promises, cannot be read without executing code, or holds no state dict.
     """
-    path = _regular_file(path)
+    path = Path(_regular_file(path)[0])
     if path.suffix not in SUFFIXES:
         raise ValueError(
             f"Weights must be a file that ends in {', '.join(SUFFIXES)}. Got "
@@ -96,7 +98,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
         )
     # One handle for both, so that what is loaded is what was verified.
     with path.open("rb") as file:
-        digest = _verified_digest(file, path)
+        digest = _verified_digest(file, str(path))
         file.seek(0)
         loaded = _read_tensors(file, path)
     return Weights(_state_dict_in(loaded, path), digest)
@@ -122,12 +124,12 @@ def file_digest(path: str | PathLike[str]) -> str:
     ValueError
         If it is not a regular file or not what its name promises.
     """
-    path = _regular_file(path)
-    known = _digests.get(_signature(path.stat(), path))
+    name, status = _regular_file(path)
+    known = _digests.get(_signature(status, name))
     if known is not None:
         return known
-    with path.open("rb") as file:
-        return _verified_digest(file, path)
+    with open(name, "rb") as file:
+        return _verified_digest(file, name)
 
 
 def fetch(url: str, *, progress: bool) -> Path:
@@ -272,25 +274,28 @@ def content_digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _regular_file(path: str | PathLike[str]) -> Path:
-    resolved = Path(fspath(path)).expanduser()
-    if not resolved.exists():
+def _regular_file(path: str | PathLike[str]) -> tuple[str, os.stat_result]:
+    """Give the name of a file, and its status; asked for in each fit and transform."""
+    name = os.path.expanduser(path)
+    try:
+        status = os.stat(name)
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise FileNotFoundError(
-            f"There is no weights file {str(resolved)!r}. Check the path; a relative "
-            f"one starts from {str(Path.cwd())!r}."
-        )
+            f"There is no weights file {name!r}. Check the path; a relative one starts "
+            f"from {os.getcwd()!r}."
+        ) from error
     # Opening a pipe would wait for a writer, for ever.
-    if not resolved.is_file():
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(
-            f"Weights must be a regular file. Got {str(resolved)!r}, which is "
-            f"{'a folder' if resolved.is_dir() else 'not one'}."
+            f"Weights must be a regular file. Got {name!r}, which is "
+            f"{'a folder' if stat.S_ISDIR(status.st_mode) else 'not one'}."
         )
-    return resolved
+    return name, status
 
 
-def _signature(status: stat_result, path: Path) -> tuple[str, int, int, int, int]:
+def _signature(status: os.stat_result, name: str) -> tuple[str, int, int, int, int]:
     return (
-        str(path.absolute()),
+        os.path.join(os.getcwd(), name),
         status.st_size,
         status.st_mtime_ns,
         # Cannot be set back, unlike the time of modification (except on Windows, where
@@ -300,14 +305,14 @@ def _signature(status: stat_result, path: Path) -> tuple[str, int, int, int, int
     )
 
 
-def _verified_digest(file: BufferedReader, path: Path) -> str:
-    signature = _signature(fstat(file.fileno()), path)
+def _verified_digest(file: BufferedReader, name: str) -> str:
+    signature = _signature(os.fstat(file.fileno()), name)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-    promised = _HASH_IN_NAME.search(path.name)
+    promised = _HASH_IN_NAME.search(os.path.basename(name))
     if promised and not digest.startswith(promised.group(1)):
         raise ValueError(
             f"The sha256 of a weights file must begin as its name says. The name of "
-            f"{str(path)!r} says {promised.group(1)}, its content is {digest}: the "
+            f"{name!r} says {promised.group(1)}, its content is {digest}: the "
             "file is damaged or was changed. If it was downloaded, delete it and it "
             "will be fetched again; if those digits are not a hash, rename the file."
         )

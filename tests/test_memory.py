@@ -79,20 +79,73 @@ def test_c9_a_grid_search_runs_each_picture_once(
     assert n_through(counting) == len(X)
 
 
-def test_c9_two_workers_share_the_work(counting, paths):
-    y = np.arange(len(paths)) % 2
+class Noting(Counting):
+    """Write down what is looked up, computed and published, in order in any process."""
+
+    def transform(self, X):
+        def note(event, keys=()):
+            moment = time.monotonic_ns()  # of one clock for all processes
+            with open(self.log, "a") as log:
+                for key in keys or [b""]:
+                    print(os.getpid(), moment, event, key.hex(), file=log)
+
+        def look(method):
+            def noted(*arguments):
+                note("look")
+                return method(*arguments)
+
+            return noted
+
+        def noted_put(store, space, keys, rows):
+            put(store, space, keys, rows)
+            note("published", keys)
+
+        def noted_batches(network, missing, *arguments, **options):
+            for positions, out in batches(network, missing, *arguments, **options):
+                note(
+                    "computed", [missing._rows.keys[position] for position in positions]
+                )
+                yield positions, out
+
+        put = FeatureStore.put
+        with (
+            mock.patch.object(FeatureStore, "get", look(FeatureStore.get)),
+            mock.patch.object(FeatureStore, "known", look(FeatureStore.known)),
+            mock.patch.object(FeatureStore, "put", noted_put),
+            mock.patch("sktl._memory.batches", noted_batches),
+            mock.patch("sktl._memory._LEAST_WRITTEN", 4),
+        ):
+            return PretrainedFeatures.transform(self, X)
+
+
+def test_c9_two_workers_share_the_work(tmp_path, paths):
+    mine = Noting(log=str(tmp_path / "log"), memory=str(tmp_path / "store"))
     search = GridSearchCV(
-        make_pipeline(counting, RidgeClassifier()),
+        make_pipeline(mine, RidgeClassifier()),
         {"ridgeclassifier__alpha": [0.1, 1, 10]},
         cv=5,
         n_jobs=2,
     )
-    search.fit(paths, y)
-    # A picture more than once only if both had it in their hands at the same moment.
-    assert len(paths) <= n_through(counting) <= 2 * len(paths)
-    before = n_through(counting)
-    search.fit(paths, y)
-    assert n_through(counting) == before
+    both_awake = joblib.delayed(PretrainedFeatures("resnet_mini").transform)
+    joblib.Parallel(n_jobs=2)(both_awake(paths) for _ in range(4))
+    search.fit(paths, np.arange(len(paths)) % 2)
+    log = [line.split(" ") for line in Path(mine.log).read_text().splitlines()]
+    published, looked, n_since = {}, {}, {}
+    for _, moment, event, key in log:
+        if event == "published":
+            published[key] = min(int(moment), published.get(key, 2**63))
+    assert len(published) == len(paths)
+    # A picture more than once only if both had it in their hands at the same moment:
+    # none is computed that was there when its worker looked, before each batch.
+    for process, moment, event, key in log:
+        if event == "look":
+            looked[process], n_since[process] = int(moment), 0
+        elif event == "computed":
+            n_since[process] += 1
+            assert n_since[process] <= mine.batch_size
+            assert looked[process] <= published[key]
+    search.fit(paths, np.arange(len(paths)) % 2)
+    assert Path(mine.log).read_text().count("published") == str(log).count("published")
 
 
 def test_what_another_process_computed_meanwhile_is_left_out(counting, paths):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from sklearn import config_context
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
 from sklearn.datasets import load_files, load_sample_images
@@ -175,6 +176,19 @@ def test_parameters_are_checked(paths, parameters, message):
     for method in (mine.fit, mine.transform):
         with pytest.raises(ValueError, match=message):
             method(paths[:2])
+
+
+def test_parameters_are_validated_again_only_if_they_change(paths, monkeypatch):
+    mine = PretrainedFeatures("tiny").fit(paths)
+    with monkeypatch.context() as patch:
+        patch.setattr("sklearn.base.validate_parameter_constraints", None)
+        mine.transform(paths[:2])
+    with pytest.raises(ValueError, match="'batch_size' parameter"):
+        mine.set_params(batch_size=0).transform(paths[:2])
+    with config_context(skip_parameter_validation=True):
+        mine = PretrainedFeatures("tiny", n_jobs="2").fit(paths)
+    with pytest.raises(ValueError, match="'n_jobs' parameter"):
+        mine.transform(paths[:2])
 
 
 def test_too_small_pictures_for_a_network(paths):

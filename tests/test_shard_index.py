@@ -14,15 +14,24 @@ from rows_of_a_store import KEYS, SPACE, check, rows_of, shards
 from safetensors.numpy import load_file, save_file
 
 from sktl import FeatureStore, _feature_store, _shard, _shard_index
-from sktl._shard import read_rows
+from sktl._shard import read_rows, write_whole
 
 
-def test_small_shards_are_merged(tmp_path):
+def test_small_shards_are_merged_and_rows_seldom_written_again(tmp_path, monkeypatch):
+    written = []
+
+    def noted(file, content):
+        written.append(len(content))
+        write_whole(file, content)
+
+    monkeypatch.setattr(_shard_index, "write_whole", noted)
     mine = FeatureStore(tmp_path)
     for key in KEYS:
-        mine.put(SPACE, [key], rows_of([key]))
-    assert len(shards(tmp_path)) < _shard_index.MERGE_FROM
-    check(mine)
+        mine.put(SPACE, [key], rows_of([key], 1000))
+    twofold = np.log2(len(KEYS))  # so often
+    assert len(shards(tmp_path)) <= twofold
+    assert sum(written) <= twofold * mine.info()["bytes"]
+    np.testing.assert_array_equal(mine.get(SPACE, KEYS)[1], rows_of(KEYS, 1000))
     assert mine.verify() == {"rows": len(KEYS), "corrupt": 0}
 
 
