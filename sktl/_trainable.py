@@ -192,6 +192,7 @@ class PartlyFrozen(nn.Module):
 
     def open(self, n_open: int) -> None:
         """Let the head and `n_open` stages train, and nothing else."""
+        self._mode: bool | None = None
         self.n_frozen = n_frozen_parts(self.network, n_open)
         for depth, part in enumerate(self.network):
             part.requires_grad_(depth >= self.n_frozen)
@@ -200,6 +201,11 @@ class PartlyFrozen(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, all but what is frozen."""
+        # skorch says it before every step, and the head alone steps in less time than
+        # it takes to visit all modules.
+        if mode == self._mode:
+            return self
+        self._mode = mode
         super().train(mode)
         for part in self.network[: self.n_frozen]:
             part.eval()

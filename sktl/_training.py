@@ -251,7 +251,8 @@ class Training:
             # Not `fit`, which takes an interrupt for the wish to stop early.
             self.net.fit_loop(self._training, epochs=1)
         progress.epoch += 1
-        state = self.network.state_dict().values()
+        trained = self.network[self._partly.n_frozen :]
+        state = trained.state_dict().values()
         if not torch.stack([value.isfinite().all() for value in state]).all():
             raise _diverged("weights", "NaN or infinity", progress.epoch, settings.lr)
         row = {
@@ -329,6 +330,7 @@ class Training:
         with torch.inference_mode():
             x = torch.from_numpy(features).to(self._settings.device)
             logits = head(x).float().cpu()
+        head.train()
         target = torch.from_numpy(label), torch.from_numpy(weight).float()
 
         def loss(chosen: NDArray[np.bool_]) -> float:
