@@ -101,8 +101,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         If the name is not one of torch's, or the device is not there.
     """
     if device == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return _best_device()
     try:
         # With its index, which another thread may choose differently: "cuda:0".
         probe = torch.empty(0, device=device)
@@ -113,6 +112,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
             f"The 'device' parameter must be 'auto' or a device of this machine. Got "
             f"{str(device)!r} instead: {str(error).splitlines()[0]}"
         ) from error
+
+
+@lru_cache(maxsize=1)
+def _best_device() -> torch.device:
+    # Asked for once: what a machine has stays in it, and torch takes long to look.
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return found or torch.device("cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

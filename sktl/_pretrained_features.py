@@ -3,6 +3,7 @@
 import os
 from numbers import Integral, Real
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 import joblib
 import numpy as np
@@ -27,6 +28,9 @@ from sktl._sklearn_compat import (
     check_feature_names_in,
     fit_context,
 )
+
+# The parameters that were found valid last, by class.
+_valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
 
 
 class PretrainedFeatures(TransformerMixin, BaseEstimator):
@@ -350,13 +354,16 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         return tags
 
     def _validate_params(self) -> None:
-        """Validate the parameters, unless they are the ones that were valid before."""
-        # The very same objects, as True equals 1. Of those that can be changed in place
-        # only the type is validated here; what is in them is looked at in each call.
+        """Validate the parameters, unless they are the ones that were valid last."""
+        # Of this class, for a clone has the parameters of what it was cloned from. The
+        # very same objects, as True equals 1; held here, so that no other gets the id
+        # of one. Of those that can be changed in place only the type is validated here;
+        # what is in them is looked at in each call.
         parameters = [getattr(self, name) for name in self._parameter_constraints]
-        if list(map(id, parameters)) != list(map(id, getattr(self, "_valid", ()))):
+        valid = _valid.get(type(self), ())
+        if list(map(id, parameters)) != list(map(id, valid)):
             super()._validate_params()
-            self._valid = parameters
+            _valid[type(self)] = parameters
 
     def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
         return as_pictures(

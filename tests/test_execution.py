@@ -22,6 +22,12 @@ def test_devices():
             resolve_device(device)
 
 
+def test_a_machine_is_asked_once_what_it_has(monkeypatch):
+    found = resolve_device("auto")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", None)
+    assert resolve_device("auto") == found
+
+
 FLAGS = """
 import contextlib, torch
 from sktl._execution import Execution

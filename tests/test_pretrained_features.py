@@ -183,6 +183,7 @@ def test_parameters_are_validated_again_only_if_they_change(paths, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("sklearn.base.validate_parameter_constraints", None)
         mine.transform(paths[:2])
+        clone(mine).fit(paths)
     with pytest.raises(ValueError, match="'batch_size' parameter"):
         mine.set_params(batch_size=0).transform(paths[:2])
     with config_context(skip_parameter_validation=True):
