@@ -75,10 +75,10 @@ class FeatureStore:
     -----
     A row is found by the content of its picture, and by all else that decides it:
     weights, layer, pooling, preprocessing, precision, kind of device, and the major
-    versions of PyTorch and Pillow. So a store needs no care when pictures are moved or
-    replaced or a library is updated. The one thing it cannot see is the code of a
-    network that you registered: when its ``forward`` changes and its layers do not,
-    `clear` it.
+    versions of what computes and decodes. So a store needs no care when pictures are
+    moved or replaced or a library is updated. The one thing it cannot see is the code
+    of a network that you registered: when its ``forward`` changes and its layers do
+    not, `clear` it.
 
     Whatever happens on the disk, no wrong row is returned: each has a checksum, and
     what is damaged or gone is computed again, with a warning if something is amiss.

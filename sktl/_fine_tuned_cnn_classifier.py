@@ -135,8 +135,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        Where the features that the linear probe is solved on are remembered, as in
-        `PretrainedFeatures`, and shared with it.
+        Where it is remembered what the frozen stages give of each picture, as in
+        `PretrainedFeatures`, and shared with it; see the notes.
     random_state : int, RandomState instance or None, default=None
         Decides the order of the pictures, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.
@@ -182,6 +182,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     `X` has the forms described in the notes of `PretrainedFeatures`. Weights of samples
     and classes multiply the loss of each picture; samples of weight 0 are left out.
     The accuracy of early stopping is weighted likewise.
+
+    Without `augmentation`, the frozen stages say the same of a picture in every epoch.
+    It is computed once and kept in memory, up to a gigabyte; with a `memory` it is
+    remembered there, and shared by all candidates and folds of a search, so that an
+    epoch costs only what trains, whatever the size of the data. The weights have the
+    same bits with and without. Predictions with a `memory` begin where the frozen
+    stages end, too, and agree with those without up to rounding. ``verbose=1`` says how
+    large a store may become; one whose `max_bytes` are less is not used for it.
 
     Copies in the worker processes of a search share the cores among them. They would
     also share one GPU: search with ``n_jobs=1`` there.
