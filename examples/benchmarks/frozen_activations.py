@@ -104,7 +104,11 @@ def searches(arguments: Any, trainable: Any, paths: list[str], y: Any) -> None:
     """Compare whole searches."""
     grid = {"lr": RATES, "weight_decay": DECAYS, "hidden_layer_sizes": HEADS}
     with tempfile.TemporaryDirectory() as memory:
-        mine = GridSearchCV(ours(arguments, trainable, memory=memory), grid, cv=3)
+        mine = GridSearchCV(
+            ours(arguments, trainable, memory=memory, head_init=arguments.head_init),
+            grid,
+            cv=3,
+        )
         first, again = (seconds(mine, paths, y) for _ in range(2))
         size = FeatureStore(memory).info()["bytes"] / 1e6
     backbone = load_backbone(arguments.backbone, None)
@@ -265,6 +269,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--trainable", nargs="+", default=["head", "1"])
+    # As the script has it; the default of FineTunedCNNClassifier is "linear_probe".
+    parser.add_argument("--head-init", default="random")
     parser.add_argument("--only", choices=["searches", "epochs"])
     parser.add_argument("--capped", type=int)
     parser.add_argument("--scratch", type=Path)
