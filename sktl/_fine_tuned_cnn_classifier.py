@@ -696,7 +696,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
         pictures = pictures.reduced(self.preprocessing_.least_side(self.reducing_gap))
-        n_frozen, digest = getattr(self, "_frozen_part", (0, None))
+        n_frozen, digest = self._frozen_part
         if n_frozen and self.memory is not None:
             activations = activations_of(
                 self, self.module_, pictures, self.preprocessing_, digest
