@@ -31,8 +31,7 @@ from sktl._inference import shape_of_batch
 from sktl._layers import PENULTIMATE
 from sktl._memory import Memory, as_store, forward_once
 from sktl._preprocessing import Preprocessing
-from sktl._trainable import NECK
-from sktl._weights import content_digest
+from sktl._trainable import NECK, network_digest
 
 _MOST_KEPT = 2**30  # bytes of activations in memory
 _BYTES_BESIDE_A_ROW = 36  # in a store: its key and its checksum
@@ -175,8 +174,9 @@ class Activations:
             side = self._preprocessing.crop_size
             first = next(self._network.parameters())
             picture = first.new_zeros(1, 3, side, side)
+            # A copy, for the network may be in training just now.
+            frozen = copy.deepcopy(self._network[:n_frozen]).eval()
             with torch.no_grad():
-                frozen = self._network[:n_frozen].eval()
                 self._shapes[n_frozen] = tuple(frozen(picture).shape[1:])
             self._announce(n_frozen)
         return self._shapes[n_frozen]
@@ -226,7 +226,7 @@ class Activations:
     def _prepared(self, n_frozen: int) -> Prepared:
         layer = self._layer(n_frozen)
         return prepared(
-            ("frozen", self._digest_of(n_frozen), layer),
+            ("frozen", self._name, self._digest_of(n_frozen), layer),
             lambda: nn.Sequential(
                 copy.deepcopy(self._network[:n_frozen]).cpu(), nn.Flatten(1)
             ),
@@ -240,7 +240,7 @@ class Activations:
             return self._digest
         if n_frozen not in self._digests:
             frozen = self._network[:n_frozen]
-            self._digests[n_frozen] = content_digest(frozen.state_dict())
+            self._digests[n_frozen] = network_digest(frozen)
         return self._digests[n_frozen]
 
 

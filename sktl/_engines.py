@@ -156,11 +156,18 @@ def _checked(
 ) -> Prepared:
     """Let another engine than torch take a network, if its answers are torch's."""
     side = preprocessing.crop_size
-    picture = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
+    # Different ones, and not as many as a network was traced with: one that counts its
+    # pictures may have had the number written into it.
+    pictures = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     exact = replace(execution, precision="float32", engine="torch")
-    expected = TorchNetwork(network, preprocessing, exact).start(picture)()
+    expected = TorchNetwork(network, preprocessing, exact).start(pictures)()
     made = _OTHERS[execution.engine](network, preprocessing, execution)
-    distance = np.abs(made.start(picture)() - expected).max()
+    got = made.start(pictures)()
+    if got.shape != expected.shape:
+        raise ArithmeticError(
+            f"its output has shape {got.shape}, not {expected.shape}."
+        )
+    distance = np.abs(got - expected).max()
     share, more = _SAME[execution.precision]
     if not distance <= share * np.abs(expected).max() + more:
         raise ArithmeticError(f"its output differs from torch's by {distance:.2g}.")
@@ -276,15 +283,15 @@ class OpenVINONetwork:
         self.execution = execution
         self.widths: tuple[int, ...] | None = None
         side = preprocessing.crop_size
-        picture = torch.zeros(1, side, side, 3, dtype=torch.uint8)
+        pictures = torch.zeros(2, side, side, 3, dtype=torch.uint8)
         module = _FromPixels(network, preprocessing, torch.float32).eval()
         with torch.no_grad(), warnings.catch_warnings():
             # Of tracing being old, and of Python values in it; the result is checked.
             warnings.simplefilter("ignore")
             traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                module, picture, check_trace=False
+                module, pictures, check_trace=False
             )
-            decoder = TorchScriptPythonDecoder(traced, example_input=(picture,))
+            decoder = TorchScriptPythonDecoder(traced, example_input=(pictures,))
         frontend = FrontEndManager().load_by_framework("pytorch")
         self._model = frontend.convert(frontend.load(decoder))
         self._core = openvino.Core()

@@ -698,11 +698,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         pictures = pictures.reduced(self.preprocessing_.least_side(self.reducing_gap))
         n_frozen, digest = self._frozen_part
         if n_frozen and self.memory is not None:
-            activations = activations_of(
-                self, self.module_, pictures, self.preprocessing_, digest
-            )
-            return activations.logits(n_frozen)
-        network = prepared(
+            network = copy.deepcopy(self.module_)
+            # What somebody has done to the network since is not to be remembered.
+            if network_digest(network) == self._digest:
+                activations = activations_of(
+                    self, network, pictures, self.preprocessing_, digest
+                )
+                return activations.logits(n_frozen)
+        whole = prepared(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),
             self.preprocessing_,
@@ -710,7 +713,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             name=f"the fine-tuned {self.backbone}",
         )
         return forward(
-            network,
+            whole,
             pictures,
             self.preprocessing_,
             batch_size=self.batch_size,

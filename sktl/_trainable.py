@@ -192,20 +192,19 @@ class PartlyFrozen(nn.Module):
 
     def open(self, n_open: int) -> None:
         """Let the head and `n_open` stages train, and nothing else."""
-        self._mode: bool | None = None
         self.n_frozen = n_frozen_parts(self.network, n_open)
         for depth, part in enumerate(self.network):
             part.requires_grad_(depth >= self.n_frozen)
+        self._trains = [(cast(nn.Module, self), True), *self._which_train()]
         self.train(self.training)
         self._frozen: tuple[nn.Module, ...] = ()
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training, all but what is frozen."""
         # skorch says it before every step, and the head alone steps in less time than
-        # it takes to visit all modules.
-        if mode == self._mode:
+        # it takes to switch all modules: so it is seen first whether any is to switch.
+        if all(module.training is (mode and on) for module, on in self._trains):
             return self
-        self._mode = mode
         super().train(mode)
         for part in self.network[: self.n_frozen]:
             part.eval()
@@ -213,6 +212,12 @@ class PartlyFrozen(nn.Module):
             if self.fixed_statistics and isinstance(module, _BATCH_NORMS):
                 module.eval()
         return self
+
+    def _which_train(self) -> Iterator[tuple[nn.Module, bool]]:
+        for depth, part in enumerate(self.network):
+            for module in part.modules():
+                fixed = self.fixed_statistics and isinstance(module, _BATCH_NORMS)
+                yield module, depth >= self.n_frozen and not fixed
 
     def forward(self, x: Tensor) -> Tensor:
         """Give the logits ``(n, n_classes)`` of ``(n, 3, h, w)``, float32."""

@@ -176,6 +176,28 @@ def test_predictions_begin_at_the_boundary(paths, tmp_path, passes):
     np.testing.assert_allclose(one[0], got[::-1][3], rtol=1e-4)
 
 
+def test_a_limit_of_the_store_changes_nothing(paths, tmp_path):
+    mine = classifier(weights=None, trainable="all", batch_size=8)
+    expected = clone(mine).fit(paths, Y)
+    store = FeatureStore(tmp_path, max_bytes=10**9)
+    assert_equal_weights(mine.set_params(memory=store).fit(paths, Y), expected)
+
+
+def test_what_somebody_does_to_the_network_is_not_remembered(paths, tmp_path):
+    mine = classifier(trainable="head", memory=tmp_path).fit(paths[:20], Y[:20])
+    with torch.no_grad():
+        for parameter in mine.module_.parameters():
+            parameter.mul_(2)
+    activations_room.prepared.__globals__["_prepared"].clear()
+    mine.module_.train()
+    mine.predict(paths[20:])
+    assert mine.module_[0].training
+    features = PretrainedFeatures("resnet_mini", batch_size=16, engine="torch")
+    expected = clone(features).transform(paths)
+    got = features.set_params(memory=tmp_path).transform(paths)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_of_a_network_that_has_trained_rows_are_others(paths, tmp_path, passes):
     mine = classifier(trainable=2, memory=tmp_path, warm_start=True).fit(paths, Y)
     n_before = sum(passes)
