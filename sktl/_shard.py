@@ -16,7 +16,6 @@ import math
 import os
 import re
 import struct
-import threading
 import uuid
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,21 +32,12 @@ _OURS = re.compile(
 )
 KEY_BYTES = 32  # of sha256
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # as safetensors names them
-MOST_KEPT = 2**28  # bytes of rows in the memory of a process, of all its stores
 _LONGEST_HEADER = 2**20
-
-
-@dataclass
-class Kept:
-    """Rows in memory, and which of them are there and were checked."""
-
-    rows: NDArray[Any]
-    checked: NDArray[np.bool_]
 
 
 @dataclass(eq=False)
 class Shard:
-    """Where things lie in a file of n rows, and those that were read already."""
+    """Where things lie in a file of n rows."""
 
     name: str
     first: int  # number of its first row among all rows of its space in this process
@@ -58,39 +48,10 @@ class Shard:
     dtype: np.dtype[Any]
     signature: tuple[int, int]
     shadowed: bool = False  # whether some of its keys are read from another shard
-    kept: Kept | None = None
 
     def rows_like(self, n: int) -> NDArray[Any]:
         """Make room for n of its rows."""
         return np.empty((n, *self.row_shape), self.dtype)
-
-
-_keeping: set[Shard] = set()
-_keeping_lock = threading.Lock()
-
-
-def keep(shard: Shard) -> Kept:
-    """Give the rows of a shard in memory, of which few or none may be there yet."""
-    kept = shard.kept
-    if kept is None:
-        # np.empty takes no memory for rows that are never read into it.
-        rows = shard.rows_like(len(shard.keys))
-        with _keeping_lock:
-            total = sum(k.rows.nbytes for s in _keeping if (k := s.kept))
-            if total + rows.nbytes > MOST_KEPT:
-                for other in _keeping:
-                    other.kept = None
-                _keeping.clear()
-            shard.kept = kept = Kept(rows, np.zeros(len(rows), dtype=bool))
-            _keeping.add(shard)
-    return kept
-
-
-def let_go(shard: Shard) -> None:
-    """Free the memory of a shard that is gone; whoever reads from it just now may."""
-    with _keeping_lock:
-        shard.kept = None
-        _keeping.discard(shard)
 
 
 def new_name(moment: int) -> str:

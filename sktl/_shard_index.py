@@ -32,11 +32,10 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from sktl._kept_rows import KeptRows
 from sktl._shard import (
     KEY_BYTES,
     Shard,
-    keep,
-    let_go,
     moment_of,
     new_name,
     read_header,
@@ -66,6 +65,7 @@ class ShardIndex:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.refused: set[str] = set()  # damaged, and perhaps still there
         self._n_numbers = 0  # given to rows so far
+        self._kept = KeptRows()
         self._may_merge = True
         # Of the space too, so that a file copied from another one is not believed.
         self._seed = zlib.crc32(folder.name.encode())
@@ -88,10 +88,15 @@ class ShardIndex:
         self, keys: Sequence[bytes]
     ) -> tuple[NDArray[np.intp], NDArray[Any] | None]:
         """Read the rows that are known; see `FeatureStore.get`."""
+        self.refresh()
+        places, block = self._kept.look(map(self.where.get, keys), len(keys))
+        known = places >= 0
         rows: NDArray[Any] | None = None
-        known = np.zeros(len(keys), dtype=bool)
-        for _ in range(3):  # a shard may be merged or evicted between look and read
-            self.refresh()
+        for attempt in range(3):  # a shard may be merged or evicted before it is read
+            if known.all():
+                break
+            if attempt:
+                self.refresh()
             found = self._locate(keys, np.flatnonzero(~known))
             if not found:
                 break
@@ -99,11 +104,13 @@ class ShardIndex:
                 if rows is None:
                     rows = shard.rows_like(len(keys))
                 known[positions] = self._read(shard, wanted, positions, rows)
-            if known.all():
-                break
         positions = np.flatnonzero(known)
-        if rows is None or not len(positions):
+        if not len(positions):
             return positions, None
+        if rows is None:  # as most times
+            return positions, block.take(places[positions], axis=0)
+        if len(kept := np.flatnonzero(places >= 0)):
+            rows[kept] = block[places[kept]]
         return positions, rows if len(positions) == len(keys) else rows[positions]
 
     def _locate(
@@ -137,19 +144,16 @@ class ShardIndex:
 
         A shard of which one row is wrong is not believed at all.
         """
-        kept = keep(shard)
-        checked = kept.checked[wanted]
-        if not checked.all():
-            unread = np.unique(wanted[~checked])
-            for begin in range(0, len(unread), _AT_ONCE):
-                part = unread[begin : begin + _AT_ONCE]
-                # Not at once into `kept`: another thread may have read it there.
-                content = self._from_disk(shard, part)
-                if content is None:
-                    return False
-                kept.rows[part] = content
-                kept.checked[part] = True
-        rows[positions] = kept.rows.take(wanted, axis=0)
+        distinct, which = np.unique(wanted, return_inverse=True)
+        for begin in range(0, len(distinct), _AT_ONCE):
+            part = distinct[begin : begin + _AT_ONCE]
+            content = self._from_disk(shard, part)
+            if content is None:
+                return False
+            numbers = (part + shard.first).tolist()
+            self._kept.add(numbers, content, len(self.where))
+            here = slice(*which.searchsorted([begin, begin + _AT_ONCE]))
+            rows[positions[here]] = content[which[here] - begin]
         return True
 
     def _from_disk(self, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any] | None:
@@ -308,7 +312,8 @@ class ShardIndex:
                 if self.where.get(key) == number:
                     del self.where[key]
             del self.shards[shard.name]  # last, lest Ctrl-C leave numbers of no shard
-            let_go(shard)
+        if not self.shards:
+            self._kept.clear()
         if gone:  # what was read from them may be in another as well
             for shard in self.shards.values():
                 if shard.shadowed:

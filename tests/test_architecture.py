@@ -32,6 +32,7 @@ FLOORS = [
     [
         "_execution",
         "_folding",
+        "_kept_rows",
         "_shard",
         "_stages",
         "_weights",

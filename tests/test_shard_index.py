@@ -261,19 +261,6 @@ def test_a_row_is_read_from_disk_once(filled, monkeypatch):
     assert read == list(range(30, 40))
 
 
-def test_rows_in_memory_have_a_limit(tmp_path, monkeypatch):
-    mine = FeatureStore(tmp_path)
-    spaces = [{"layer": layer} for layer in "abcde"]
-    for space in spaces:
-        mine.put(space, KEYS[:1], rows_of(KEYS[:1]))
-    row = rows_of(KEYS[:1]).nbytes
-    monkeypatch.setattr(_shard, "MOST_KEPT", 3 * row)
-    for space in spaces * 2:
-        np.testing.assert_array_equal(mine.get(space, KEYS[:1])[1], rows_of(KEYS[:1]))
-        kept = [shard.kept for shard in _shard._keeping]
-        assert 0 < sum(each.rows.nbytes for each in kept) <= 3 * row
-
-
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 def test_threads_read_while_another_damages(filled):
     (shard,) = shards(filled.directory)
