@@ -16,6 +16,7 @@ directory gone              made again when the next row is written
 ==========================  ====================================================
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -289,7 +290,7 @@ class FeatureStore:
         return os.path.join(directory, _VERSION)
 
     def _index(self, space: Space) -> ShardIndex:
-        name = hashlib.sha256(_encode(dict(space)).encode()).hexdigest()
+        name = _folder_name(*space, *space.values())
         return _index_of(os.path.join(self._root(), name))
 
     def _indexes(self) -> list[ShardIndex]:
@@ -331,6 +332,15 @@ class FeatureStore:
 _indexes: dict[str, ShardIndex] = {}
 _indexes_lock = threading.Lock()
 _warned: set[str] = set()
+
+
+# Asked for in each call. Typed, since True is 1, but not as JSON.
+@functools.lru_cache(256, typed=True)
+def _folder_name(*space: str) -> str:
+    """Name the folder of a space, given by its names and then their values."""
+    n = len(space) // 2
+    described = _encode(dict(zip(space[:n], space[n:], strict=True)))
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _index_of(folder: str) -> ShardIndex:

@@ -1,6 +1,7 @@
 """Every picture goes through the network once: forward, with a store beside it."""
 
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -21,6 +22,8 @@ from sktl._preprocessing import Preprocessing
 
 Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
 _LEAST_WRITTEN = 32  # rows; a file of fewer is a waste
+# Equal ones do the same; and to print one costs as much as to look up 50 rows.
+_described = functools.lru_cache(32)(str)
 
 
 def as_store(memory: Memory) -> FeatureStore | None:
@@ -97,7 +100,7 @@ def forward_once(
     options["batch_size"] = shape_of_batch(n_samples, batch_size)
     space = {
         **space,
-        "preprocessing": str(preprocessing),
+        "preprocessing": _described(preprocessing),
         **pictures.decoder(),
         **execution.space(),
     }

@@ -237,6 +237,13 @@ def test_c4_a_file_is_no_directory(tmp_path):
             use(FeatureStore(file))
 
 
+def test_equal_values_that_are_written_differently_are_two_spaces(tmp_path):
+    mine = FeatureStore(tmp_path)
+    folders = {mine._index({"layer": value}).folder for value in (1, True, 1.0, "1")}
+    assert len(folders) == 4
+    assert mine._index({"a": "1", "b": "2"}) is mine._index({"b": "2", "a": "1"})
+
+
 @pytest.mark.parametrize("up", [0, 1, 2])
 def test_c4_a_vanished_directory_is_made_again(filled, up):
     folder = filled._index(SPACE).folder
