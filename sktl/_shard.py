@@ -16,6 +16,7 @@ import math
 import os
 import re
 import struct
+import time
 import uuid
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,6 +34,7 @@ _OURS = re.compile(
 KEY_BYTES = 32  # of sha256
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # as safetensors names them
 _LONGEST_HEADER = 2**20
+_SETTLED_NS = 2_000_000_000  # longer than a tick of any file system's clock
 
 
 @dataclass(eq=False)
@@ -77,6 +79,21 @@ def shards_in(folder: Path) -> dict[str, os.stat_result]:
     except OSError:  # not there, or not ours to read: nothing is known
         return {}
     return found
+
+
+def settled_state(folder: Path) -> tuple[int, ...] | None:
+    """Give what changes when a file comes to or goes from a folder, or None.
+
+    None of a folder that changed so lately that it might change once more and look the
+    same; or that is not there.
+    """
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    if status.st_mtime_ns > time.time_ns() - _SETTLED_NS:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def is_ours(name: str) -> bool:

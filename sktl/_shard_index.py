@@ -40,6 +40,7 @@ from sktl._shard import (
     new_name,
     read_header,
     read_rows,
+    settled_state,
     shards_in,
     signature_of,
     write_whole,
@@ -65,6 +66,7 @@ class ShardIndex:
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
         self.refused: set[str] = set()  # damaged, and perhaps still there
         self._n_numbers = 0  # given to rows so far
+        self._state: tuple[int, ...] | None = None  # of the folder, when last listed
         self._kept = KeptRows()
         self._may_merge = True
         # Of the space too, so that a file copied from another one is not believed.
@@ -73,16 +75,19 @@ class ShardIndex:
 
     def refresh(self) -> None:
         """Take notice of shards that came and went."""
+        state = settled_state(self.folder)
+        if state is not None and state == self._state:
+            return  # as most times
         with self._lock:
             listed = shards_in(self.folder).items()
             there = {name: signature_of(status) for name, status in listed}
             self.refused &= there.keys()
-            if there == {name: s.signature for name, s in self.shards.items()}:
-                return  # as most times
-            shards = self.shards.items()
-            self._forget([n for n, s in shards if there.get(n) != s.signature])
-            for name in sorted(there.keys() - self.shards.keys() - self.refused):
-                self._load(name)
+            if there != {name: s.signature for name, s in self.shards.items()}:
+                shards = self.shards.items()
+                self._forget([n for n, s in shards if there.get(n) != s.signature])
+                for name in sorted(there.keys() - self.shards.keys() - self.refused):
+                    self._load(name)
+            self._state = state  # of before it was listed
 
     def get(
         self, keys: Sequence[bytes]

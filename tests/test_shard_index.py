@@ -3,10 +3,12 @@
 import errno
 import os
 import pickle
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from rows_of_a_store import KEYS, SPACE, check, rows_of, shards
 from safetensors.numpy import load_file, save_file
 
 from sktl import FeatureStore, _feature_store, _shard, _shard_index
-from sktl._shard import read_rows, write_whole
+from sktl._shard import read_rows, shards_in, write_whole
+from sktl._shard_index import ShardIndex
 
 
 def test_small_shards_are_merged_and_rows_seldom_written_again(tmp_path, monkeypatch):
@@ -290,3 +293,36 @@ def test_threads_read_while_another_damages(filled):
     stop.set()
     damager.join()
     assert not wrong
+
+
+def test_a_folder_that_rests_is_listed_once_and_one_that_changed_again(tmp_path):
+    FeatureStore(tmp_path).put(SPACE, KEYS[:3], rows_of(KEYS[:3]))
+    folder = shards(tmp_path)[0].parent
+    mine, other = ShardIndex(folder), ShardIndex(folder)
+    with patch.object(_shard_index, "shards_in", wraps=shards_in) as listed:
+        mine.refresh()
+        mine.refresh()
+        assert listed.call_count == 2  # it changed this very moment
+        os.utime(folder, (1e9, 1e9))
+        mine.refresh()
+        mine.refresh()
+        assert listed.call_count == 3
+    other.write(KEYS[3:5], rows_of(KEYS[3:5]), time.time_ns())
+    assert mine.get(KEYS[:5])[0].tolist() == [0, 1, 2, 3, 4]
+    shutil.rmtree(folder)
+    assert mine.get(KEYS[:5])[1] is None
+
+
+def test_what_is_damaged_in_a_folder_that_rests_is_not_believed(tmp_path):
+    FeatureStore(tmp_path).put(SPACE, KEYS[:3], rows_of(KEYS[:3]))
+    (shard,) = shards(tmp_path)
+    os.utime(shard.parent, (1e9, 1e9))
+    mine = ShardIndex(shard.parent)
+    mine.get(KEYS[:1])
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(rows_of(KEYS[2:3]).tobytes(), b"\1" * 12))
+    np.testing.assert_array_equal(mine.get(KEYS[:1])[1], rows_of(KEYS[:1]))
+    with pytest.warns(UserWarning, match="checksum of a row is wrong"):
+        positions, rows = mine.get(KEYS[:3])
+    assert positions.tolist() == [0]  # read and checked before the damage
+    np.testing.assert_array_equal(rows, rows_of(KEYS[:1]))
