@@ -1,9 +1,9 @@
 """What the frozen part of a network says of each picture: computed once, then known.
 
-While stages are frozen and pictures are not varied, what leaves the frozen part never
-changes. So it goes through the forward loop and the feature store, as features do, and
-an epoch costs only what trains. A *boundary* is where the frozen part ends: at the end
-of a stage or, where only the head trains, before the head.
+While stages are frozen and pictures are not varied, or in fixed views, what leaves the
+frozen part never changes. So it goes through the forward loop and the feature store, as
+features do, and an epoch costs only what trains. A *boundary* is where the frozen part
+ends: at the end of a stage or, where only the head trains, before the head.
 
 Activations that fit into a gigabyte are kept in memory. Of more, each batch is read
 from the store, or, where nothing is remembered, computed again in each epoch. Which of
@@ -32,6 +32,7 @@ from sktl._layers import PENULTIMATE
 from sktl._memory import Memory, as_store, forward_once
 from sktl._preprocessing import Preprocessing
 from sktl._trainable import NECK, network_digest
+from sktl._views import Views
 
 _MOST_KEPT = 2**30  # bytes of activations in memory
 _BYTES_BESIDE_A_ROW = 36  # in a store: its key and its checksum
@@ -44,7 +45,7 @@ class Activations:
     ----------
     network : nn.Sequential
         From `new_network`. Its frozen part must stay as it is.
-    pictures : Pictures
+    pictures : Pictures or Views
         All that will be asked for.
     preprocessing : Preprocessing
         What they go through before.
@@ -52,8 +53,9 @@ class Activations:
         How the frozen part is computed.
     name : str
         Of the backbone.
-    digest : str or None
-        Of the weights that the frozen part has. None if they are of no known file.
+    pretrained : (int, str)
+        How many parts of the network, from below, are as a file of weights has them,
+        and the digest of that file.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Where activations are remembered.
     batch_size : int
@@ -65,12 +67,12 @@ class Activations:
     def __init__(
         self,
         network: nn.Sequential,
-        pictures: Pictures,
+        pictures: Pictures | Views,
         preprocessing: Preprocessing,
         execution: Execution,
         *,
         name: str,
-        digest: str | None,
+        pretrained: tuple[int, str],
         memory: Memory,
         batch_size: int,
         n_jobs: int | None,
@@ -81,7 +83,7 @@ class Activations:
         self._preprocessing = preprocessing
         self._execution = execution
         self._name = name
-        self._digest = digest
+        self._pretrained = pretrained
         self._store = as_store(memory)
         self._options: dict[str, Any]
         self._options = {"batch_size": batch_size, "n_jobs": n_jobs, "verbose": verbose}
@@ -204,7 +206,9 @@ class Activations:
         name = list(dict(self._network.named_children()))[n_frozen - 1]
         return PENULTIMATE if name == NECK else name
 
-    def _computed(self, n_frozen: int, pictures: Pictures) -> NDArray[np.float32]:
+    def _computed(
+        self, n_frozen: int, pictures: Pictures | Views
+    ) -> NDArray[np.float32]:
         layer = self._layer(n_frozen)
         return forward_once(
             lambda: self._prepared(n_frozen),
@@ -236,8 +240,9 @@ class Activations:
         )
 
     def _digest_of(self, n_frozen: int) -> str:
-        if self._digest is not None:
-            return self._digest
+        n_pretrained, digest = self._pretrained
+        if n_frozen <= n_pretrained:
+            return digest
         if n_frozen not in self._digests:
             frozen = self._network[:n_frozen]
             self._digests[n_frozen] = network_digest(frozen)
@@ -253,9 +258,9 @@ class LabelledActivations(Dataset[Any]):
     Parameters
     ----------
     pictures : LabelledPictures
-        Without augmentation.
+        Without augmentation, or of views.
     activations : Activations
-        Of all of the user's pictures.
+        Of all of the user's pictures, or of the views.
     """
 
     def __init__(self, pictures: LabelledPictures, activations: Activations) -> None:
@@ -278,7 +283,8 @@ class LabelledActivations(Dataset[Any]):
         if self._n_frozen == 0:
             yield from self._pictures.batches(order, n_batches)
             return
-        for part in np.array_split(np.asarray(order), n_batches):
-            rows = self._pictures.rows[part].tolist()
-            x = self._activations.rows(self._n_frozen, rows)
+        seen = np.array_split(self._pictures.seen(order), n_batches)
+        parts = np.array_split(np.asarray(order), n_batches)
+        for part, rows in zip(parts, seen, strict=True):
+            x = self._activations.rows(self._n_frozen, rows.tolist())
             yield x, self._pictures.targets(part)

@@ -5,7 +5,7 @@ are kept in memory if they fit into a budget.
 """
 
 import itertools
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from sktl._augmentation import Augmentation
 from sktl._images import Pictures
 from sktl._inference import in_threads, n_decoders
+from sktl._views import Views
 
 _MOST_KEPT = 2**30  # bytes of pixels
 
@@ -28,10 +29,10 @@ class LabelledPictures(Dataset[Any]):
 
     Parameters
     ----------
-    pictures : Pictures
+    pictures : Pictures or Views
         All of them.
     rows : ndarray of int
-        Positions of those that are meant.
+        Positions of those that are meant; of views, of their pictures.
     label : ndarray of int, as long as `rows`
         From 0.
     weight : ndarray of float, as long as `rows`
@@ -42,16 +43,11 @@ class LabelledPictures(Dataset[Any]):
         Of the pixels it gives.
     n_jobs : int or None
         Threads that decode, see `n_decoders`.
-
-    Attributes
-    ----------
-    rows : ndarray of int
-        As given.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: Pictures | Views,
         rows: NDArray[np.intp],
         label: NDArray[np.intp],
         weight: NDArray[np.float64],
@@ -61,7 +57,8 @@ class LabelledPictures(Dataset[Any]):
         n_jobs: int | None,
     ) -> None:
         self._pictures = pictures
-        self.rows = rows
+        self._rows = rows
+        self._n_views = pictures.n_views if isinstance(pictures, Views) else 1
         self._label = torch.from_numpy(label.astype(np.int64))
         self._weight = torch.from_numpy(weight.astype(np.float32))
         self._augmentation = augmentation
@@ -73,10 +70,29 @@ class LabelledPictures(Dataset[Any]):
 
     def __len__(self) -> int:
         """Give the number of pictures."""
-        return len(self.rows)
+        return len(self._rows)
 
     def freeze(self, n_frozen: int) -> None:
         """Nothing: its pixels are for the whole network, whatever of it trains."""
+
+    def seen(self, order: Sequence[int]) -> NDArray[np.intp]:
+        """Say where, among all pictures or views, those are that are seen this time.
+
+        Parameters
+        ----------
+        order : sequence of int
+            Positions, from 0 to one less than the length.
+
+        Returns
+        -------
+        ndarray of shape (len(order),)
+            Of views, one of each picture, drawn from torch's global generator.
+        """
+        rows = self._rows[np.asarray(order)]
+        if self._n_views == 1:
+            return rows
+        drawn = torch.randint(self._n_views, (len(rows),)).numpy()
+        return rows * self._n_views + drawn
 
     def targets(self, part: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """Give labels and weights of some of the pictures, each of shape (n,)."""
@@ -110,7 +126,7 @@ class LabelledPictures(Dataset[Any]):
         largest = -(-len(order) // n_batches)
         prepared = in_threads(
             self._prepared,
-            order,
+            list(zip(order, self.seen(order).tolist(), strict=True)),
             n_threads=self._n_threads,
             ahead=2 * max(largest, self._n_threads),
         )
@@ -122,12 +138,13 @@ class LabelledPictures(Dataset[Any]):
         finally:
             prepared.close()
 
-    def _prepared(self, position: int) -> Any:
+    def _prepared(self, places: tuple[int, int]) -> Any:
+        position, row = places  # among these pictures, and among all
+        prepare: Callable[[Any], Any] = self._augmentation.prepare
         if self._kept is None:
-            return self._augmentation.prepare(self._pictures[int(self.rows[position])])
+            return prepare(self._pictures[row])
         if not self._is_kept[position]:
-            picture = self._pictures[int(self.rows[position])]
-            self._kept[position] = self._augmentation.prepare(picture)
+            self._kept[position] = prepare(self._pictures[row])
             self._is_kept[position] = True
         return self._kept[position]
 

@@ -80,6 +80,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         ``"standard"``: a random crop of 35 to 100 % of the area, flip, colour.
         ``"trivial"``: crop, flip and TrivialAugment [2]_. A callable turns a PIL image
         into another.
+    augmentation_views : int or None, default=None
+        If given, each picture has so many views, the same in each epoch, and one of
+        them, drawn at random, is seen. Frozen stages then see each view only once, see
+        the notes. None varies it anew each time. Without effect without `augmentation`.
     label_smoothing : float, default=0.0
         Share of the target that is spread over all classes.
     wise_ft_alpha : float, default=0.4
@@ -183,13 +187,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     and classes multiply the loss of each picture; samples of weight 0 are left out.
     The accuracy of early stopping is weighted likewise.
 
-    Without `augmentation`, the frozen stages say the same of a picture in every epoch.
-    It is computed once and kept in memory, up to a gigabyte; with a `memory` it is
-    remembered there, and shared by all candidates and folds of a search, so that an
-    epoch costs only what trains, whatever the size of the data. The weights have the
-    same bits with and without. Predictions with a `memory` begin where the frozen
-    stages end, too, and agree with those without up to rounding. ``verbose=1`` says how
-    large a store may become; one whose `max_bytes` are less is not used for it.
+    Without `augmentation`, the frozen stages say the same of a picture in every epoch;
+    with `augmentation_views`, of each of its views. It is computed once and kept in
+    memory, up to a gigabyte; with a `memory` it is remembered there (of views only if
+    `augmentation` is a name and `random_state` an int, which say what they show), and
+    shared by all candidates and folds of a search, so that an epoch costs only what
+    trains, whatever the size of the data. The weights have the same bits with and
+    without. Predictions with a `memory` begin where the frozen stages end, too, and
+    agree with those without up to rounding. ``verbose=1`` says how large a store may
+    become; one whose `max_bytes` are less is not used for it.
 
     Copies in the worker processes of a search share the cores among them. They would
     also share one GPU: search with ``n_jobs=1`` there.
@@ -237,6 +243,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         "lr_schedule": [StrOptions(LR_SCHEDULES)],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
         "augmentation": [StrOptions(NAMES), callable, None],
+        "augmentation_views": [Interval(Integral, 1, None, closed="left"), None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "wise_ft_alpha": [Interval(Real, 0, 1, closed="both")],
         "class_weight": [dict, StrOptions({"balanced"}), None],
@@ -277,6 +284,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         lr_schedule: str = "cosine",
         max_epochs: int = 10,
         augmentation: str | Callable[[Any], Any] | None = None,
+        augmentation_views: int | None = None,
         label_smoothing: float = 0.0,
         wise_ft_alpha: float = 0.4,
         class_weight: dict[Any, float] | str | None = None,
@@ -313,6 +321,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self.lr_schedule = lr_schedule
         self.max_epochs = max_epochs
         self.augmentation = augmentation
+        self.augmentation_views = augmentation_views
         self.label_smoothing = label_smoothing
         self.wise_ft_alpha = wise_ft_alpha
         self.class_weight = class_weight
@@ -381,9 +390,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         else:
             start = start_of(self, len(given.classes), seed)
         pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
-        digest = None if start.backbone is None else start.digest
         activations = activations_of(
-            self, start.network, pictures, start.preprocessing, digest
+            self, start.network, pictures, start.preprocessing, start.pretrained
         )
         fraction = self.validation_fraction if self.early_stopping else None
         held_out = rows_held_out(given, fraction, seed)
@@ -457,9 +465,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             start = Start.of_fitted(self)
             progress = Progress(seed, self.n_iter_, list(self.history_))
         pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
-        digest = None if start.backbone is None else start.digest
         activations = activations_of(
-            self, start.network, pictures, start.preprocessing, digest
+            self, start.network, pictures, start.preprocessing, start.pretrained
         )
         held_out = rows_held_out(given, None, seed)
         training = training_of(
@@ -685,8 +692,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             [row["valid_score"] for row in rows] if self.early_stopping else None
         )
         self._built_as = start.built_as
-        digest = None if start.backbone is None else start.digest
-        self._frozen_part = training.n_frozen, digest
+        self._n_frozen = training.n_frozen
+        n_pretrained, digest = start.pretrained
+        self._pretrained = min(n_pretrained, training.n_frozen), digest
         self._digest = network_digest(start.network)
         return self
 
@@ -696,15 +704,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         self._validate_params()
         pictures = self._as_pictures(X, reset=False)
         pictures = pictures.reduced(self.preprocessing_.least_side(self.reducing_gap))
-        n_frozen, digest = self._frozen_part
-        if n_frozen and self.memory is not None:
+        if self._n_frozen and self.memory is not None:
             network = copy.deepcopy(self.module_)
             # What somebody has done to the network since is not to be remembered.
             if network_digest(network) == self._digest:
                 activations = activations_of(
-                    self, network, pictures, self.preprocessing_, digest
+                    self, network, pictures, self.preprocessing_, self._pretrained
                 )
-                return activations.logits(n_frozen)
+                return activations.logits(self._n_frozen)
         whole = prepared(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),

@@ -21,6 +21,7 @@ from sktl._engines import Pixels, Prepared, Rows
 from sktl._preprocessing import Preprocessing
 
 Item = TypeVar("Item")
+Place = TypeVar("Place")
 
 
 class PictureSequence(Protocol):
@@ -29,8 +30,13 @@ class PictureSequence(Protocol):
     def __len__(self) -> int:
         """Give the number of pictures."""
 
-    def __getitem__(self, position: int) -> Image.Image:
-        """Decode one, in mode RGB; several threads may ask at once."""
+    def __getitem__(self, position: int) -> Image.Image | Callable[[], Pixels]:
+        """Decode one, in mode RGB; several threads may ask at once.
+
+        Where something is left to be done that draws from global random generators, a
+        function that does it, and gives pixels ``(side, side, 3)``, uint8. It is called
+        in the thread that goes through the network.
+        """
 
 
 def forward(
@@ -152,8 +158,9 @@ def batches(
     ahead = 2 * max(batch_size, n_threads)
     started: deque[tuple[list[int], Callable[[], Rows]]] = deque()
 
-    def load(position: int) -> tuple[int, Pixels]:
-        return position, preprocessing(pictures[position])
+    def load(position: int) -> tuple[int, Pixels | Callable[[], Pixels]]:
+        picture = pictures[position]
+        return position, picture if callable(picture) else preprocessing(picture)
 
     def oldest() -> tuple[list[int], Rows]:
         positions, wait = started.popleft()
@@ -168,7 +175,7 @@ def batches(
     with contextlib.closing(decoded), bar:
         while chunk := list(itertools.islice(wanted, batch_size)):
             for i, (_, pixels) in enumerate(chunk):
-                batch[i] = pixels
+                batch[i] = pixels() if callable(pixels) else pixels
             positions = [position for position, _ in chunk]
             started.append((positions, network.start(batch)))
             if len(started) > network.n_ahead:
@@ -197,7 +204,11 @@ def n_decoders(n_jobs: int | None) -> int:
 
 
 def in_threads(
-    load: Callable[[int], Item], order: Sequence[int], *, n_threads: int, ahead: int
+    load: Callable[[Place], Item],
+    order: Sequence[Place],
+    *,
+    n_threads: int,
+    ahead: int,
 ) -> Generator[Item, None, None]:
     """Load what stands at some positions in threads, in order, a little ahead.
 
@@ -208,8 +219,8 @@ def in_threads(
     ----------
     load : callable
         Gives the item at a position; called by several threads at once.
-    order : sequence of int
-        The positions.
+    order : sequence
+        The positions, or whatever `load` takes.
     n_threads : int
         How many threads.
     ahead : int

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import joblib
 import numpy as np
@@ -16,9 +16,24 @@ from PIL import Image
 from sktl._engines import Prepared
 from sktl._execution import Execution
 from sktl._feature_store import FeatureStore
-from sktl._images import Pictures
-from sktl._inference import batches, forward, shape_of_batch
+from sktl._inference import PictureSequence, batches, forward, shape_of_batch
 from sktl._preprocessing import Preprocessing
+
+
+class KeyedPictures(PictureSequence, Protocol):
+    """Pictures whose content has keys: `Pictures`, or `Views` of them."""
+
+    def keys(self) -> list[bytes]:
+        """Give the keys of all; see `Pictures.keys`."""
+
+    def keyed(
+        self, row: int, /
+    ) -> tuple[bytes, Image.Image | Callable[[], NDArray[np.uint8]]]:
+        """Give a picture with the key of just that content."""
+
+    def decoder(self) -> dict[str, str]:
+        """Say what decides, beside its content, what a picture looks like."""
+
 
 Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
 _LEAST_WRITTEN = 32  # rows; a file of fewer is a waste
@@ -47,7 +62,7 @@ def as_store(memory: Memory) -> FeatureStore | None:
 
 def forward_once(
     network: Callable[[], Prepared],
-    pictures: Pictures,
+    pictures: KeyedPictures,
     preprocessing: Preprocessing,
     execution: Execution,
     *,
@@ -160,7 +175,7 @@ class _Missing:
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: KeyedPictures,
         rows: _Rows,
         store: FeatureStore,
         space: Mapping[str, str],
@@ -174,7 +189,9 @@ class _Missing:
     def __len__(self) -> int:
         return len(self._pictures)
 
-    def __getitem__(self, position: int) -> Image.Image:
+    def __getitem__(
+        self, position: int
+    ) -> Image.Image | Callable[[], NDArray[np.uint8]]:
         self._keys_now[position], picture = self._pictures.keyed(position)
         return picture
 

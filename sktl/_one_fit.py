@@ -1,6 +1,7 @@
 """Which training the parameters of an estimator and its data make."""
 
 import copy
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sktl._activations import Activations, LabelledActivations
-from sktl._augmentation import augmentation_for
+from sktl._augmentation import Augmentation, augmentation_for
 from sktl._batches import LabelledBatches, LabelledPictures
 from sktl._execution import Execution
 from sktl._images import Pictures
@@ -18,6 +19,7 @@ from sktl._preprocessing import Preprocessing
 from sktl._start import Start
 from sktl._trainable import n_open_stages
 from sktl._training import Progress, Settings, Training, warn_of_shared_gpu
+from sktl._views import AS_SEEN, Views
 
 
 def start_of(estimator: Any, n_classes: int, seed: int) -> Start:
@@ -50,18 +52,22 @@ def start_of(estimator: Any, n_classes: int, seed: int) -> Start:
 def activations_of(
     estimator: Any,
     network: nn.Sequential,
-    pictures: Pictures,
+    pictures: Pictures | Views,
     preprocessing: Preprocessing,
-    digest: str | None,
+    pretrained: tuple[int, str],
+    *,
+    remembered: bool = True,
 ) -> Activations:
-    """Give what the frozen part of a network says of pictures.
+    """Give what the frozen part of a network says of pictures, or of views of them.
 
     Parameters
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    network, pictures, preprocessing, digest
+    network, pictures, preprocessing, pretrained
         As `Activations` has them.
+    remembered : bool, default=True
+        Whether `memory` is used, if there is one.
 
     Returns
     -------
@@ -74,8 +80,8 @@ def activations_of(
         preprocessing,
         Execution.of(estimator),
         name=estimator.backbone,
-        digest=digest,
-        memory=estimator.memory,
+        pretrained=pretrained,
+        memory=estimator.memory if remembered else None,
         batch_size=estimator.batch_size,
         n_jobs=estimator.n_jobs,
         verbose=estimator.verbose,
@@ -132,29 +138,83 @@ def training_of(
         **{**own, **instead},
     )
 
-    def some(chosen: NDArray[np.bool_], augmentation: Any) -> LabelledBatches:
-        labelled = LabelledPictures(
-            pictures,
-            np.flatnonzero(chosen),
-            given.label[chosen],
-            given.weight[chosen],
-            augmentation=augmentation_for(augmentation, start.preprocessing),
-            side=start.preprocessing.crop_size,
-            n_jobs=estimator.n_jobs,
-        )
-        if estimator.augmentation is not None:
-            return labelled
-        return LabelledActivations(labelled, activations)
-
+    learned, watched = _learned_and_watched(
+        estimator, start, pictures, activations, given, held_out, progress.seed
+    )
     return Training(
         start.network,
         start.preprocessing,
-        some(~held_out, estimator.augmentation),
-        some(held_out, None) if estimator.early_stopping else None,
+        learned,
+        watched if estimator.early_stopping else None,
         settings=settings,
         progress=progress,
         callbacks=copy.deepcopy(list(estimator.callbacks or ())),
     )
+
+
+def _learned_and_watched(
+    estimator: Any,
+    start: Start,
+    pictures: Pictures,
+    activations: Activations,
+    given: Labelled,
+    held_out: NDArray[np.bool_],
+    seed: int,
+) -> tuple[LabelledBatches, LabelledBatches]:
+    """Say what is trained on, and what the best epoch is told by.
+
+    What is learned from varies: in each epoch anew, or as one of some fixed views, of
+    which the frozen part sees each only once. What is held out does not vary.
+    """
+    varied, preprocessing = estimator.augmentation, start.preprocessing
+    plain = augmentation_for(None, preprocessing)
+    learned, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+
+    def some(
+        rows: NDArray[np.intp],
+        seen: Pictures | Views,
+        places: NDArray[np.intp],
+        how: Augmentation = plain,
+    ) -> LabelledPictures:
+        return LabelledPictures(
+            seen,
+            places,
+            given.label[rows],
+            given.weight[rows],
+            augmentation=how,
+            side=preprocessing.crop_size,
+            n_jobs=estimator.n_jobs,
+        )
+
+    def frozen(seen: Pictures | Views, **remembered: bool) -> Activations:
+        network, pretrained = start.network, start.pretrained
+        return activations_of(
+            estimator, network, seen, preprocessing, pretrained, **remembered
+        )
+
+    if varied is None:
+        return (
+            LabelledActivations(some(learned, pictures, learned), activations),
+            LabelledActivations(some(watched, pictures, watched), activations),
+        )
+    # Only those that are asked for: what the frozen part says is computed for all.
+    apart = pictures.at(watched.tolist())
+    to_watch = some(watched, apart, np.arange(len(watched)))
+    validation = LabelledActivations(to_watch, frozen(apart))
+    if estimator.augmentation_views is None:
+        how = augmentation_for(varied, preprocessing)
+        return some(learned, pictures, learned, how), validation
+    views = Views(
+        pictures.at(learned.tolist()),
+        varied,
+        preprocessing,
+        n_views=estimator.augmentation_views,
+        seed=seed,
+    )
+    # Where no other fit can ask for the same, there is nothing to remember.
+    repeats = isinstance(varied, str) and isinstance(estimator.random_state, Integral)
+    to_learn = some(learned, views, np.arange(len(learned)), AS_SEEN)
+    return LabelledActivations(to_learn, frozen(views, remembered=repeats)), validation
 
 
 def solve_head_of(

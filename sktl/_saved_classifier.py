@@ -134,7 +134,8 @@ def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
         "_built_as": document["network"],
         "_digest": network_digest(network),
         # Which weights the lower part has is not known: so nothing remembered is used.
-        "_frozen_part": (0, None),
+        "_n_frozen": 0,
+        "_pretrained": (0, ""),
     }
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktl._backbone import Backbone
 from sktl._backbones import load_backbone
 from sktl._preprocessing import Preprocessing
 from sktl._random_state import seeded
@@ -31,15 +30,15 @@ class Start:
         What `new_network` was asked for, of values that JSON can hold.
     digest : str
         Of the weights it starts from, without the new head.
-    backbone : Backbone or None
-        The frozen network that it is made of; None if it goes on from a former fit.
+    pretrained : (int, str)
+        As `Activations` has it.
     """
 
     network: nn.Sequential
     preprocessing: Preprocessing
     built_as: dict[str, Any]
     digest: str
-    backbone: Backbone | None = None
+    pretrained: tuple[int, str]
 
     @property
     def stages(self) -> list[str]:
@@ -75,7 +74,7 @@ class Start:
         Returns
         -------
         Start
-            With its backbone.
+            At the weights of the backbone.
 
         Raises
         ------
@@ -102,7 +101,7 @@ class Start:
                 **built_as,
             },
             backbone.digest,
-            backbone,
+            (len(network) - 1, backbone.digest),
         )
 
     @classmethod
@@ -117,7 +116,7 @@ class Start:
         Returns
         -------
         Start
-            Without a backbone.
+            At the weights that the estimator has.
 
         Raises
         ------
@@ -144,6 +143,7 @@ class Start:
             estimator.preprocessing_,
             built_as,
             estimator._digest,
+            estimator._pretrained,
         )
 
 

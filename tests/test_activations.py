@@ -5,6 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import ImageOps
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -55,7 +56,7 @@ def activations_of(X, memory=None, network=None, **parameters):
         BACKBONE.preprocessing,
         Execution.of(mine),
         name="resnet_mini",
-        digest=BACKBONE.digest,
+        pretrained=(3, BACKBONE.digest),
         memory=memory,
         batch_size=16,
         n_jobs=None,
@@ -198,6 +199,13 @@ def test_what_somebody_does_to_the_network_is_not_remembered(paths, tmp_path):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_going_on_needs_nothing_that_is_known(paths, tmp_path, passes):
+    mine = classifier(trainable=1, memory=tmp_path, warm_start=True).fit(paths, Y)
+    n_before = sum(passes)
+    mine.fit(paths, Y).partial_fit(paths, Y).predict(paths)
+    assert sum(passes) == n_before
+
+
 def test_of_a_network_that_has_trained_rows_are_others(paths, tmp_path, passes):
     mine = classifier(trainable=2, memory=tmp_path, warm_start=True).fit(paths, Y)
     n_before = sum(passes)
@@ -234,6 +242,53 @@ def test_augmented_pictures_are_computed_each_time(paths, tmp_path, passes):
     mine = classifier(augmentation="flip", head_init="random", memory=tmp_path)
     mine.fit(paths, Y)
     assert not passes
+    assert FeatureStore(tmp_path).info()["rows"] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"early_stopping": True}])
+@pytest.mark.parametrize("trainable", ["head", 1])
+def test_views_have_equal_bits_however_they_are_kept(
+    paths, tmp_path, monkeypatch, trainable, options
+):
+    mine = classifier(trainable=trainable, augmentation="standard", **options)
+    mine.set_params(augmentation_views=3)
+    expected = clone(mine).fit(paths, Y)
+    remembering = clone(mine).set_params(memory=tmp_path)
+    assert_equal_weights(clone(remembering).fit(paths, Y), expected)
+    monkeypatch.setattr(activations_room, "_MOST_KEPT", 0)
+    assert_equal_weights(clone(mine).fit(paths, Y), expected)
+    assert_equal_weights(clone(remembering).fit(paths, Y), expected)
+
+
+def test_training_on_what_is_said_of_views_is_training_on_views(paths, monkeypatch):
+    mine = classifier(lr=1e-2, optimizer="sgd", augmentation="standard", max_epochs=4)
+    got = mine.set_params(augmentation_views=3).fit(paths, Y)
+    monkeypatch.setattr("sktl._one_fit.LabelledActivations", lambda pixels, _: pixels)
+    expected = clone(mine).fit(paths, Y)
+    for name, value in expected.module_.state_dict().items():
+        other = got.module_.state_dict()[name]
+        torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
+    others = clone(mine).set_params(augmentation_views=2).fit(paths, Y)
+    assert not torch.equal(others.module_[-1][-1].weight, got.module_[-1][-1].weight)
+
+
+def test_a_search_sends_each_view_once(paths, tmp_path, passes):
+    mine = classifier(augmentation="trivial", augmentation_views=2, max_epochs=1)
+    mine.set_params(head_init="random", memory=tmp_path)
+    search = GridSearchCV(mine, {"lr": [1e-3, 1e-4]}, cv=3).fit(paths, Y)
+    # Two views of each to learn from, and each as it is to be scored.
+    assert sum(passes) == 3 * 40
+    search.fit(paths, Y)
+    search.predict(paths)
+    assert sum(passes) == 3 * 40
+
+
+@pytest.mark.parametrize(
+    "options", [{"random_state": None}, {"augmentation": ImageOps.mirror}]
+)
+def test_views_that_no_other_fit_can_have_are_not_remembered(paths, tmp_path, options):
+    mine = classifier(augmentation="flip", augmentation_views=2, head_init="random")
+    mine.set_params(memory=tmp_path, **options).fit(paths, Y)
     assert FeatureStore(tmp_path).info()["rows"] == 0
 
 

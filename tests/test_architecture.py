@@ -19,6 +19,7 @@ FLOORS = [
     ["_activations", "_checkpoint", "_frozen_features", "_saved_classifier", "_start"],
     ["_memory", "_training"],
     ["_batches", "_steps"],
+    ["_views"],
     ["_augmentation", "_inference", "_labels", "_layers", "_linear_probe"],
     [
         "_backbones",

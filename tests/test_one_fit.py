@@ -23,7 +23,7 @@ def parts(pictures):
         held_out = rows_held_out(given, 0.25 if mine.early_stopping else None, 0)
         start = start_of(mine, 2, seed=0)
         activations = activations_of(
-            mine, start.network, X, start.preprocessing, start.digest
+            mine, start.network, X, start.preprocessing, start.pretrained
         )
         return mine, start, X, activations, given, held_out, Progress(0)
 

@@ -43,8 +43,8 @@ def test_below_the_head_it_is_the_backbone(name):
     for stage, module in backbone.stages.items():
         assert bits(start.network.get_submodule(stage)) == bits(module)
     assert start.stages == list(backbone.stages)
-    assert start.backbone is backbone
     assert start.digest == backbone.digest
+    assert start.pretrained == (len(start.network) - 1, backbone.digest)
     assert start.preprocessing == backbone.preprocessing
     x = torch.randn(2, 3, 32, 32)
     assert start.network.eval()(x).shape == (2, 3)
@@ -155,8 +155,8 @@ def test_going_on_is_with_all_that_belongs_to_it(fitted):
     assert start.stages == ["stem", "stage1"]
     assert start.preprocessing == Preprocessing(20, 20)
     assert start.built_as["hidden_layer_sizes"] == [4]
-    assert start.backbone is None
     assert start.digest == fitted._digest
+    assert start.pretrained == (0, load_backbone("tiny").digest)  # all was trained
 
 
 @pytest.mark.parametrize(
