@@ -13,6 +13,7 @@ these it is changes time, and not a bit of the result.
 import copy
 import sys
 from collections.abc import Generator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,18 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sktl._backbones import Reference
 from sktl._batches import Batch, LabelledPictures
 from sktl._engines import Prepared, memory_explained, prepared
 from sktl._execution import PRECISIONS, Execution
 from sktl._feature_store import FeatureStore
+from sktl._frozen_features import frozen_features
 from sktl._images import Pictures
 from sktl._inference import shape_of_batch
 from sktl._layers import PENULTIMATE
 from sktl._memory import Memory, as_store, forward_once
 from sktl._preprocessing import Preprocessing
+from sktl._spreading import is_spread
 from sktl._trainable import NECK, network_digest
 from sktl._views import Views
 
@@ -51,11 +55,9 @@ class Activations:
         What they go through before.
     execution : Execution
         How the frozen part is computed.
-    name : str
-        Of the backbone.
-    pretrained : (int, str)
-        How many parts of the network, from below, are as a file of weights has them,
-        and the digest of that file.
+    pretrained : (int, Reference)
+        How many parts of the network, from below, are as a backbone has them, and that
+        backbone.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Where activations are remembered.
     batch_size : int
@@ -71,8 +73,7 @@ class Activations:
         preprocessing: Preprocessing,
         execution: Execution,
         *,
-        name: str,
-        pretrained: tuple[int, str],
+        pretrained: tuple[int, Reference],
         memory: Memory,
         batch_size: int,
         n_jobs: int | None,
@@ -82,7 +83,6 @@ class Activations:
         self._pictures = pictures
         self._preprocessing = preprocessing
         self._execution = execution
-        self._name = name
         self._pretrained = pretrained
         self._store = as_store(memory)
         self._options: dict[str, Any]
@@ -189,7 +189,7 @@ class Activations:
         kept = self._store_for(n_frozen) is not None
         tqdm.write(
             f"The activations of {len(self._pictures)} pictures after "
-            f"{self._layer(n_frozen)} of {self._name} take at most "
+            f"{self._layer(n_frozen)} of {self._pretrained[1].name} take at most "
             f"{self.most_bytes(n_frozen) / 1e6:.1f} MB in {self._store!r}"
             f"{'.' if kept else ', more than it may have: they are not remembered.'}",
             file=sys.stderr,
@@ -209,40 +209,37 @@ class Activations:
     def _computed(
         self, n_frozen: int, pictures: Pictures | Views
     ) -> NDArray[np.float32]:
+        # The same as those of PretrainedFeatures, so that they are shared.
         layer = self._layer(n_frozen)
-        return forward_once(
-            lambda: self._prepared(n_frozen),
-            pictures,
-            self._preprocessing,
-            self._execution,
-            # The same as those of PretrainedFeatures, so that they are shared.
-            space={
-                "backbone": self._name,
-                "weights": self._digest_of(n_frozen),
-                "layer": layer,
-                "pooling": "avg" if layer == PENULTIMATE else "flatten",
-            },
-            memory=self._store_for(n_frozen),
-            n_samples=len(self._pictures),
-            **self._options,
-        )
+        pooling = "avg" if layer == PENULTIMATE else "flatten"
+        n_pretrained, reference = self._pretrained
+        given = pictures, self._preprocessing, self._execution
+        options = {**self._options, "n_samples": len(self._pictures)}
+        options["memory"] = self._store_for(n_frozen)
+        whole = pictures is self._pictures  # not a batch of a training
+        if whole and n_frozen <= n_pretrained and is_spread(self._options["n_jobs"]):
+            return frozen_features(reference, [layer], pooling, *given, **options)
+        space = {"backbone": reference.name, "weights": self._digest_of(n_frozen)}
+        space |= {"layer": layer, "pooling": pooling}
+        network = partial(self._prepared, n_frozen)
+        return forward_once(network, *given, space=space, **options)
 
     def _prepared(self, n_frozen: int) -> Prepared:
         layer = self._layer(n_frozen)
         return prepared(
-            ("frozen", self._name, self._digest_of(n_frozen), layer),
+            ("frozen", self._pretrained[1].name, self._digest_of(n_frozen), layer),
             lambda: nn.Sequential(
                 copy.deepcopy(self._network[:n_frozen]).cpu(), nn.Flatten(1)
             ),
             self._preprocessing,
             self._execution,
-            name=f"{self._name} up to {layer}",
+            name=f"{self._pretrained[1].name} up to {layer}",
         )
 
     def _digest_of(self, n_frozen: int) -> str:
-        n_pretrained, digest = self._pretrained
+        n_pretrained, reference = self._pretrained
         if n_frozen <= n_pretrained:
-            return digest
+            return reference.digest
         if n_frozen not in self._digests:
             frozen = self._network[:n_frozen]
             self._digests[n_frozen] = network_digest(frozen)

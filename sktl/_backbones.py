@@ -8,13 +8,14 @@ import difflib
 import functools
 import hashlib
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
 from threading import RLock
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -235,6 +236,80 @@ def load_backbone(
                 _kept.popitem(last=False)
         _kept.move_to_end(key)
         return _kept[key]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A backbone by its names: enough to load the same in another process.
+
+    Attributes
+    ----------
+    name, weights, random_state
+        As in `load_backbone`.
+    digest : str
+        What it has.
+    """
+
+    name: str
+    weights: str | None
+    random_state: int
+    digest: str
+
+    @classmethod
+    def to(
+        cls,
+        backbone: Backbone,
+        weights: str | PathLike[str] | None,
+        random_state: int = 0,
+    ) -> Self:
+        """Refer to a backbone that was loaded with these weights.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            From `load_backbone`.
+        weights, random_state
+            As it was asked for.
+
+        Returns
+        -------
+        Reference
+            Good in any working directory.
+        """
+        if isinstance(weights, PathLike) or (
+            weights is not None
+            and (weights.endswith(SUFFIXES) or os.path.basename(weights) != weights)
+        ):
+            weights = os.path.join(os.getcwd(), weights)
+        return cls(backbone.name, weights, random_state, backbone.digest)
+
+    def load(self) -> Backbone:
+        """Load it, unless this process has it.
+
+        Raises
+        ------
+        FileNotFoundError, ConnectionError
+            If this machine does not have the weights; names both.
+        ValueError
+            If it has others, and as `load_backbone` does.
+        """
+        what = f"The weights {self.weights!r} of {self.name!r}"
+        where = f"the machine {socket.gethostname()!r}, which computes with them"
+        try:
+            backbone = load_backbone(
+                self.name, self.weights, random_state=self.random_state
+            )
+        except (FileNotFoundError, ConnectionError) as error:
+            raise type(error)(
+                f"{what} must be on {where}. They are not: {error}"
+            ) from error
+        if backbone.digest != self.digest:
+            raise ValueError(
+                f"{what} must be those with the digest {self.digest[:12]} on {where}, "
+                f"too. Got {backbone.digest[:12]}. Copy the file there, or put it "
+                "where all machines see it."
+            )
+        return backbone
 
 
 # What is cached here is asked for in each fit and transform.

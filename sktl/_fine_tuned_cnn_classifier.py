@@ -137,7 +137,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors.
+        means all processors. Where that context chose a backend of processes, such as
+        Dask or Ray, any number but None sends the pictures to its workers for
+        what the frozen stages say of them.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Where it is remembered what the frozen stages give of each picture, as in
         `PretrainedFeatures`, and shared with it; see the notes.
@@ -693,8 +695,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         )
         self._built_as = start.built_as
         self._n_frozen = training.n_frozen
-        n_pretrained, digest = start.pretrained
-        self._pretrained = min(n_pretrained, training.n_frozen), digest
+        n_pretrained, reference = start.pretrained
+        self._pretrained = min(n_pretrained, training.n_frozen), reference
         self._digest = network_digest(start.network)
         return self
 

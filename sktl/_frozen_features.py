@@ -6,38 +6,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sktl._backbone import Backbone
-from sktl._engines import Prepared, prepared
+from sktl._backbones import Reference
 from sktl._execution import Execution
-from sktl._images import Pictures
-from sktl._layers import LayerExtractor
-from sktl._memory import forward_once
+from sktl._extractors import Extractor
+from sktl._memory import KeyedPictures
 from sktl._preprocessing import Preprocessing
-
-
-def feature_extractor(
-    backbone: Backbone,
-    layers: Sequence[str],
-    pooling: str | int,
-    preprocessing: Preprocessing,
-    execution: Execution,
-) -> Prepared:
-    """Give the network that computes features; see `LayerExtractor` and `prepared`."""
-    layers = tuple(layers)
-    return prepared(
-        (backbone, layers, pooling),
-        lambda: LayerExtractor(backbone, layers, pooling),
-        preprocessing,
-        execution,
-        name=f"{', '.join(layers)} of {backbone.name}",
-    )
+from sktl._spreading import forward_spread
 
 
 def frozen_features(
-    backbone: Backbone,
+    reference: Reference,
     layers: Sequence[str],
     pooling: str | int,
-    pictures: Pictures,
+    pictures: KeyedPictures,
     preprocessing: Preprocessing,
     execution: Execution,
     **options: Any,
@@ -46,28 +27,28 @@ def frozen_features(
 
     Parameters
     ----------
-    backbone : Backbone
-        Whose.
+    reference : Reference
+        To the backbone whose.
     layers, pooling
-        As `LayerExtractor` has them.
+        As `LayerExtractor` has them. No layers: the output of the whole network.
     pictures, preprocessing, execution, options
-        As `forward_once` has them.
+        As `forward_spread` has them.
 
     Returns
     -------
     ndarray of shape (n_samples, n_features), float32
         One row per picture.
     """
-    return forward_once(
-        lambda: feature_extractor(backbone, layers, pooling, preprocessing, execution),
+    space = {"backbone": reference.name, "weights": reference.digest}
+    if layers:
+        space |= {"layer": " + ".join(layers), "pooling": str(pooling)}
+    else:
+        space |= {"layer": "output"}
+    return forward_spread(
+        Extractor(reference, tuple(layers), pooling, preprocessing, execution),
         pictures,
         preprocessing,
         execution,
-        space={
-            "backbone": backbone.name,
-            "weights": backbone.digest,
-            "layer": " + ".join(layers),
-            "pooling": str(pooling),
-        },
+        space=space,
         **options,
     )

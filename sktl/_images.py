@@ -114,6 +114,23 @@ class Pictures:
             rows, self._pixel_range, self._row_shape, numbers, self._least_side
         )
 
+    def number(self, position: int) -> int:
+        """Say what errors call the row at a position."""
+        return self._numbers[position]
+
+    def elsewhere(self) -> "Pictures":
+        """Give the same, for a process with another working directory."""
+        here = os.getcwd()
+        rows = [
+            os.path.join(here, os.fsdecode(row))
+            if isinstance(row, str | os.PathLike)
+            else row
+            for row in self._rows
+        ]
+        return Pictures(
+            rows, self._pixel_range, self._row_shape, self._numbers, self._least_side
+        )
+
     def reduced(self, least_side: int | None) -> "Pictures":
         """Give the same, with another `least_side`."""
         return Pictures(

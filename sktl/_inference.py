@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import joblib
 import numpy as np
 import torch
+from joblib.parallel import get_active_backend
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -37,6 +38,9 @@ class PictureSequence(Protocol):
         function that does it, and gives pixels ``(side, side, 3)``, uint8. It is called
         in the thread that goes through the network.
         """
+
+    def number(self, position: int) -> int:
+        """Say what errors call it."""
 
 
 def forward(
@@ -165,7 +169,7 @@ def batches(
     def oldest() -> tuple[list[int], Rows]:
         positions, wait = started.popleft()
         out = wait()[: len(positions)]
-        _check_finite(out, positions, network.execution.precision)
+        _check_finite(out, positions, pictures, network.execution.precision)
         if verbose:
             bar.update(len(positions))
         return positions, out
@@ -192,15 +196,26 @@ def n_decoders(n_jobs: int | None) -> int:
     n_jobs : int or None
         In joblib's counting; but None, outside of a :obj:`joblib.parallel_config`
         context, is as many as torch computes with. That is the number of processors,
-        or what the environment or joblib leave to this process.
+        or what the environment or joblib leave to this process. With a backend of
+        processes, such as Dask's, it is that in any case.
 
     Returns
     -------
     int
         At least 1.
     """
+    n_threads = torch.get_num_threads()
+    if processes_chosen():
+        return n_threads  # the number of jobs is for all of a cluster
     n: int = joblib.effective_n_jobs(n_jobs)
-    return max(n, torch.get_num_threads()) if n_jobs is None else n
+    return max(n, n_threads) if n_jobs is None else n
+
+
+def processes_chosen() -> bool:
+    """Tell whether the user chose a backend of joblib whose workers are processes."""
+    # Where nothing is chosen it prefers threads; a choice it leaves as it is.
+    backend, _ = get_active_backend(prefer="threads")
+    return not getattr(backend, "supports_sharedmem", False)
 
 
 def in_threads(
@@ -248,13 +263,15 @@ def in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_finite(out: Rows, positions: Sequence[int], precision: str) -> None:
+def _check_finite(
+    out: Rows, positions: Sequence[int], pictures: PictureSequence, precision: str
+) -> None:
     finite = np.isfinite(out).all(axis=1)
     if not finite.all():
         advice = "These weights do not fit this network or this layer."
         if precision == "float16":
             advice = "Numbers above 65504 overflow in float16: try 'bfloat16'."
-        row = positions[int(finite.argmin())]
+        row = pictures.number(positions[int(finite.argmin())])
         raise ValueError(
             f"The output of the network for X[{row}] must be finite. Got NaN or "
             f"infinity with precision={precision!r}. {advice}"

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, Self, TypeAlias
 
 import joblib
 import numpy as np
@@ -33,6 +33,12 @@ class KeyedPictures(PictureSequence, Protocol):
 
     def decoder(self) -> dict[str, str]:
         """Say what decides, beside its content, what a picture looks like."""
+
+    def at(self, positions: Sequence[int], /) -> Self:
+        """Give some of them."""
+
+    def elsewhere(self) -> Self:
+        """Give the same, for a process with another working directory."""
 
 
 Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
@@ -188,6 +194,9 @@ class _Missing:
 
     def __len__(self) -> int:
         return len(self._pictures)
+
+    def number(self, position: int) -> int:
+        return self._pictures.number(position)
 
     def __getitem__(
         self, position: int

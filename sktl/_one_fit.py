@@ -10,6 +10,7 @@ from torch import nn
 
 from sktl._activations import Activations, LabelledActivations
 from sktl._augmentation import Augmentation, augmentation_for
+from sktl._backbones import Reference
 from sktl._batches import LabelledBatches, LabelledPictures
 from sktl._execution import Execution
 from sktl._images import Pictures
@@ -54,7 +55,7 @@ def activations_of(
     network: nn.Sequential,
     pictures: Pictures | Views,
     preprocessing: Preprocessing,
-    pretrained: tuple[int, str],
+    pretrained: tuple[int, Reference],
     *,
     remembered: bool = True,
 ) -> Activations:
@@ -79,7 +80,6 @@ def activations_of(
         pictures,
         preprocessing,
         Execution.of(estimator),
-        name=estimator.backbone,
         pretrained=pretrained,
         memory=estimator.memory if remembered else None,
         batch_size=estimator.batch_size,

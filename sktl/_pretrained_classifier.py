@@ -1,6 +1,5 @@
 """Pretrained networks as they are."""
 
-import copy
 import difflib
 import os
 from collections import Counter
@@ -20,13 +19,13 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbone import Backbone
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._decode import PixelRange
-from sktl._engines import prepared
 from sktl._execution import ENGINES, PRECISIONS, Execution
 from sktl._feature_store import FeatureStore
+from sktl._frozen_features import frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._memory import Memory, forward_once
+from sktl._memory import Memory
 from sktl._sklearn_compat import (
     Interval,
     StrOptions,
@@ -76,7 +75,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
     n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors.
+        means all processors. Where that context chose a backend of processes, such as
+        Dask or Ray, any number but None sends the pictures to its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         A directory in which the output for every picture is remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it
@@ -366,23 +366,14 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         """Run the network: ``(n_samples, n_categories)``, in its own order."""
         execution = Execution.of(self)
         preprocessing = backbone.preprocessing_at(self.image_size)
-        logits = forward_once(
-            lambda: prepared(
-                backbone,
-                lambda: copy.deepcopy(backbone.network),
-                preprocessing,
-                execution,
-                name=self.backbone,
-            ),
+        logits = frozen_features(
+            Reference.to(backbone, self.weights),
+            (),
+            "avg",
             pictures.reduced(preprocessing.least_side(self.reducing_gap)),
             preprocessing,
             execution,
             memory=self.memory,
-            space={
-                "backbone": self.backbone,
-                "weights": backbone.digest,
-                "layer": "output",
-            },
             batch_size=self.batch_size,
             n_jobs=self.n_jobs,
             verbose=self.verbose,

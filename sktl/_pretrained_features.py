@@ -14,12 +14,13 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbone import Backbone
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._decode import PixelRange
 from sktl._engines import Prepared
 from sktl._execution import ENGINES, PRECISIONS, Execution
+from sktl._extractors import feature_extractor
 from sktl._feature_store import FeatureStore
-from sktl._frozen_features import feature_extractor, frozen_features
+from sktl._frozen_features import frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
 from sktl._memory import Memory
 from sktl._sklearn_compat import (
@@ -110,7 +111,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     n_jobs : int or None, default=None
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors.
+        means all processors. Where that context chose a backend of processes, such as
+        Dask or Ray, any number but None sends the pictures to its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         A directory in which the features of every picture are remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it turns
@@ -309,7 +311,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         backbone = self._backbone_of_fit()
         preprocessing = backbone.preprocessing_at(self.image_size)
         return frozen_features(
-            backbone,
+            Reference.to(backbone, self.weights),
             self._layers(),
             self._pooling(),
             pictures.reduced(preprocessing.least_side(self.reducing_gap)),

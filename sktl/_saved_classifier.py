@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._preprocessing import Preprocessing
 from sktl._random_state import borrowed_generator
 from sktl._tensor_file import read_tensors, write_tensors
@@ -135,7 +135,7 @@ def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, A
         "_digest": network_digest(network),
         # Which weights the lower part has is not known: so nothing remembered is used.
         "_n_frozen": 0,
-        "_pretrained": (0, ""),
+        "_pretrained": (0, Reference(document["network"]["backbone"], None, 0, "")),
     }
 
 

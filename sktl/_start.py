@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._preprocessing import Preprocessing
 from sktl._random_state import seeded
 from sktl._trainable import new_network
@@ -30,7 +30,7 @@ class Start:
         What `new_network` was asked for, of values that JSON can hold.
     digest : str
         Of the weights it starts from, without the new head.
-    pretrained : (int, str)
+    pretrained : (int, Reference)
         As `Activations` has it.
     """
 
@@ -38,7 +38,7 @@ class Start:
     preprocessing: Preprocessing
     built_as: dict[str, Any]
     digest: str
-    pretrained: tuple[int, str]
+    pretrained: tuple[int, Reference]
 
     @property
     def stages(self) -> list[str]:
@@ -101,7 +101,7 @@ class Start:
                 **built_as,
             },
             backbone.digest,
-            (len(network) - 1, backbone.digest),
+            (len(network) - 1, Reference.to(backbone, weights, seed_of_weights)),
         )
 
     @classmethod

@@ -70,7 +70,6 @@ class Views:
         self._pictures = pictures
         self._name = augmentation
         self._preprocessing = preprocessing
-        self._augmentation = augmentation_for(augmentation, preprocessing)
         self.n_views = n_views
         self._seed = seed
         if positions is None:
@@ -96,23 +95,41 @@ class Views:
         row, number = divmod(self._positions[position], self.n_views)
         key, picture = self._pictures.keyed(row)
         key = self._key(key, number)
-        prepared = self._augmentation.prepare(picture)
+        # Made here, not in __init__: its functions cannot be pickled.
+        augmentation = augmentation_for(self._name, self._preprocessing)
+        prepared = augmentation.prepare(picture)
 
         def view() -> NDArray[np.uint8]:
             with seeded(_CPU, *struct.unpack("<8I", key)):
-                return self._augmentation.vary(prepared)
+                return augmentation.vary(prepared)
 
         return key, view
 
     def at(self, positions: Sequence[int]) -> "Views":
-        """Give some of the views."""
+        """Give some of the views, which know of no other pictures."""
+        places = [divmod(self._positions[i], self.n_views) for i in positions]
+        rows = {row: i for i, row in enumerate(dict.fromkeys(row for row, _ in places))}
+        return self._of(
+            self._pictures.at(list(rows)),
+            [rows[row] * self.n_views + number for row, number in places],
+        )
+
+    def elsewhere(self) -> "Views":
+        """Give the same; see `Pictures.elsewhere`."""
+        return self._of(self._pictures.elsewhere(), self._positions)
+
+    def number(self, position: int) -> int:
+        """Say what errors call the row of a view."""
+        return self._pictures.number(self._positions[position] // self.n_views)
+
+    def _of(self, pictures: Pictures, positions: Sequence[int]) -> "Views":
         return Views(
-            self._pictures,
+            pictures,
             self._name,
             self._preprocessing,
             n_views=self.n_views,
             seed=self._seed,
-            positions=[self._positions[position] for position in positions],
+            positions=positions,
         )
 
     def keys(self) -> list[bytes]:

@@ -14,7 +14,7 @@ from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 from sktl import _activations as activations_room
 from sktl._activations import Activations, LabelledActivations
 from sktl._augmentation import augmentation_for
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._batches import LabelledPictures
 from sktl._execution import Execution
 from sktl._images import as_pictures
@@ -55,8 +55,7 @@ def activations_of(X, memory=None, network=None, **parameters):
         as_pictures(X, estimator=mine, reset=True),
         BACKBONE.preprocessing,
         Execution.of(mine),
-        name="resnet_mini",
-        pretrained=(3, BACKBONE.digest),
+        pretrained=(3, Reference.to(BACKBONE, "DEFAULT")),
         memory=memory,
         batch_size=16,
         n_jobs=None,

@@ -2,6 +2,9 @@
 
 import copy
 import hashlib
+import pickle
+import re
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +18,12 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
 import sktl._backbones
-from sktl._backbones import list_backbones, load_backbone, register_backbone
+from sktl._backbones import (
+    Reference,
+    list_backbones,
+    load_backbone,
+    register_backbone,
+)
 from sktl._preprocessing import Preprocessing
 
 _SMALL = Preprocessing(resize_size=32, crop_size=32)
@@ -387,3 +395,31 @@ def test_refuses_weights_of_another_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'squeezenet1_1' differ in") as caught:
         load_backbone("squeezenet1_1", path)
     assert len(str(caught.value)) < 1000
+
+
+def test_a_reference_leads_to_the_same_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _saved(tmp_path, _resnet10(), "mine.pth")
+    register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
+    monkeypatch.chdir(tmp_path)
+    backbone = load_backbone("mine", "./mine.pth")
+    reference = Reference.to(backbone, "./mine.pth")
+    monkeypatch.chdir(tmp_path.parent)
+    assert pickle.loads(pickle.dumps(reference)).load() is backbone
+    assert Reference.to(load_backbone("resnet_mini"), "DEFAULT").weights == "DEFAULT"
+    random = load_backbone("resnet18", None, random_state=3)
+    assert Reference.to(random, None, 3).load() is random
+
+
+def test_a_reference_names_what_a_machine_lacks(tmp_path: Path) -> None:
+    file = _saved(tmp_path, _resnet10())
+    register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
+    reference = Reference.to(load_backbone("mine", file), file)
+    _saved(tmp_path, _resnet10())
+    with pytest.raises(ValueError, match=rf"digest {reference.digest[:12]} .*, too"):
+        reference.load()
+    file.unlink()
+    name = re.escape(socket.gethostname())
+    with pytest.raises(FileNotFoundError, match=rf"net.*on the machine '{name}'"):
+        reference.load()

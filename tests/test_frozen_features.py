@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import sktl._frozen_features
+import sktl._extractors
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._execution import Execution
 from sktl._frozen_features import frozen_features
 from sktl._images import as_pictures
@@ -20,7 +20,7 @@ def features(X, memory=None, layers=("penultimate",), pooling="avg", **options):
     settings = {"batch_size": 16, "engine": "torch", **options}
     execution = Execution.of(PretrainedFeatures(**settings))
     return frozen_features(
-        backbone,
+        Reference.to(backbone, "DEFAULT"),
         layers,
         pooling,
         as_pictures(X, estimator=PretrainedFeatures(), reset=True),
@@ -37,7 +37,7 @@ def features(X, memory=None, layers=("penultimate",), pooling="avg", **options):
 def passes():
     """Count the pictures that go through the network of features."""
     n_pictures = []
-    make = sktl._frozen_features.feature_extractor
+    make = sktl._extractors.feature_extractor
 
     def counted(*arguments, **options):
         network = make(*arguments, **options)
@@ -50,7 +50,7 @@ def passes():
             start=start, execution=network.execution, n_ahead=network.n_ahead
         )
 
-    with mock.patch("sktl._frozen_features.feature_extractor", counted):
+    with mock.patch("sktl._extractors.feature_extractor", counted):
         yield n_pictures
 
 
@@ -138,7 +138,7 @@ def test_a_fit_shares_its_rows_with_a_pipeline(paths, tmp_path, first):
 
 def test_if_all_is_known_no_network_is_made(paths, tmp_path):
     expected = features(paths, tmp_path)
-    with mock.patch("sktl._frozen_features.feature_extractor", None):
+    with mock.patch("sktl._extractors.feature_extractor", None):
         np.testing.assert_array_equal(features(paths, tmp_path), expected)
 
 

@@ -558,3 +558,18 @@ def test_a_path_below_a_missing_one_still_asks_for_a_column() -> None:
     table = pd.DataFrame({"path": [None, "a.jpg"], "altitude": [1, 2]})
     with pytest.raises(ValueError, match="one column can be used at a time"):
         as_pictures(table, estimator=Mean(), reset=True)
+
+
+def test_for_another_directory_paths_are_absolute(
+    paths: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = Path(paths[0]).parent
+    monkeypatch.chdir(folder)
+    X = [Path(paths[0]).name, Path(Path(paths[1]).name), paths[2], STACK[2]]
+    pictures = as_pictures(X, estimator=Mean(), reset=True).at([3, 1, 0, 2])
+    expected = [np.asarray(picture) for picture in pictures]
+    there = pictures.elsewhere()
+    monkeypatch.chdir(tmp_path.parent)
+    for position, picture in enumerate(expected):
+        np.testing.assert_array_equal(np.asarray(there[position]), picture)
+    assert [there.number(position) for position in range(4)] == [3, 1, 0, 2]

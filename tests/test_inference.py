@@ -14,10 +14,11 @@ from PIL import Image
 from torch import nn
 from torchvision import models
 
-from sktl import _engines
+from sktl import PretrainedFeatures, _engines
 from sktl._backbones import load_backbone
 from sktl._engines import TorchNetwork, prepared
 from sktl._execution import Execution
+from sktl._images import as_pictures
 from sktl._inference import forward, n_decoders
 from sktl._layers import LayerExtractor
 from sktl._preprocessing import Preprocessing
@@ -209,17 +210,20 @@ class _Raises(nn.Module):
         raise self._error
 
 
-def test_output_that_is_not_finite_is_named(images):
+def test_output_that_is_not_finite_is_named_by_the_row_of_x(pictures):
     class Overflow(nn.Module):
         def forward(self, x):
             out = x.mean((2, 3))
             out[3] = float("inf")
             return out
 
+    X = as_pictures(pictures, estimator=PretrainedFeatures(), reset=True)
     with pytest.raises(ValueError, match=r"X\[3\] must be finite.*do not fit"):
-        run(Overflow(), images)
+        run(Overflow(), X)
+    with pytest.raises(ValueError, match=r"X\[14\] must be finite"):  # of those left
+        run(Overflow(), X.at(range(8, 40, 2)))
     with pytest.raises(ValueError, match=r"float16: try 'bfloat16'"):
-        run(Overflow(), images, precision="float16")
+        run(Overflow(), X, precision="float16")
 
 
 @pytest.mark.parametrize("verbose", [0, 1])
@@ -260,3 +264,5 @@ def test_as_many_threads_decode_as_torch_computes_with():
     assert n_decoders(n_threads + 1) == n_threads + 1
     with joblib.parallel_config("threading", n_jobs=n_threads + 2):
         assert n_decoders(None) == n_threads + 2
+    with joblib.parallel_config("loky", n_jobs=n_threads + 2):
+        assert n_decoders(None) == n_decoders(7) == n_threads

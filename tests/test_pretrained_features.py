@@ -144,9 +144,7 @@ def test_one_network_serves_all_clones(paths, monkeypatch):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=48)
     mine.fit(paths)
     built = []
-    monkeypatch.setattr(
-        "sktl._frozen_features.LayerExtractor", lambda *_: built.append(1)
-    )
+    monkeypatch.setattr("sktl._extractors.LayerExtractor", lambda *_: built.append(1))
     clone(mine).fit(paths).transform(paths[:2])
     assert not built
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sktl import FineTunedCNNClassifier, Preprocessing, register_backbone
-from sktl._backbones import load_backbone
+from sktl._backbones import Reference, load_backbone
 from sktl._start import Start
 from sktl._weights import content_digest
 
@@ -44,7 +44,8 @@ def test_below_the_head_it_is_the_backbone(name):
         assert bits(start.network.get_submodule(stage)) == bits(module)
     assert start.stages == list(backbone.stages)
     assert start.digest == backbone.digest
-    assert start.pretrained == (len(start.network) - 1, backbone.digest)
+    reference = Reference.to(backbone, "DEFAULT")
+    assert start.pretrained == (len(start.network) - 1, reference)
     assert start.preprocessing == backbone.preprocessing
     x = torch.randn(2, 3, 32, 32)
     assert start.network.eval()(x).shape == (2, 3)
@@ -156,7 +157,8 @@ def test_going_on_is_with_all_that_belongs_to_it(fitted):
     assert start.preprocessing == Preprocessing(20, 20)
     assert start.built_as["hidden_layer_sizes"] == [4]
     assert start.digest == fitted._digest
-    assert start.pretrained == (0, load_backbone("tiny").digest)  # all was trained
+    reference = Reference.to(load_backbone("tiny"), "DEFAULT")
+    assert start.pretrained == (0, reference)  # all was trained
 
 
 @pytest.mark.parametrize(

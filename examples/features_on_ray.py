@@ -1,0 +1,137 @@
+"""
+============================
+Features on a cluster of Ray
+============================
+
+Three ways, from the least to learn to the largest data:
+
+- one call of ``transform``, whose pictures go to the workers;
+- a grid search, whose candidates go there, with one ``memory`` for all of them;
+- a dataset of Ray with paths in it, through a callable class that holds the network: a
+  table that no memory holds goes straight to Parquet.
+
+::
+
+    python examples/features_on_ray.py
+
+starts two workers on this machine and uses scanned digits. ``--data FOLDER --backbone
+resnet18`` does the same with your own pictures, in a folder per class. On a cluster of
+your own, ``ray.init(address="auto")``. One GPU per worker: ``num_gpus=1`` in
+``ray_remote_args`` and in ``map_batches``.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+import ray
+from PIL import Image
+from ray.util.joblib import register_ray
+from sklearn.datasets import load_digits, load_files
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from sktl import FeatureStore, PretrainedFeatures
+
+# Without these, a worker that is lost ends the whole call.
+AGAIN = {"max_restarts": -1, "max_task_retries": -1}
+
+
+class Features:
+    """What a worker of ``map_batches`` holds: the network, loaded once."""
+
+    def __init__(self, backbone: str, memory: Path) -> None:
+        self.features = PretrainedFeatures(backbone, memory=memory)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Add features to a batch of paths."""
+        return {**batch, "features": self.features.transform(batch["path"])}
+
+
+def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
+    """Write some scanned digits to files; give their paths and labels."""
+    X, y = load_digits(return_X_y=True)
+    paths = [str(folder / f"{i}.png") for i in range(n)]
+    for path, picture in zip(paths, X, strict=False):
+        Image.fromarray((picture.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
+    return paths, y[:n]
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long a block took."""
+    start = time.perf_counter()
+    yield
+    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+
+
+@contextmanager
+def on_ray(what: str) -> Iterator[None]:
+    """Let the workers of Ray do a block, and time it."""
+    with joblib.parallel_config("ray", ray_remote_args=AGAIN), timed(what):
+        yield
+
+
+def main() -> None:
+    """Compute features in three ways, and compare."""
+    parser = argparse.ArgumentParser(description="Features on a cluster of Ray")
+    parser.add_argument("--data", type=Path, help="a folder per class; None: digits")
+    parser.add_argument("--backbone", default="resnet_mini")
+    parser.add_argument("--digits", type=int, default=600)
+    arguments = parser.parse_args()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    register_ray()
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.data is None:
+            paths, y = digits(Path(scratch), arguments.digits)
+        else:
+            files = load_files(arguments.data, load_content=False, random_state=0)
+            paths, y = list(files.filenames), files.target
+        memory = Path(scratch) / "memory"
+        features = PretrainedFeatures(arguments.backbone, memory=memory)
+
+        with (
+            joblib.parallel_config("ray", ray_remote_args=AGAIN),
+            timed(f"{len(paths)} pictures, one call"),
+        ):
+            rows = features.set_params(n_jobs=-1).transform(paths)
+
+        # n_jobs of the search is None: in a worker, pictures stay where they are.
+        model = make_pipeline(
+            features.set_params(n_jobs=None),
+            StandardScaler(),
+            LogisticRegression(max_iter=1000),
+        )
+        grid = {"logisticregression__C": [0.001, 0.01, 0.1]}
+        with (
+            joblib.parallel_config("ray", ray_remote_args=AGAIN),
+            timed("a search, with what is remembered"),
+        ):
+            search = GridSearchCV(model, grid, cv=3, n_jobs=-1).fit(paths, y)
+        print(f"accuracy {search.best_score_:.3f} with {search.best_params_}")
+        print(f"rows remembered: {FeatureStore(memory).info()['rows']}")
+
+        table = ray.data.from_items([{"path": path} for path in paths]).map_batches(
+            Features,
+            fn_constructor_args=(arguments.backbone, memory),
+            batch_size=100,
+            concurrency=2,
+        )
+        with timed("a dataset, to Parquet"):
+            table.write_parquet(f"{scratch}/features")
+        back = ray.data.read_parquet(f"{scratch}/features").to_pandas()
+        back = np.stack(back.set_index("path").loc[paths, "features"])
+        print(f"equal to those of the one call: {np.array_equal(back, rows)}")
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

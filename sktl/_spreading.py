@@ -1,0 +1,122 @@
+"""Where pictures go through the network: here, or spread over the workers of a cluster.
+
+sktl builds no cluster. Whoever has one tells joblib (``joblib.parallel_config("dask")``
+or ``"ray"``), and n_jobs other than None sends chunks of pictures there. A worker loads
+the network once, decodes its own pictures, shares the store, if there is one, and
+sends back rows only. Chunks of a lost worker are the engine's to do again.
+"""
+
+import contextlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import joblib
+import numpy as np
+from joblib.parallel import get_active_backend
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from sktl._execution import Execution
+from sktl._extractors import Extractor
+from sktl._feature_store import FeatureStore
+from sktl._inference import processes_chosen
+from sktl._memory import KeyedPictures, Memory, as_store, forward_once
+from sktl._preprocessing import Preprocessing
+
+_CHUNKS_OF_A_WORKER = 4  # at least, if there are pictures enough: one may be slow
+_MOST_BATCHES = 8  # of a chunk: so many are lost with a worker
+
+
+def is_spread(n_jobs: int | None) -> bool:
+    """Tell whether the user chose a backend of processes, and wants it to be used."""
+    return n_jobs is not None and processes_chosen()
+
+
+def forward_spread(
+    network: Extractor,
+    pictures: KeyedPictures,
+    preprocessing: Preprocessing,
+    execution: Execution,
+    *,
+    memory: Memory,
+    space: Mapping[str, str],
+    batch_size: int,
+    n_jobs: int | None,
+    verbose: int,
+    n_samples: int | None = None,
+) -> NDArray[np.float32]:
+    """Do what `forward_once` does, with the workers of the backend that was chosen.
+
+    The rows have the same bits, wherever they come from.
+
+    Parameters
+    ----------
+    network : Extractor
+        What computes.
+    pictures, preprocessing, execution, memory, space, batch_size, verbose, n_samples
+        As in `forward_once`.
+    n_jobs : int or None
+        None keeps the work in this process, as does a backend of threads, and none.
+
+    Returns
+    -------
+    ndarray of shape (n_samples, n_outputs), float32
+
+    Raises
+    ------
+    ValueError, MemoryError
+        As `forward_once` does, whichever process it was in.
+    FileNotFoundError
+        If a worker does not have the weights; names it.
+    """
+    options: dict[str, Any] = {"space": space, "batch_size": batch_size}
+    options["n_samples"] = n_samples or len(pictures)
+    if not is_spread(n_jobs):
+        options |= {"memory": memory, "n_jobs": n_jobs, "verbose": verbose}
+        return forward_once(network, pictures, preprocessing, execution, **options)
+    options |= {"memory": _elsewhere(as_store(memory)), "n_jobs": None, "verbose": 0}
+    chunks = _chunks(len(pictures), batch_size, joblib.effective_n_jobs(n_jobs))
+    compute = joblib.delayed(forward_once)
+    backend, _ = get_active_backend()
+    as_they_come = backend.supports_return_generator
+    results = joblib.Parallel(
+        n_jobs=n_jobs, return_as="generator" if as_they_come else "list"
+    )(
+        compute(
+            network,
+            pictures.at(chunk).elsewhere(),
+            preprocessing,
+            execution,
+            **options,
+        )
+        for chunk in chunks
+    )
+    bar: Any = contextlib.nullcontext()
+    if verbose:
+        bar = tqdm(total=len(pictures), unit="picture", delay=1)
+    rows: NDArray[np.float32] | None = None
+    with bar:
+        for chunk, out in zip(chunks, results, strict=True):
+            if rows is None:
+                rows = np.empty((len(pictures), out.shape[1]), dtype=np.float32)
+            rows[chunk.start : chunk.stop] = out
+            if verbose:
+                bar.update(len(chunk))
+    assert rows is not None  # there is at least one picture
+    return rows
+
+
+def _chunks(n_pictures: int, batch_size: int, n_workers: int) -> list[range]:
+    n_batches = -(-n_pictures // batch_size) // (_CHUNKS_OF_A_WORKER * n_workers)
+    size = batch_size * min(max(1, n_batches), _MOST_BATCHES)
+    starts = range(0, n_pictures, size)
+    return [range(start, min(start + size, n_pictures)) for start in starts]
+
+
+def _elsewhere(store: FeatureStore | None) -> FeatureStore | None:
+    """Give the same store, for a process with another working directory."""
+    if store is None:
+        return None
+    directory = os.path.abspath(os.path.expanduser(store.directory))
+    return FeatureStore(directory, store.max_bytes)

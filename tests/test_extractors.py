@@ -1,0 +1,51 @@
+"""A network by reference is the network, here and after a journey."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from sktl import PretrainedFeatures
+from sktl._backbones import Reference, load_backbone
+from sktl._execution import Execution
+from sktl._extractors import Extractor, feature_extractor
+
+BACKBONE = load_backbone("resnet_mini")
+EXECUTION = Execution.of(PretrainedFeatures(engine="torch"))
+
+
+def extractor(layers, pooling="avg", preprocessing=BACKBONE.preprocessing):
+    reference = Reference.to(BACKBONE, "DEFAULT")
+    return Extractor(reference, layers, pooling, preprocessing, EXECUTION)
+
+
+@pytest.fixture
+def pixels(pictures):
+    return np.stack([picture[:24, :24] for picture in pictures[:4]])
+
+
+def test_without_layers_it_is_the_whole_network(pixels):
+    at_24 = BACKBONE.preprocessing.with_image_size(24)
+    got = extractor((), preprocessing=at_24)().start(pixels)()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (at_24.mean, at_24.std))
+    with torch.no_grad():
+        expected = BACKBONE.network((x - mean) / std).numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_from_elsewhere_is_the_same_network():
+    mine = extractor(("stem", "stage2"), 2)
+    made = mine()
+    assert pickle.loads(pickle.dumps(mine))() is made
+    again = feature_extractor(
+        BACKBONE, ["stem", "stage2"], 2, BACKBONE.preprocessing, EXECUTION
+    )
+    assert again is made
+    assert made.widths is not None
+    assert len(made.widths) == 2
+
+
+def test_it_travels_without_weights():
+    assert len(pickle.dumps(extractor(("penultimate",)))) < 1000

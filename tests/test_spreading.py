@@ -1,0 +1,247 @@
+"""Rows that come from other processes have the bits of those computed here."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import joblib
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.linear_model import RidgeClassifier
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+
+from sktl import (
+    FeatureStore,
+    FineTunedCNNClassifier,
+    PretrainedClassifier,
+    PretrainedFeatures,
+)
+from sktl._backbones import Reference, load_backbone
+from sktl._execution import Execution
+from sktl._extractors import Extractor
+from sktl._images import as_pictures
+from sktl._spreading import forward_spread
+
+pytestmark = [
+    # Of the engines, about their own insides.
+    pytest.mark.filterwarnings("default::DeprecationWarning"),
+    pytest.mark.filterwarnings("default::FutureWarning"),
+    pytest.mark.filterwarnings("default::ResourceWarning"),
+    pytest.mark.filterwarnings("default::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def dask():
+    """Give a cluster of two processes of Dask, one thread each."""
+    distributed = pytest.importorskip("distributed")
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster),
+    ):
+        yield {"backend": "dask"}
+
+
+@pytest.fixture(scope="module")
+def ray(tmp_path_factory):
+    """Start two workers of Ray, which may be lost."""
+    ray = pytest.importorskip("ray")
+    from ray.util.joblib import register_ray
+
+    here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": here}},
+    )
+    register_ray()
+    yield {
+        "backend": "ray",
+        "ray_remote_args": {"max_restarts": -1, "max_task_retries": -1},
+    }
+    ray.shutdown()
+
+
+@pytest.fixture(params=["dask", "ray"])
+def engine(request):
+    return request.getfixturevalue(request.param)
+
+
+@dataclass(frozen=True)
+class Logged(Extractor):
+    """Write down each batch, and who computes it; rest a while, if asked to."""
+
+    log: str = ""
+    seconds: float = 0.0
+
+    def __call__(self):
+        made = super().__call__()
+
+        def start(pixels):
+            with open(self.log, "a") as log:
+                print(os.getpid(), len(pixels), file=log)
+            time.sleep(self.seconds)
+            return made.start(pixels)
+
+        return SimpleNamespace(start=start, execution=made.execution, n_ahead=0)
+
+
+def logged(log, seconds=0.0, weights="DEFAULT"):
+    backbone = load_backbone("resnet_mini")
+    reference = Reference.to(backbone, weights)
+    execution = Execution.of(PretrainedFeatures(engine="torch"))
+    given = reference, ("stem",), "avg", backbone.preprocessing, execution
+    return Logged(*given, log=str(log), seconds=seconds)
+
+
+def spread(network, X, memory=None):
+    return forward_spread(
+        network,
+        as_pictures(X, estimator=PretrainedFeatures(), reset=True),
+        network.preprocessing,
+        network.execution,
+        memory=memory,
+        space={"test": "spreading"},
+        batch_size=2,
+        n_jobs=2,
+        verbose=0,
+    )
+
+
+def batches_in(log):
+    return [line.split() for line in Path(log).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["paths", "arrays"])
+def test_rows_have_the_bits_of_those_computed_here(engine, paths, pictures, kind):
+    X = paths if kind == "paths" else pictures
+    mine = PretrainedFeatures("resnet_mini", layer=["stem", "penultimate"])
+    mine.set_params(batch_size=8)
+    expected = clone(mine).transform(X)
+    with joblib.parallel_config(**engine):
+        got = mine.set_params(n_jobs=2).transform(X)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_all_three_estimators_spread(dask, paths):
+    y = np.arange(40) % 2
+    tuned = FineTunedCNNClassifier(
+        "resnet_mini", trainable=1, max_epochs=1, batch_size=8, random_state=0
+    )
+    tuned.set_params(augmentation="flip", augmentation_views=2)
+    for mine in (PretrainedClassifier("resnet_mini", batch_size=8), tuned):
+        expected = clone(mine).fit(paths, y).predict_proba(paths)
+        with joblib.parallel_config(**dask):
+            fitted = mine.set_params(n_jobs=2).fit(paths, y)
+        np.testing.assert_array_equal(fitted.predict_proba(paths), expected)
+
+
+def test_each_picture_is_computed_by_one_of_the_workers(engine, paths, tmp_path):
+    log, store = tmp_path / "log", FeatureStore(tmp_path / "store")
+    network = logged(log, seconds=0.05)
+    with joblib.parallel_config(**engine):
+        rows = spread(network, paths, store)
+        batches = batches_in(log)
+        assert sum(int(n) for _, n in batches) == len(paths)
+        assert len({pid for pid, _ in batches} - {str(os.getpid())}) == 2
+        np.testing.assert_array_equal(spread(network, paths, store), rows)
+    assert batches_in(log) == batches  # nothing the second time
+    assert store.info()["rows"] == len(paths)
+    np.testing.assert_array_equal(spread(network, paths, store), rows)
+    assert batches_in(log) == batches
+
+
+@contextlib.contextmanager
+def in_a_thread(function):
+    """Run a function beside the block."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    yield
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_what_a_lost_worker_had_is_done_again(engine, paths, tmp_path):
+    expected = spread(logged(tmp_path / "other"), paths)
+    network = logged(tmp_path / "log", seconds=0.1)
+    killed = []
+
+    def kill():
+        while len(batches_in(tmp_path / "log")) < 3:
+            time.sleep(0.01)
+        killed.append(int(batches_in(tmp_path / "log")[-1][0]))
+        os.kill(killed[0], signal.SIGKILL)
+
+    (tmp_path / "log").touch()
+    with joblib.parallel_config(**engine), in_a_thread(kill):
+        rows = spread(network, paths)
+    assert killed
+    assert killed[0] != os.getpid()
+    np.testing.assert_array_equal(rows, expected)
+    assert len(batches_in(tmp_path / "log")) > len(paths) // 2
+
+
+def test_a_worker_without_the_weights_says_so(engine, paths, tmp_path):
+    network = logged(tmp_path / "log", weights=tmp_path / "nowhere.pth")
+    with (
+        joblib.parallel_config(**engine),
+        pytest.raises(FileNotFoundError, match=r"nowhere.* must be on the machine"),
+    ):
+        spread(network, paths)
+
+
+def test_a_bad_picture_is_named_by_its_row(engine, paths, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    with (
+        joblib.parallel_config(**engine),
+        pytest.raises(ValueError, match=r"X\[30\].*bad\.png"),
+    ):
+        spread(logged(tmp_path / "log"), [*paths[:30], str(bad), *paths[30:]])
+
+
+def test_a_search_with_a_shared_memory(engine, paths, tmp_path):
+    y = np.arange(40) % 2
+    features = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=8)
+    search = GridSearchCV(
+        make_pipeline(features, RidgeClassifier()),
+        {"ridgeclassifier__alpha": [0.1, 1.0, 10.0]},
+        cv=3,
+        n_jobs=2,
+    )
+    expected = clone(search).set_params(n_jobs=None).fit(paths, y)
+    with joblib.parallel_config(**engine):
+        got = clone(search).fit(paths, y)
+    for name in ("mean_test_score", "params"):
+        assert list(got.cv_results_[name]) == list(expected.cv_results_[name])
+    assert FeatureStore(tmp_path).info()["rows"] == 40
+
+
+def test_paths_are_the_same_in_another_working_directory(dask, paths, monkeypatch):
+    folder = Path(paths[0]).parent
+    monkeypatch.chdir(folder)
+    names = [Path(path).name for path in paths]
+    mine = PretrainedFeatures("resnet_mini", memory="store", batch_size=8, n_jobs=2)
+    with joblib.parallel_config(**dask):
+        rows = mine.transform(names)
+    np.testing.assert_array_equal(rows, clone(mine).transform(paths))
+    assert FeatureStore(folder / "store").info()["rows"] == 40
+
+
+def test_without_a_choice_of_the_users_all_stays_here(paths, tmp_path):
+    network = logged(tmp_path / "log")
+    spread(network, paths)
+    with joblib.parallel_config("threading", n_jobs=2):
+        spread(network, paths)
+    assert {pid for pid, _ in batches_in(tmp_path / "log")} == {str(os.getpid())}
