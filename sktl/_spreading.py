@@ -24,7 +24,7 @@ from sktl._inference import processes_chosen
 from sktl._memory import KeyedPictures, Memory, as_store, forward_once
 from sktl._preprocessing import Preprocessing
 
-_CHUNKS_OF_A_WORKER = 4  # at least, if there are pictures enough: one may be slow
+_CHUNKS_OF_A_WORKER = 8  # at least, if there are pictures enough: to end together
 _MOST_BATCHES = 8  # of a chunk: so many are lost with a worker
 
 

@@ -167,3 +167,16 @@ def test_pretraining_resumes_to_the_same_weights(
     )
     assert rows.shape == (1, 256)
     assert torch.isfinite(torch.from_numpy(rows)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("features_on_dask", "dask.dataframe"), ("features_on_ray", "ray.data")],
+)
+@pytest.mark.filterwarnings("default")  # of the engines, about their own insides
+def test_features_on_a_cluster(run, capsys, name, needs):
+    pytest.importorskip(needs)
+    run(name, "--digits", 60)
+    out = capsys.readouterr().out
+    assert "rows remembered: 60\n" in out
+    assert "equal to those of the one call: True" in out
