@@ -62,8 +62,10 @@ class Activations:
         Where activations are remembered.
     batch_size : int
         Number of pictures that go through the frozen part at a time.
-    n_jobs, verbose
+    n_jobs, verbose, n_samples
         As `forward` has them.
+    spread : bool, default=True
+        Whether workers of a cluster may compute, if there is one.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class Activations:
         batch_size: int,
         n_jobs: int | None,
         verbose: int,
+        n_samples: int | None = None,
+        spread: bool = True,
     ) -> None:
         self._network = network
         self._pictures = pictures
@@ -87,6 +91,9 @@ class Activations:
         self._store = as_store(memory)
         self._options: dict[str, Any]
         self._options = {"batch_size": batch_size, "n_jobs": n_jobs, "verbose": verbose}
+        self._options["n_samples"] = n_samples or len(pictures)
+        self._spread = spread and is_spread(n_jobs)
+        self._remembered: set[int] = set()  # boundaries of which a cluster did all
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
         self._digests: dict[int, str] = {}
@@ -114,14 +121,36 @@ class Activations:
             If a batch does not fit into memory.
         """
         shape = self._shape(n_frozen)
-        if n_frozen not in self._kept and self._fits(shape):
-            self._kept.clear()  # of a boundary that was before
-            self._kept[n_frozen] = self._computed(n_frozen, self._pictures)
         if n_frozen in self._kept:
             rows = self._kept[n_frozen][np.asarray(positions)]
         else:
-            rows = self._computed(n_frozen, self._pictures.at(positions))
+            rows = self._computed(n_frozen, self._pictures.at(positions), spread=False)
         return torch.from_numpy(rows).view(-1, *shape)
+
+    def compute(self, n_frozen: int) -> None:
+        """Compute the activations of all pictures and keep them, if they fit.
+
+        If they do not, the workers of a cluster, if there is one, compute what is to be
+        remembered; else each batch is computed when it is asked for.
+
+        Parameters
+        ----------
+        n_frozen : int
+            Number of parts of the network that are frozen; at least 1.
+        """
+        if n_frozen in self._kept or n_frozen in self._remembered:
+            return
+        n_pictures = len(self._pictures)
+        at_once = _MOST_KEPT // (4 * int(np.prod(self._shape(n_frozen))))
+        if at_once >= n_pictures:
+            self._kept.clear()  # of a boundary that was before
+            self._kept[n_frozen] = self._computed(n_frozen, self._pictures)
+        elif self._may_spread(n_frozen) and self._store_for(n_frozen) is not None:
+            starts = range(0, n_pictures, max(1, at_once))
+            for start in starts:
+                some = range(start, n_pictures)[: starts.step]
+                self._computed(n_frozen, self._pictures.at(some))
+            self._remembered.add(n_frozen)
 
     def features(self) -> NDArray[np.float32]:
         """Give what the head sees of all pictures: ``(n, n_features)``."""
@@ -143,6 +172,7 @@ class Activations:
         ndarray of shape (n_samples, n_outputs)
             Of all pictures. As in `forward`, a row does not depend on its neighbours.
         """
+        self.compute(n_frozen)
         n_samples = len(self._pictures)
         device, precision = self._execution.device, self._execution.precision
         above = self._network[n_frozen:].eval()
@@ -166,9 +196,6 @@ class Activations:
         """Say how much a store may grow by the activations at a boundary."""
         bytes_of_row = 4 * int(np.prod(self._shape(n_frozen)))
         return len(self._pictures) * (bytes_of_row + _BYTES_BESIDE_A_ROW)
-
-    def _fits(self, shape: tuple[int, ...]) -> bool:
-        return 4 * len(self._pictures) * int(np.prod(shape)) <= _MOST_KEPT
 
     def _shape(self, n_frozen: int) -> tuple[int, ...]:
         """Say what shape the activations of one picture have, and tell the user."""
@@ -206,18 +233,19 @@ class Activations:
         name = list(dict(self._network.named_children()))[n_frozen - 1]
         return PENULTIMATE if name == NECK else name
 
+    def _may_spread(self, n_frozen: int) -> bool:
+        return self._spread and n_frozen <= self._pretrained[0]
+
     def _computed(
-        self, n_frozen: int, pictures: Pictures | Views
+        self, n_frozen: int, pictures: Pictures | Views, *, spread: bool = True
     ) -> NDArray[np.float32]:
         # The same as those of PretrainedFeatures, so that they are shared.
         layer = self._layer(n_frozen)
         pooling = "avg" if layer == PENULTIMATE else "flatten"
-        n_pretrained, reference = self._pretrained
+        _, reference = self._pretrained
         given = pictures, self._preprocessing, self._execution
-        options = {**self._options, "n_samples": len(self._pictures)}
-        options["memory"] = self._store_for(n_frozen)
-        whole = pictures is self._pictures  # not a batch of a training
-        if whole and n_frozen <= n_pretrained and is_spread(self._options["n_jobs"]):
+        options = {**self._options, "memory": self._store_for(n_frozen)}
+        if spread and self._may_spread(n_frozen):
             return frozen_features(reference, [layer], pooling, *given, **options)
         space = {"backbone": reference.name, "weights": self._digest_of(n_frozen)}
         space |= {"layer": layer, "pooling": pooling}
@@ -272,6 +300,11 @@ class LabelledActivations(Dataset[Any]):
     def freeze(self, n_frozen: int) -> None:
         """Say how many parts of the network are frozen from now on."""
         self._n_frozen = n_frozen
+
+    def prepare(self, n_epochs: int) -> None:
+        """Let all activations be computed, unless more than will be seen."""
+        if self._n_frozen and n_epochs >= self._pictures.n_views:
+            self._activations.compute(self._n_frozen)
 
     def batches(
         self, order: Sequence[int], n_batches: int

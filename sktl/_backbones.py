@@ -280,7 +280,7 @@ class Reference:
             weights is not None
             and (weights.endswith(SUFFIXES) or os.path.basename(weights) != weights)
         ):
-            weights = os.path.join(os.getcwd(), weights)
+            weights = os.path.join(os.getcwd(), os.path.expanduser(weights))
         return cls(backbone.name, weights, random_state, backbone.digest)
 
     def load(self) -> Backbone:

@@ -43,6 +43,11 @@ class LabelledPictures(Dataset[Any]):
         Of the pixels it gives.
     n_jobs : int or None
         Threads that decode, see `n_decoders`.
+
+    Attributes
+    ----------
+    n_views : int
+        Of each picture.
     """
 
     def __init__(
@@ -58,7 +63,7 @@ class LabelledPictures(Dataset[Any]):
     ) -> None:
         self._pictures = pictures
         self._rows = rows
-        self._n_views = pictures.n_views if isinstance(pictures, Views) else 1
+        self.n_views = pictures.n_views if isinstance(pictures, Views) else 1
         self._label = torch.from_numpy(label.astype(np.int64))
         self._weight = torch.from_numpy(weight.astype(np.float32))
         self._augmentation = augmentation
@@ -75,6 +80,9 @@ class LabelledPictures(Dataset[Any]):
     def freeze(self, n_frozen: int) -> None:
         """Nothing: its pixels are for the whole network, whatever of it trains."""
 
+    def prepare(self, n_epochs: int) -> None:
+        """Nothing: its pictures are decoded as they are needed."""
+
     def seen(self, order: Sequence[int]) -> NDArray[np.intp]:
         """Say where, among all pictures or views, those are that are seen this time.
 
@@ -89,10 +97,10 @@ class LabelledPictures(Dataset[Any]):
             Of views, one of each picture, drawn from torch's global generator.
         """
         rows = self._rows[np.asarray(order)]
-        if self._n_views == 1:
+        if self.n_views == 1:
             return rows
-        drawn = torch.randint(self._n_views, (len(rows),)).numpy()
-        return rows * self._n_views + drawn
+        drawn = torch.randint(self.n_views, (len(rows),)).numpy()
+        return rows * self.n_views + drawn
 
     def targets(self, part: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
         """Give labels and weights of some of the pictures, each of shape (n,)."""
@@ -157,6 +165,13 @@ class LabelledBatches(Protocol):
 
     def freeze(self, n_frozen: int) -> None:
         """Say how many parts of the network, from below, are frozen from now on."""
+
+    def prepare(self, n_epochs: int) -> None:
+        """Do what is done once, for so many epochs, before the first batch.
+
+        Whoever trains holds the global generators; here other processes may be waited
+        for, which need theirs.
+        """
 
     def batches(
         self, order: Sequence[int], n_batches: int

@@ -39,7 +39,7 @@ Space = Mapping[str, str]
 
 _VERSION = "sktl-store-1"  # of the layout; another one is another directory
 _SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
-# No shard grows beyond it by merging: so a merge takes some 10 ms.
+# No shard of a space of usual size grows beyond it by merging: that takes some 10 ms.
 _MERGED_BYTES = 3 * 2**20
 _encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one each time
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
@@ -277,7 +277,7 @@ class FeatureStore:
             for file in index.folder.iterdir():
                 if is_ours(file.name):
                     file.unlink(missing_ok=True)
-            index.refresh()
+            index.changed()
 
     def _root(self) -> str:  # by os.path, since it is asked for in each call
         directory = os.path.abspath(os.path.expanduser(self.directory))

@@ -83,7 +83,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
     augmentation_views : int or None, default=None
         If given, each picture has so many views, the same in each epoch, and one of
         them, drawn at random, is seen. Frozen stages then see each view only once, see
-        the notes. None varies it anew each time. Without effect without `augmentation`.
+        the notes; fewer views than epochs save time. None varies a picture anew each
+        time. Without effect without `augmentation`.
     label_smoothing : float, default=0.0
         Share of the target that is spread over all classes.
     wise_ft_alpha : float, default=0.4
@@ -138,8 +139,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
         Number of threads that decode pictures ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None sends the pictures to its workers for
-        what the frozen stages say of them.
+        Dask or Ray, any number but None lets its workers compute, in `fit`, what frozen
+        pretrained stages say of the pictures.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Where it is remembered what the frozen stages give of each picture, as in
         `PretrainedFeatures`, and shared with it; see the notes.
@@ -711,7 +712,12 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
             # What somebody has done to the network since is not to be remembered.
             if network_digest(network) == self._digest:
                 activations = activations_of(
-                    self, network, pictures, self.preprocessing_, self._pretrained
+                    self,
+                    network,
+                    pictures,
+                    self.preprocessing_,
+                    self._pretrained,
+                    spread=False,  # the network is here, its weights file perhaps not
                 )
                 return activations.logits(self._n_frozen)
         whole = prepared(

@@ -119,13 +119,10 @@ class Pictures:
         return self._numbers[position]
 
     def elsewhere(self) -> "Pictures":
-        """Give the same, for a process with another working directory."""
-        here = os.getcwd()
+        """Give the same, to be pickled for a process with another working directory."""
         rows = [
-            os.path.join(here, os.fsdecode(row))
-            if isinstance(row, str | os.PathLike)
-            else row
-            for row in self._rows
+            _for_elsewhere(row, number, self._pixel_range)
+            for row, number in zip(self._rows, self._numbers, strict=True)
         ]
         return Pictures(
             rows, self._pixel_range, self._row_shape, self._numbers, self._least_side
@@ -166,6 +163,17 @@ class Pictures:
         if self._row_shape is not None:
             picture = picture.reshape(self._row_shape)  # (n_features,) -> (h, w[, c])
         return picture
+
+
+def _for_elsewhere(picture: Any, number: int, pixel_range: PixelRange) -> Any:
+    if isinstance(picture, str | os.PathLike):
+        return os.path.join(os.getcwd(), os.fsdecode(picture))
+    if isinstance(picture, Image.Image):
+        # Pillow leaves orientation, and transparency of palettes, behind.
+        return decode(picture, row=number, pixel_range=pixel_range)
+    if isinstance(picture, bytes):
+        return picture
+    return as_array(picture, f"X[{number}]")  # a tensor takes all that it is a view of
 
 
 def as_pictures(

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST_KEPT = 2**28  # bytes of rows in the memory of a process, of all its stores
+# Bytes of a row; larger ones, as of activations, take no longer to be read again than
+# to be computed with, and would soon push each other out.
+_LARGEST_ROW = 2**16
 
 _lock = threading.Lock()  # whoever adds holds it; whoever looks need not
 
@@ -41,7 +44,7 @@ class KeptRows:
 
     def add(self, numbers: Sequence[int], rows: NDArray[Any], n_space: int) -> None:
         """Keep rows that were checked, unless too many; the space has `n_space`."""
-        if rows.nbytes > MOST_KEPT:
+        if rows.nbytes > MOST_KEPT or rows[0].nbytes > _LARGEST_ROW:
             return
         with _lock:
             if sum(each._nbytes() for each in _all) + rows.nbytes > MOST_KEPT:

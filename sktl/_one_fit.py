@@ -58,6 +58,8 @@ def activations_of(
     pretrained: tuple[int, Reference],
     *,
     remembered: bool = True,
+    n_samples: int | None = None,
+    spread: bool = True,
 ) -> Activations:
     """Give what the frozen part of a network says of pictures, or of views of them.
 
@@ -65,7 +67,7 @@ def activations_of(
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    network, pictures, preprocessing, pretrained
+    network, pictures, preprocessing, pretrained, n_samples, spread
         As `Activations` has them.
     remembered : bool, default=True
         Whether `memory` is used, if there is one.
@@ -85,6 +87,8 @@ def activations_of(
         batch_size=estimator.batch_size,
         n_jobs=estimator.n_jobs,
         verbose=estimator.verbose,
+        n_samples=n_samples,
+        spread=spread,
     )
 
 
@@ -186,10 +190,16 @@ def _learned_and_watched(
             n_jobs=estimator.n_jobs,
         )
 
-    def frozen(seen: Pictures | Views, **remembered: bool) -> Activations:
-        network, pretrained = start.network, start.pretrained
+    def frozen(seen: Pictures | Views, **options: bool) -> Activations:
+        # All in the batches of the whole: so the bits are those that others remember.
         return activations_of(
-            estimator, network, seen, preprocessing, pretrained, **remembered
+            estimator,
+            start.network,
+            seen,
+            preprocessing,
+            start.pretrained,
+            n_samples=len(pictures),
+            **options,
         )
 
     if varied is None:

@@ -47,6 +47,8 @@ from sktl._shard import (
 )
 
 MERGE_FROM = 4  # shards at least, unless fewer fill a large one
+_MANY = 128  # shards, after which larger ones are made of four of them
+_LARGEST = 2**26  # bytes of a shard; to merge takes three times that in memory
 _STALE = 3600.0  # seconds after which the file of a killed writer is removed
 _AT_ONCE = 1024  # rows read, while the same number is checked and copied
 _GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed it
@@ -87,7 +89,13 @@ class ShardIndex:
                 self._forget([n for n, s in shards if there.get(n) != s.signature])
                 for name in sorted(there.keys() - self.shards.keys() - self.refused):
                     self._load(name)
-            self._state = state  # of before it was listed
+            complete = there.keys() <= self.shards.keys() | self.refused
+            self._state = state if complete else None  # of before it was listed
+
+    def changed(self) -> None:
+        """Take notice of what this process did, whatever the folder's clock says."""
+        self._state = None
+        self.refresh()
 
     def get(
         self, keys: Sequence[bytes]
@@ -199,13 +207,15 @@ class ShardIndex:
             "rows": rows,
         }
         write_whole(self.folder / new_name(moment), save(tensors))
-        self.refresh()
+        self.changed()
 
     def merge(self, most: int) -> None:
         """Make one shard of at most `most` bytes of small ones, if there are many.
 
-        Unless somebody else is doing it, or the file system has no locks.
+        Of more bytes in a space that would have too many shards. Unless somebody else
+        is doing it, or the file system has no locks.
         """
+        most = self._limit(most)
         if not self._may_merge or not self._small(most):
             return
         lock = FileLock(self.folder / "merge.lock", timeout=0)
@@ -213,6 +223,17 @@ class ShardIndex:
             self._remove_stale()
             self.refresh()  # somebody else may have done it just before
             self._merge(self._small(most))
+
+    def _limit(self, most: int) -> int:
+        """Give a larger limit for a large space: each look lists all of its shards.
+
+        In steps of four, so that a row is written again seldom.
+        """
+        with self._lock:
+            total = sum(shard.signature[0] for shard in self.shards.values())
+        while most < _LARGEST // 4 and total > _MANY * most:
+            most *= 4
+        return most
 
     def _small(self, most: int) -> list[Shard]:
         """Those to merge: enough to fill a large one, or several alike, or none.
@@ -265,7 +286,7 @@ class ShardIndex:
             # Of other users, who share a directory such as /tmp. What was merged is
             # there twice now; to go on would make it ever more.
             self._may_merge = False
-        self.refresh()
+        self.changed()
 
     def _remove_stale(self) -> None:
         # One folder up too: the tag of the whole store is written there.
@@ -329,6 +350,7 @@ class ShardIndex:
         with self._lock:
             self._forget([name])
             if isinstance(error, OSError) and error.errno in _GONE:
+                self._state = None  # list again: it may be there after all
                 return
             self.refused.add(name)
         file = self.folder / name

@@ -24,8 +24,7 @@ from sktl._inference import processes_chosen
 from sktl._memory import KeyedPictures, Memory, as_store, forward_once
 from sktl._preprocessing import Preprocessing
 
-_CHUNKS_OF_A_WORKER = 8  # at least, if there are pictures enough: to end together
-_MOST_BATCHES = 8  # of a chunk: so many are lost with a worker
+_BATCHES = 2  # of a chunk: so many are lost with a worker, or waited for at the end
 
 
 def is_spread(n_jobs: int | None) -> bool:
@@ -76,7 +75,8 @@ def forward_spread(
         options |= {"memory": memory, "n_jobs": n_jobs, "verbose": verbose}
         return forward_once(network, pictures, preprocessing, execution, **options)
     options |= {"memory": _elsewhere(as_store(memory)), "n_jobs": None, "verbose": 0}
-    chunks = _chunks(len(pictures), batch_size, joblib.effective_n_jobs(n_jobs))
+    starts = range(0, len(pictures), _BATCHES * batch_size)
+    chunks = [range(start, len(pictures))[: starts.step] for start in starts]
     compute = joblib.delayed(forward_once)
     backend, _ = get_active_backend()
     as_they_come = backend.supports_return_generator
@@ -95,8 +95,11 @@ def forward_spread(
     bar: Any = contextlib.nullcontext()
     if verbose:
         bar = tqdm(total=len(pictures), unit="picture", delay=1)
+    ending: Any = contextlib.nullcontext()
+    if as_they_come:  # on an error or Ctrl-C, what waits is given up
+        ending = contextlib.closing(results)
     rows: NDArray[np.float32] | None = None
-    with bar:
+    with bar, ending:
         for chunk, out in zip(chunks, results, strict=True):
             if rows is None:
                 rows = np.empty((len(pictures), out.shape[1]), dtype=np.float32)
@@ -105,13 +108,6 @@ def forward_spread(
                 bar.update(len(chunk))
     assert rows is not None  # there is at least one picture
     return rows
-
-
-def _chunks(n_pictures: int, batch_size: int, n_workers: int) -> list[range]:
-    n_batches = -(-n_pictures // batch_size) // (_CHUNKS_OF_A_WORKER * n_workers)
-    size = batch_size * min(max(1, n_batches), _MOST_BATCHES)
-    starts = range(0, n_pictures, size)
-    return [range(start, min(start + size, n_pictures)) for start in starts]
 
 
 def _elsewhere(store: FeatureStore | None) -> FeatureStore | None:

@@ -242,6 +242,9 @@ class Training:
         if n_open != self._n_open:
             self._open(n_open)
         self._watch.start(progress.epoch)
+        for dataset in (self._training, self._validation):
+            if dataset is not None:
+                dataset.prepare(settings.max_epochs - progress.epoch)
         with (
             seeded(settings.device, progress.seed, progress.epoch),
             memory_explained(settings.batch_size),

@@ -66,6 +66,7 @@ def activations_of(X, memory=None, network=None, **parameters):
 def assert_equal_weights(first, second):
     for name, value in first.module_.state_dict().items():
         assert torch.equal(value, second.module_.state_dict()[name]), name
+    assert first.history_ == second.history_
 
 
 @pytest.mark.parametrize("most_kept", [2**30, 0])

@@ -403,11 +403,13 @@ def test_a_reference_leads_to_the_same_from_any_directory(
     _saved(tmp_path, _resnet10(), "mine.pth")
     register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
     monkeypatch.chdir(tmp_path)
-    backbone = load_backbone("mine", "./mine.pth")
-    reference = Reference.to(backbone, "./mine.pth")
+    backbone = load_backbone("mine", "mine.pth")
+    reference = Reference.to(backbone, "mine.pth")
     monkeypatch.chdir(tmp_path.parent)
     assert pickle.loads(pickle.dumps(reference)).load() is backbone
     assert Reference.to(load_backbone("resnet_mini"), "DEFAULT").weights == "DEFAULT"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Reference.to(load_backbone("mine", "~/mine.pth"), "~/mine.pth") == reference
     random = load_backbone("resnet18", None, random_state=3)
     assert Reference.to(random, None, 3).load() is random
 

@@ -1,6 +1,7 @@
 """Every form of X against the pixels it was made of; every misuse refused."""
 
 import io
+import pickle
 import re
 import subprocess
 import sys
@@ -573,3 +574,20 @@ def test_for_another_directory_paths_are_absolute(
     for position, picture in enumerate(expected):
         np.testing.assert_array_equal(np.asarray(there[position]), picture)
     assert [there.number(position) for position in range(4)] == [3, 1, 0, 2]
+
+
+def test_what_a_picture_loses_when_it_is_pickled_is_settled_before() -> None:
+    palette = Image.fromarray(STACK[0]).convert("RGBA")
+    palette.putalpha(90)
+    turned = Image.fromarray(STACK[1])
+    turned.getexif()[274] = 6  # by a quarter
+    tensors = torch.from_numpy(np.repeat(STACK[:2], 100, axis=0))
+    X = [palette.quantize(), turned, Image.fromarray(STACK[2]).convert("L"), *tensors]
+    pictures = as_pictures(X, estimator=Mean(), reset=True)
+    some = pictures.at(range(5))
+    there = pickle.loads(pickle.dumps(some.elsewhere()))
+    for position in range(5):
+        expected = np.asarray(some[position])
+        np.testing.assert_array_equal(np.asarray(there[position]), expected)
+    assert there.keys() == some.keys()
+    assert len(pickle.dumps(pictures.at([3, 4]).elsewhere())) < 20 * STACK[0].nbytes

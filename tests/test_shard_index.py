@@ -1,6 +1,7 @@
 """Shards come and go, are merged and damaged: what is read stays right."""
 
 import errno
+import hashlib
 import os
 import pickle
 import shutil
@@ -326,3 +327,46 @@ def test_what_is_damaged_in_a_folder_that_rests_is_not_believed(tmp_path):
         positions, rows = mine.get(KEYS[:3])
     assert positions.tolist() == [0]  # read and checked before the damage
     np.testing.assert_array_equal(rows, rows_of(KEYS[:1]))
+
+
+def test_a_large_space_has_larger_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(_shard_index, "_MANY", 8)
+    index = ShardIndex(tmp_path)
+    keys = [hashlib.sha256(i.to_bytes(2, "big")).digest() for i in range(1200)]
+    merged = 3000  # bytes, of about 40 rows
+    n_files = []
+    for start in range(0, len(keys), 4):
+        some = keys[start : start + 4]
+        index.write(some, rows_of(some, 10), time.time_ns())
+        index.merge(merged)
+        n_files.append(len(shards(tmp_path)))
+    # 1200 rows of 76 bytes would fill 30 shards of that size, and be in 60.
+    assert max(n_files) < 4 * 8
+    sizes = [shard.stat().st_size for shard in shards(tmp_path)]
+    assert merged < max(sizes) <= 16 * merged
+    np.testing.assert_array_equal(index.get(keys)[1], rows_of(keys, 10))
+    monkeypatch.setattr(_shard_index, "_LARGEST", 4 * merged)
+    assert index._limit(merged) == merged
+
+
+def test_a_shard_that_was_gone_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    FeatureStore(tmp_path).put(SPACE, KEYS[:3], rows_of(KEYS[:3]))
+    (shard,) = shards(tmp_path)
+    os.utime(shard.parent, (1e9, 1e9))
+    mine = ShardIndex(shard.parent)
+    mine.refresh()
+    with patch.object(_shard_index, "read_rows", side_effect=OSError(errno.ESTALE, "")):
+        assert mine.get(KEYS[:3])[1] is None
+    np.testing.assert_array_equal(mine.get(KEYS[:3])[1], rows_of(KEYS[:3]))
+
+
+def test_own_rows_are_seen_where_a_folder_tells_no_time(tmp_path):
+    with patch.object(_shard_index, "settled_state", return_value=(1, 2, 3)):
+        mine = FeatureStore(tmp_path)
+        for start in range(0, 40, 4):
+            mine.put(SPACE, KEYS[start : start + 4], rows_of(KEYS[start : start + 4]))
+            mine.put(SPACE, KEYS[: start + 4], rows_of(KEYS[: start + 4]))
+        check(mine)
+        assert mine.info()["rows"] == 40
+        mine.clear()
+        assert mine.get(SPACE, KEYS)[1] is None

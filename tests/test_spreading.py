@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -9,15 +10,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import joblib
 import numpy as np
 import pytest
+from joblib.parallel import ThreadingBackend
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
+import sktl
 from sktl import (
     FeatureStore,
     FineTunedCNNClassifier,
@@ -237,6 +241,68 @@ def test_paths_are_the_same_in_another_working_directory(dask, paths, monkeypatc
         rows = mine.transform(names)
     np.testing.assert_array_equal(rows, clone(mine).transform(paths))
     assert FeatureStore(folder / "store").info()["rows"] == 40
+
+
+class InThisProcess(ThreadingBackend):
+    """As a worker of Dask that gets the tasks which its own task began."""
+
+    supports_sharedmem = False
+
+
+def test_a_training_does_not_keep_workers_waiting(pictures):
+    joblib.register_parallel_backend("in this process", InThisProcess)
+    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
+    mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
+    mine.set_params(batch_size=4, early_stopping=True, engine="torch")
+    y = np.arange(40) % 2
+    expected = clone(mine).fit(pictures, y)
+
+    def fit():
+        with joblib.parallel_config("in this process"):
+            mine.set_params(n_jobs=2).fit(pictures, y)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    thread.start()
+    thread.join(100)
+    assert not thread.is_alive()
+    assert mine.history_ == expected.history_
+
+
+def test_a_search_whose_candidates_spread_too(dask, paths):
+    y = np.arange(40) % 2
+    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
+    mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
+    search = GridSearchCV(mine.set_params(batch_size=8), {"lr": [1e-4, 1e-3]}, cv=2)
+    expected = clone(search).fit(paths, y)
+    search.set_params(n_jobs=-1, estimator__n_jobs=-1)
+    with joblib.parallel_config(**dask):
+        search.fit(paths, y)
+    scores = [each.cv_results_["mean_test_score"] for each in (search, expected)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_a_fitted_network_needs_no_weights_file(paths, tmp_path):
+    file = tmp_path / "mine.safetensors"
+    shutil.copy(Path(sktl.__file__).parent / "data" / "resnet_mini.safetensors", file)
+    mine = FineTunedCNNClassifier("resnet_mini", weights=file, max_epochs=1)
+    mine.set_params(trainable="head", memory=tmp_path / "store", n_jobs=2)
+    mine.fit(paths, np.arange(40) % 2)
+    expected = mine.predict_proba(paths)
+    file.unlink()
+    with joblib.parallel_config("loky"):
+        np.testing.assert_array_equal(mine.predict_proba(paths), expected)
+
+
+def test_more_than_memory_holds_is_left_to_the_workers(dask, paths, tmp_path):
+    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, max_epochs=1)
+    mine.set_params(batch_size=8, head_init="random", random_state=0)
+    y = np.arange(40) % 2
+    with mock.patch("sktl._activations._MOST_KEPT", 4 * 4096 * 10):
+        expected = clone(mine).fit(paths, y)
+        with joblib.parallel_config(**dask), mock.patch("sktl._memory.batches", None):
+            mine.set_params(n_jobs=2, memory=tmp_path).fit(paths, y)
+    assert mine.history_ == expected.history_
+    assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
 def test_without_a_choice_of_the_users_all_stays_here(paths, tmp_path):
