@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from sktl import FeatureStore
 
@@ -46,7 +46,7 @@ def fill(store: FeatureStore, n: int, width: int, chunk: int) -> None:
     # An open, a rename, a list or a removal is what a file server is asked for.
     sys.addaudithook(lambda event, _: calls.update([event] if event in ASKED else []))
     begin = last = time.perf_counter()
-    longest = 0.0
+    longest, told = 0.0, 0
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
         keys = keys_of(start, stop)
@@ -54,14 +54,13 @@ def fill(store: FeatureStore, n: int, width: int, chunk: int) -> None:
         store.put(SPACE, keys, rows[: stop - start])
         longest = max(longest, time.perf_counter() - before)
         if stop // MILLION > start // MILLION or stop == n:
-            now = time.perf_counter()
-            done = stop - (stop - 1) // MILLION * MILLION
+            rate = (stop - told) / (time.perf_counter() - last)
             print(
-                f"{stop:,} rows: the last {done / (now - last):,.0f} a second, longest "
-                f"put {longest:.2f} s, {memory():.2f} GB of memory",
+                f"{stop:,} rows: the last {rate:,.0f} a second, longest put "
+                f"{longest:.2f} s, {memory():.2f} GB of memory",
                 flush=True,
             )
-            last, longest = time.perf_counter(), 0.0
+            last, longest, told = time.perf_counter(), 0.0, stop
     seconds = time.perf_counter() - begin
     print(f"all: {n / seconds:,.0f} rows a second")
     per_row = {event: f"{n_calls / n:.4f}" for event, n_calls in calls.items()}
@@ -72,8 +71,8 @@ ASKED = {"open", "os.rename", "os.scandir", "os.listdir", "os.remove", "os.mkdir
 
 
 def memory() -> float:
-    """Give the largest resident memory of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """Give the resident memory of this process, in GB."""
+    return psutil.Process().memory_info().rss / 1e9
 
 
 def look(directory: str, n: int) -> None:
