@@ -4,6 +4,8 @@ import os
 
 # scikit-learn's check of array API input skips without it; scipy reads it on import.
 os.environ["SCIPY_ARRAY_API"] = "1"
+# Ray would tell its authors over the network.
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from pathlib import Path
 

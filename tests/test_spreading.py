@@ -305,6 +305,14 @@ def test_more_than_memory_holds_is_left_to_the_workers(dask, paths, tmp_path):
     assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
+def test_a_bag_of_paths_gives_rows_by_partition(dask, paths):
+    bag = pytest.importorskip("dask.bag").from_sequence(paths, npartitions=2)
+    mine = PretrainedFeatures("resnet_mini", batch_size=8)
+    rows = bag.map_partitions(lambda part: mine.transform(list(part)))
+    parts = [part.compute() for part in rows.to_delayed()]
+    np.testing.assert_array_equal(np.concatenate(parts), mine.transform(paths))
+
+
 def test_without_a_choice_of_the_users_all_stays_here(paths, tmp_path):
     network = logged(tmp_path / "log")
     spread(network, paths)

@@ -120,9 +120,10 @@ def main() -> None:
         # written, a store is listed in each call.
         again = [searched(arguments, X, y, memory=ours) for _ in range(15)]
         share = np.percentile([inside / total for total, inside in again], [50, 0, 100])
+        seconds = np.median([total for total, _ in again])
         print(
-            f"memory, again: {np.median([total for total, _ in again]):.2f} s, of it in "
-            f"sktl {share[0]:.1%}, from {share[1]:.1%} to {share[2]:.1%}, 15 times"
+            f"memory, again: {seconds:.2f} s, of it in sktl {share[0]:.1%}, from "
+            f"{share[1]:.1%} to {share[2]:.1%}, 15 times"
         )
         pipeline, _ = searched(arguments, X, y, pipeline_memory=theirs)
         print(f"Pipeline(memory=...): {pipeline:.1f} s, ratio {pipeline / first:.1f}")
