@@ -231,7 +231,7 @@ class ShardIndex:
         """
         with self._lock:
             total = sum(shard.signature[0] for shard in self.shards.values())
-        while most < _LARGEST // 4 and total > _MANY * most:
+        while 0 < most < _LARGEST // 4 and total > _MANY * most:
             most *= 4
         return most
 

@@ -230,7 +230,7 @@ def test_more_than_a_store_may_have_is_not_stored(paths, tmp_path, capsys):
 
 def test_the_bound_that_is_told_is_kept(paths, tmp_path, capsys):
     activations = activations_of(paths, tmp_path, verbose=1)
-    activations.rows(3, [0])
+    activations.compute(3)
     told = float(capsys.readouterr().err.split(" MB")[0].split()[-1])
     most = activations.most_bytes(3)
     assert abs(told * 1e6 - most) < 1e5
@@ -273,7 +273,7 @@ def test_training_on_what_is_said_of_views_is_training_on_views(paths, monkeypat
 
 
 def test_a_search_sends_each_view_once(paths, tmp_path, passes):
-    mine = classifier(augmentation="trivial", augmentation_views=2, max_epochs=1)
+    mine = classifier(augmentation="trivial", augmentation_views=2, max_epochs=2)
     mine.set_params(head_init="random", memory=tmp_path)
     search = GridSearchCV(mine, {"lr": [1e-3, 1e-4]}, cv=3).fit(paths, Y)
     # Two views of each to learn from, and each as it is to be scored.

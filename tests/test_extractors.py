@@ -36,11 +36,12 @@ def test_without_layers_it_is_the_whole_network(pixels):
 
 
 def test_a_copy_from_elsewhere_is_the_same_network():
+    backbone = load_backbone("resnet_mini")  # which may not be kept any more
     mine = extractor(("stem", "stage2"), 2)
     made = mine()
     assert pickle.loads(pickle.dumps(mine))() is made
     again = feature_extractor(
-        BACKBONE, ["stem", "stage2"], 2, BACKBONE.preprocessing, EXECUTION
+        backbone, ["stem", "stage2"], 2, backbone.preprocessing, EXECUTION
     )
     assert again is made
     assert made.widths is not None

@@ -347,6 +347,7 @@ def test_a_large_space_has_larger_shards(tmp_path, monkeypatch):
     np.testing.assert_array_equal(index.get(keys)[1], rows_of(keys, 10))
     monkeypatch.setattr(_shard_index, "_LARGEST", 4 * merged)
     assert index._limit(merged) == merged
+    assert index._limit(0) == 0  # of a store that may have next to nothing
 
 
 def test_a_shard_that_was_gone_for_a_moment_is_read_again(tmp_path, monkeypatch):
