@@ -43,6 +43,13 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Leave no OMP_NUM_THREADS=1, as Dask does, for what a later test starts."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
 @pytest.fixture(scope="module")
 def dask():
     """Give a cluster of two processes of Dask, one thread each."""
