@@ -1,7 +1,7 @@
 """
-=====================================================
+======================================================
 Ants or bees: photographs in folders, and scikit-learn
-=====================================================
+======================================================
 
 Folders of photographs become a table of features, and from there on it is
 scikit-learn: a pipeline, a grid search, a score on photographs that were held back,

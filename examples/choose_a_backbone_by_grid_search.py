@@ -1,7 +1,7 @@
 """
-==================================================
+===================================================
 Which network, which layer, how much regularization
-==================================================
+===================================================
 
 One grid asks all three at once. Without a ``memory`` scikit-learn sends every picture
 through the network again for each candidate and fold; with one, each picture goes

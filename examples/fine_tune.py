@@ -1,7 +1,7 @@
 """
-======================================================
+=======================================================
 Which strategy, and how deep: one search over all three
-======================================================
+=======================================================
 
 A pretrained network as it is, as a fixed feature extractor, and fine-tuned to several
 depths are candidates of one ``GridSearchCV`` on photographs of ants and bees. The table

@@ -1,7 +1,7 @@
 """
-=============================================
+============================================
 Three strategies, on few labels of one's own
-=============================================
+============================================
 
 A pretrained network can be used as it is, as a fixed feature extractor, or fine-tuned.
 Which of these pays off depends on how far the pictures are from what the network was

@@ -27,14 +27,14 @@ from sktl._inference import forward
 from sktl._labels import Labelled, labelled, rows_held_out
 from sktl._memory import Memory
 from sktl._one_fit import activations_of, solve_head_of, start_of, training_of
-from sktl._sklearn_compat import Interval, StrOptions, fit_context
+from sktl._sklearn_compat import Documented, Interval, StrOptions, fit_context
 from sktl._start import Start
 from sktl._steps import LR_SCHEDULES, OPTIMIZERS, restore_optimizer
 from sktl._trainable import network_digest
 from sktl._training import Progress, Training
 
 
-class FineTunedCNNClassifier(ClassifierMixin, BaseEstimator):
+class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
     """Fine-tune a pretrained convolutional network.
 
     The network gets a new head, which starts as the logistic regression on its

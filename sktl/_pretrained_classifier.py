@@ -27,6 +27,7 @@ from sktl._frozen_features import frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
 from sktl._memory import Memory
 from sktl._sklearn_compat import (
+    Documented,
     Interval,
     StrOptions,
     check_sample_weight,
@@ -35,7 +36,7 @@ from sktl._sklearn_compat import (
 )
 
 
-class PretrainedClassifier(ClassifierMixin, BaseEstimator):
+class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
     """Say what is in pictures with a pretrained network, as it is.
 
     Nothing in the network is trained. Its categories are the labels, or are led to

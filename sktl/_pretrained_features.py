@@ -24,6 +24,7 @@ from sktl._frozen_features import frozen_features
 from sktl._images import ImageShape, Pictures, as_pictures
 from sktl._memory import Memory
 from sktl._sklearn_compat import (
+    Documented,
     Interval,
     StrOptions,
     check_feature_names_in,
@@ -34,7 +35,7 @@ from sktl._sklearn_compat import (
 _valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
 
 
-class PretrainedFeatures(TransformerMixin, BaseEstimator):
+class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
     """Turn pictures into columns with a pretrained network.
 
     The network is cut open at a layer, and what the layer says about a picture,

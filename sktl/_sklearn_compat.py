@@ -12,6 +12,7 @@ from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y
 
 __all__ = [
+    "Documented",
     "Interval",
     "StrOptions",
     "check_feature_names_in",
@@ -19,3 +20,15 @@ __all__ = [
     "check_y",
     "fit_context",
 ]
+
+
+class Documented:
+    """Let the HTML representation of an estimator link to its page in our documents.
+
+    scikit-learn's own estimators do the same; without this there is no link at all.
+    """
+
+    _doc_link_module = "sktl"
+    _doc_link_template = (
+        "https://sktl.readthedocs.io/en/stable/api/sktl.{estimator_name}.html"
+    )

@@ -1,8 +1,12 @@
-"""What is written about the library is true: docstrings, defaults, README."""
+"""What is written about the library is true: docstrings, defaults, README, pages."""
 
 import ast
+import contextlib
+import doctest
 import inspect
+import io
 import re
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -13,7 +17,13 @@ from PIL import Image
 
 import sktl
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+DOCS = ROOT / "docs"
+# A block of code, and what the page says it prints.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+# Below, its block is compared with the README's; tests/test_spreading.py has a cluster.
+ELSEWHERE = {"index.md", "scaling.md"}
 
 # Rules of numpydoc that say nothing about us, each with its reason.
 IGNORED = {
@@ -117,3 +127,58 @@ def test_readme_has_the_two_commands():
     for command in commands:
         assert "python3 -m venv" in command
         assert "pip install" in command
+
+
+def run_blocks(page, blocks):
+    """Run blocks one after the other, and compare what they print with the page."""
+    checker = doctest.OutputChecker()
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    names: dict[str, object] = {}
+    for code, expected in blocks:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(page), "exec"), names)
+        said = f"{page}:\n{code}\nprints\n{printed.getvalue()}\nnot\n{expected}"
+        assert checker.check_output(expected, printed.getvalue(), flags), said
+
+
+@pytest.fixture(scope="module")
+def folder_of_digits(tmp_path_factory):
+    """Follow Getting started up to its folder of pictures."""
+    folder = tmp_path_factory.mktemp("docs")
+    page = DOCS / "getting_started.md"
+    with contextlib.chdir(folder):
+        run_blocks(page, BLOCK.findall(page.read_text())[:1])
+    return folder
+
+
+PAGES = [
+    page
+    for page in sorted(DOCS.rglob("*.md"))
+    if page.name not in ELSEWHERE and BLOCK.search(page.read_text())
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_of_a_page_run_and_print_what_it_says(page, folder_of_digits):
+    with contextlib.chdir(folder_of_digits):
+        run_blocks(page, BLOCK.findall(page.read_text()))
+
+
+def test_the_first_page_begins_as_the_readme():
+    first = [BLOCK.search(page.read_text()) for page in (README, DOCS / "index.md")]
+    assert first[0].group(1) == first[1].group(1)
+
+
+def test_every_public_name_is_in_the_api_page():
+    listed = re.findall(
+        r"^   ([A-Za-z_]+)$", (DOCS / "api.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(sktl.__all__)
+
+
+@pytest.mark.parametrize("name", ["PretrainedFeatures", "FineTunedCNNClassifier"])
+def test_the_picture_of_an_estimator_links_to_its_page(name):
+    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
+    html = getattr(sktl, name)()._repr_html_()
+    assert f'href="{address["Documentation"]}/en/stable/api/sktl.{name}.html"' in html

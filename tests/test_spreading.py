@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -326,3 +327,50 @@ def test_without_a_choice_of_the_users_all_stays_here(paths, tmp_path):
     with joblib.parallel_config("threading", n_jobs=2):
         spread(network, paths)
     assert {pid for pid, _ in batches_in(tmp_path / "log")} == {str(os.getpid())}
+
+
+# What has another name on a cluster of one's own, or is too large for a test.
+HERE = {
+    'Client("scheduler:8786")': "Client.current()",
+    '"resnet18"': '"resnet_mini"',
+    "(512,)": "(256,)",
+    'table.to_zarr("features.zarr")': "blocks = table.compute()",
+    "concurrency=64, batch_size=1000": "concurrency=1",
+    "ray.data.read_csv": "rows = ray.data.read_csv",
+}
+
+
+@pytest.fixture
+def page(tmp_path, paths):
+    """Give the blocks of code of docs/scaling.md, and the names they start from."""
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    names = {**HERE, "/shared/": f"{tmp_path}/", "paths.csv": f"{tmp_path}/paths.csv"}
+    for there, here in names.items():
+        assert there in text
+        text = text.replace(there, here)
+    names = {name: globals()[name] for name in ("joblib", "np", "PretrainedFeatures")}
+    names |= {"GridSearchCV": GridSearchCV, "make_pipeline": make_pipeline}
+    names |= {"LogisticRegression": RidgeClassifier, "grid": {}, "paths": paths}
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL), names
+
+
+def test_the_blocks_of_the_page_run_on_dask(dask, page, paths):
+    (one_call, _, search, blocks, _), names = page
+    names |= {"da": pytest.importorskip("dask.array"), "y": np.arange(40) % 2}
+    exec(one_call, names)
+    exec(search, names)
+    assert set(names["search"].predict(paths)) <= {0, 1}
+    exec(blocks, names)
+    np.testing.assert_array_equal(names["blocks"], names["table"])
+
+
+def test_the_blocks_of_the_page_run_on_ray(ray, page, paths, tmp_path):
+    (_, one_call, _, _, dataset), names = page
+    (tmp_path / "paths.csv").write_text("\n".join(["path", *map(str, paths)]))
+    names |= {"features": PretrainedFeatures("resnet_mini", n_jobs=2)}
+    exec(one_call, names)
+    names["ray"] = pytest.importorskip("ray")
+    exec(dataset, names)
+    by_path = {row["path"]: row["features"] for row in names["rows"].take_all()}
+    rows = np.stack([by_path[str(path)] for path in paths])
+    np.testing.assert_array_equal(rows, names["table"])
