@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sktl._pickle_check import check_pickle
+
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 # What a name promises: torchvision's resnet18-f37072fd.pth begins with f37072fd.
@@ -230,8 +232,9 @@ def fill(network: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None
     filling: Any = OrderedDict()
     for name, tensor in state_dict.items():
         name = _OLD_DENSE.sub(r"\1\2", name)
-        if name in own:
-            filling[name] = tensor.to(own[name].dtype)
+        # Of the right shape only: a tensor of one number may say that it is a billion.
+        if name in own and own[name].shape == tensor.shape:
+            filling[name] = _converted(tensor, own[name].dtype, f"{origin}: {name}")
         elif not name.startswith(_AUXILIARY):
             filling[name] = tensor
     # torch.save keeps the version of each layer, safetensors does not, and MNASNet
@@ -252,6 +255,17 @@ def fill(network: nn.Module, state_dict: dict[str, Tensor], origin: str) -> None
             f"{' …' if len(wrong) > 4 else ''}. Check that they were saved from this "
             "architecture."
         )
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    try:
+        return tensor.to(dtype)
+    except RuntimeError as error:  # of some types of a few bits there is no way
+        raise ValueError(
+            f"Weights must have the names and shapes of the network they are for, and "
+            f"numbers. {name} has {tensor.dtype}. Check that they were saved from "
+            "this architecture."
+        ) from error
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -333,6 +347,7 @@ def _read_tensors(file: BufferedReader, path: Path) -> Any:
                 "Fetch or save it again."
             ) from error
     try:
+        _check_pickles(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     # A damaged pickle can end in any exception at all; there is no second attempt.
     except Exception as error:
@@ -354,24 +369,57 @@ def _read_tensors(file: BufferedReader, path: Path) -> Any:
         ) from error
 
 
+def _check_pickles(file: BufferedReader) -> None:
+    """Check what torch is going to unpickle, found in the way torch finds it."""
+    zipped = file.read(4) == b"PK\x03\x04"
+    file.seek(0)
+    if zipped:
+        check_pickle(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
+    else:
+        # Before there were zip files: a magic number, the version, the system, what was
+        # saved, and the names of the storages, whose bytes follow.
+        for _ in range(5):
+            check_pickle(file)
+    file.seek(0)
+
+
 def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
     for key in _KEYS_AROUND:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
+        if isinstance(loaded, dict) and isinstance(dict.get(loaded, key), dict):
+            loaded = dict.get(loaded, key)
     if not isinstance(loaded, dict) or not _is_state_dict(loaded):
         found = f"a {type(loaded).__name__}"
-        if isinstance(loaded, Mapping):
-            shown = ", ".join(repr(key) for key in list(loaded)[:5])
+        if isinstance(loaded, dict):
+            shown = ", ".join(repr(key) for key in [*dict.keys(loaded)][:5])
             found = f"{len(loaded)} keys: {shown or 'none'}"
         raise ValueError(
             f"A weights file must hold a state dict: names with tensors, itself or "
             f"under 'state_dict' or 'model'. {str(path)!r} holds {found}. Save it "
             "with torch.save(network.state_dict(), 'name.pth')."
         )
+    # A pickle may give an OrderedDict or a parameter attributes of any name, "items" or
+    # "to" as well; what comes out here has none.
+    plain: Any = OrderedDict((k, Tensor.detach(v)) for k, v in dict.items(loaded))
+    versions = _versions_in(loaded)
     for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in loaded):
-            loaded = OrderedDict((k[len(prefix) :], v) for k, v in loaded.items())
-    return loaded
+        if all(key.startswith(prefix) for key in plain):
+            plain = OrderedDict((k[len(prefix) :], v) for k, v in plain.items())
+            versions = None
+    if versions is not None:
+        plain._metadata = versions
+    return plain
+
+
+def _versions_in(loaded: dict[str, Any]) -> dict[str, dict[str, int]] | None:
+    """Give the versions of layers that ``state_dict()`` keeps beside the tensors."""
+    metadata = getattr(loaded, "__dict__", {}).get("_metadata")
+    if not isinstance(metadata, dict):
+        return None
+    return {
+        name: {"version": value["version"]}
+        for name, value in dict.items(metadata)
+        if type(value) is dict and isinstance(value.get("version"), int)
+    }
 
 
 def _is_state_dict(loaded: dict[Any, Any]) -> bool:
@@ -380,5 +428,5 @@ def _is_state_dict(loaded: dict[Any, Any]) -> bool:
         and isinstance(value, Tensor)
         and value.layout is torch.strided
         and not value.is_meta
-        for key, value in loaded.items()
+        for key, value in dict.items(loaded)
     )

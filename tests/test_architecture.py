@@ -44,7 +44,7 @@ FLOORS = [
         "_random_state",
         "_resnet_mini",
     ],
-    ["_sklearn_compat"],
+    ["_pickle_check", "_sklearn_compat"],
 ]
 
 
