@@ -353,3 +353,9 @@ def test_content_digest_sees_names_types_shapes_and_bits() -> None:
                 }
                 digests.add(content_digest(nn.Sequential(layer).state_dict()))
     assert len(digests) == 16
+
+
+def test_content_digest_of_one_number_is_that_of_the_number() -> None:
+    number = torch.tensor(3.0)
+    plain, spread = {"a": number.reshape(1)}, {"a": number.expand(1)}
+    assert content_digest(spread) == content_digest(plain)
