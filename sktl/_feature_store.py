@@ -379,5 +379,6 @@ def _description(folder: Path) -> dict[str, str]:
             k: str(v)
             for k, v in json.loads((folder / "space.json").read_text()).items()
         }
-    except (OSError, ValueError, AttributeError):
+    # A RecursionError is what JSON of a thousand brackets makes.
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {"unknown": "unknown"}

@@ -323,3 +323,12 @@ def test_the_store_knows_no_torch():
     code = "import sys, sktl.store; sys.exit('torch' in sys.modules)"
     folder = Path(sktl.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=folder).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[]", "\0"])
+def test_a_damaged_description_is_unknown(filled, text):
+    next(Path(filled.directory).rglob("space.json")).write_text(text)
+    assert filled.info()["rows"] == 40
+    assert [each["space"] for each in filled.info()["spaces"].values()] == [
+        {"unknown": "unknown"}
+    ]
