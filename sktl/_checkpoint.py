@@ -87,7 +87,14 @@ class Checkpoint:
         self._check(document.get("identity"))
         try:
             _restore(training, tensors, document)
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise ValueError(
                 f"The checkpoint {str(self._file)!r} must fit the network and its "
                 f"optimizer, and does not: {type(error).__name__}: {error}. Delete it "
@@ -235,7 +242,8 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         return None
     except ValueError as error:
         raise ValueError(f"{error} Delete it to start anew.") from error
-    whole = isinstance(document.get("seed"), int)
+    seed = document.get("seed")
+    whole = type(seed) is int and 0 <= seed < 2**31
     if document.get("format") != _FORMAT or not whole:
         raise ValueError(
             f"The checkpoint {str(file)!r} must be of the format {_FORMAT!r}. Got "

@@ -16,6 +16,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
 }
+# What each of them remembers of a parameter.
+_STATE: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 _WARM_UP = 0.1  # of all steps
 
 
@@ -107,12 +112,23 @@ def restore_optimizer(
         It is changed.
     state : mapping
         The ``"state"`` of its state dict.
+
+    Raises
+    ------
+    ValueError
+        If it is that of an optimizer of another kind, or for other parameters.
     """
+    names = _STATE[type(optimizer)]
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     laid_out: dict[int, dict[str, Tensor]] = {}
     for number, values in state.items():
         like = parameters[number]
+        shapes = {name: () if name == "step" else like.shape for name in names}
+        if {name: value.shape for name, value in values.items()} != shapes or not all(
+            value.is_floating_point() for value in values.values()
+        ):
+            raise ValueError(f"the state of parameter {number} is of another optimizer")
         # In the memory layout of the parameter, as it was: a sum in another order may
         # round differently.
         laid_out[number] = {

@@ -107,6 +107,25 @@ class Progress:
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     start_weights: dict[str, Tensor] = field(default_factory=dict)
 
+    def check(self, network: nn.Module, settings: Settings) -> None:
+        """Raise a ValueError if no training of this kind can stand there."""
+        watched = settings.patience is not None
+        names = {"epoch", "train_loss", "lr", "n_open_stages"}
+        names |= {"valid_loss", "valid_score"} if watched else set()
+        for row in self.history:
+            if row.keys() != names or not all(
+                type(value) in (int, float) for value in row.values()
+            ):
+                raise ValueError(f"its history must have numbers for {sorted(names)}")
+        if not 0 <= self.best_epoch <= self.epoch <= settings.max_epochs:
+            raise ValueError(f"epoch {self.epoch} is none of {settings.max_epochs}")
+        if watched and self.history and not self.best_weights:
+            raise ValueError("there are no weights of the best epoch")
+        own = {n: (v.shape, v.dtype) for n, v in network.state_dict().items()}
+        for weights in (self.best_weights, self.start_weights):
+            if weights and own != {n: (v.shape, v.dtype) for n, v in weights.items()}:
+                raise ValueError("there are weights of another network")
+
 
 class Training:
     """A network in training.
@@ -363,6 +382,7 @@ class Training:
         optimizer: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
         """Go back to where a training was: with the same bits from there on."""
+        progress.check(self.network, self._settings)
         self.network.load_state_dict(weights)
         self.progress = progress
         # Again: what is frozen has other weights now.

@@ -274,6 +274,35 @@ def test_t05_a_document_that_makes_no_sense(pictures, mine, file, part, value):
         mine.fit(pictures, Y)
 
 
+IMPOSSIBLE = {
+    "epoch": [float("inf"), -1, 10**9, 10**400],
+    "best_epoch": [float("nan"), -1, 10**9],
+    "seed": [-1, 2**31, 2**80, True, 0.5],
+    "history": [[{}], [{"epoch": 1}], [[1]], {"a": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [(part, v) for part in IMPOSSIBLE for v in IMPOSSIBLE[part]]
+)
+def test_t05_a_document_of_no_run(pictures, mine, file, part, value):
+    interrupt(mine, pictures, Y)
+    tensors, document = read_tensors(file)
+    write_tensors(file, tensors, {**document, part: value})
+    with pytest.raises(ValueError, match=f"{file}"):
+        mine.fit(pictures, Y)
+
+
+@pytest.mark.parametrize("part", ["best", "start"])
+def test_t05_other_weights_that_do_not_fit(pictures, mine, file, part):
+    interrupt(mine, pictures, Y)
+    tensors, document = read_tensors(file)
+    tensors[f"{part}.head.0.bias"] = torch.zeros(7)
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=f"{file}.*of another network"):
+        mine.fit(pictures, Y)
+
+
 @pytest.mark.parametrize("how", ["missing", "shape", "name", "state"])
 def test_t05_tensors_that_do_not_fit(pictures, mine, file, how):
     interrupt(mine, pictures, Y)

@@ -106,3 +106,19 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
     for one, two in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
     assert again.param_groups[0]["highest_lr"] == 0.1
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("value", [None, torch.ones(3, 7), torch.tensor(True)])
+def test_the_state_of_another_optimizer_is_refused(optimizer, value):
+    network = new_network(load_backbone("tiny", None), 3)
+    mine = new_optimizer(network, optimizer, 0.5, 0.1, [], lr=0.1)
+    network(torch.ones(2, 3, 16, 16)).sum().backward()
+    mine.step()
+    for name in list(mine.state_dict()["state"][0]):
+        state = mine.state_dict()["state"]
+        state[0] = {**state[0], name: value}
+        if value is None:
+            del state[0][name]
+        with pytest.raises(ValueError, match="of parameter 0 is of another optimizer"):
+            restore_optimizer(mine, state)
