@@ -15,6 +15,8 @@ from torchvision.transforms import functional as tvf
 # Longer pictures are cropped while they are resized, not after: at a shorter side of
 # 256, one of 1 x 20000 pixels would become 4 GB.
 _LONGEST = 32
+# Side in pixels; a square of it is larger than any picture that is read from a file.
+_LARGEST = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Preprocessing:
     Raises
     ------
     ValueError
-        If a size is below 1, the interpolation is unknown, or mean and std are not
-        three numbers each, of which those of std are positive.
+        If a size is below 1 or above 10000, the interpolation is unknown, or mean and
+        std are not three finite numbers each, of which those of std are positive.
     """
 
     resize_size: int
@@ -52,8 +54,10 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1. Got {self!r}.")
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(
+                    f"{name} must be at least 1 and at most {_LARGEST}. Got {self!r}."
+                )
         modes = [mode.value for mode in InterpolationMode]
         if self.interpolation not in modes:
             raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
@@ -63,10 +67,15 @@ class Preprocessing:
         # Tuples, so that it can be hashed and compared however it was written.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if (
+            len(self.mean) != 3
+            or len(self.std) != 3
+            or min(self.std) <= 0
+            or not all(map(math.isfinite, self.mean + self.std))
+        ):
             raise ValueError(
                 "mean and std must have one number for each of red, green and blue, "
-                f"those of std positive. Got {self!r}."
+                f"all finite and those of std positive. Got {self!r}."
             )
 
     @classmethod

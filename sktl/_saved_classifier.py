@@ -15,6 +15,7 @@ from sktl._preprocessing import Preprocessing
 from sktl._random_state import borrowed_generator
 from sktl._tensor_file import read_tensors, write_tensors
 from sktl._trainable import network_digest, new_network
+from sktl._weights import Unfilled, fill
 
 Estimator = TypeVar("Estimator")
 _FORMAT = "sktl FineTunedCNNClassifier, version 1"
@@ -109,7 +110,14 @@ def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estima
         for name, value in _fitted(document, tensors).items():
             setattr(estimator, name, value)
         return estimator
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(
             f"{str(path)!r} must be a file of FineTunedCNNClassifier.save, and its "
             "backbone the network that it was. Got "
@@ -143,14 +151,15 @@ def _rebuilt(
     built_as: dict[str, Any], n_classes: int, tensors: dict[str, Tensor]
 ) -> nn.Sequential:
     backbone = load_backbone(built_as["backbone"], None)
-    with borrowed_generator():  # a new head draws from it
+    # Without memory for the head: how wide it says it is need not be true.
+    with borrowed_generator(), Unfilled():
         network = new_network(
             backbone,
             n_classes,
             hidden_layer_sizes=built_as["hidden_layer_sizes"],
             dropout=built_as["dropout"],
         )
-    network.load_state_dict(tensors)
+    fill(network, tensors, "Those of the file")
     return network.eval()
 
 

@@ -103,6 +103,9 @@ def test_compares_by_value_and_cannot_be_changed() -> None:
     [
         ({"resize_size": 0}, "resize_size must be at least 1"),
         ({"crop_size": -1}, "crop_size must be at least 1"),
+        ({"crop_size": 10_001}, "crop_size must be at least 1 and at most 10000"),
+        ({"resize_size": float("inf")}, "resize_size must be at least 1 and at most"),
+        ({"mean": (0.5, 0.5, float("nan"))}, "all finite"),
         ({"interpolation": "cubic"}, "interpolation must be one of .*bicubic"),
         ({"mean": (0.5,)}, "one number for each of red, green and blue"),
         ({"std": (1.0, 1.0, 0.0)}, "those of std positive"),

@@ -272,6 +272,23 @@ def test_a_file_that_somebody_wrote_by_hand(mine, file, part, value):
             FineTunedCNNClassifier.load(file)
 
 
+def test_a_head_that_says_it_is_wide_is_not_made(mine, file):
+    tensors, document = read_tensors(saved(mine, file))
+    document["network"]["hidden_layer_sizes"] = [2**50]
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=r"mine\.safetensors.*names and shapes"):
+        FineTunedCNNClassifier.load(file)
+
+
+@pytest.mark.parametrize("size", [0, 2**40, float("inf"), float("nan")])
+def test_pictures_of_no_size(mine, file, size):
+    tensors, document = read_tensors(saved(mine, file))
+    document["preprocessing"]["crop_size"] = size
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=r"mine\.safetensors.*crop_size must be"):
+        FineTunedCNNClassifier.load(file)
+
+
 def test_nothing_but_what_a_fit_sets_is_set(mine, file):
     tensors, document = read_tensors(saved(mine, file))
     document["fitted"] |= {"predict": "mine", "__class__": "mine", "lr": 3}
