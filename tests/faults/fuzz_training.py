@@ -1,0 +1,176 @@
+"""What `fuzz.py` damages: saved classifiers, and checkpoints."""
+
+import json
+import os
+import struct
+import sys
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import safetensors.torch
+import torch
+from mutations import bytes_damaged, header_damaged, refused, text_damaged
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from interrupted_training import a_classifier, data
+
+from sktl import FineTunedCNNClassifier
+from sktl._checkpoint import Checkpoint, seed_of
+from sktl._tensor_file import _digest
+
+
+def again(rng, content):
+    """Damage a file that `write_tensors` wrote, with the sha256 of what comes out."""
+    tensors = safetensors.torch.load(content)
+    (length,) = struct.unpack("<Q", content[:8])
+    text = json.loads(content[8 : 8 + length])["__metadata__"]["sktl"]
+    if rng.random() < 0.6:
+        text = text_damaged(rng, text)
+    else:
+        _damage_tensors(rng, tensors)
+    text = text.encode("utf-8", "replace").decode()
+    tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
+    metadata = {"sktl": text, "sha256": _digest(tensors, text)}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def _damage_tensors(rng, tensors):
+    for _ in range(rng.choice([1, 1, 3])):
+        name = rng.choice(sorted(tensors))
+        value = tensors.pop(name)
+        kind = rng.randrange(7)
+        if kind == 0:
+            value = value[..., None]
+        elif kind == 1:
+            value = torch.cat([value.reshape(-1)] * 2)
+        elif kind == 2:
+            value = value.to(rng.choice([torch.int8, torch.float64, torch.bool]))
+        elif kind == 3:
+            strange = torch.tensor(rng.choice([0, 1e30, float("nan")]))
+            value = strange.expand(value.shape).to(value.dtype)
+        elif kind == 4:
+            value = value.reshape(-1)[:0]
+        elif kind == 5:
+            name = rng.choice([f"{name}0", "optimizer.x.y", "optimizer.99.step", ""])
+        if kind < 6:
+            tensors[name] = value.clone()
+        if not tensors:
+            return
+
+
+def damaged(rng, content, others):
+    """Damage such a file; say whether its sha256 is right nevertheless."""
+    kind = rng.random()
+    if kind < 0.4:
+        return bytes_damaged(rng, content, others), False
+    if kind < 0.5:
+        return header_damaged(rng, content), False
+    return again(rng, content), True
+
+
+class Models:
+    """Files of ``FineTunedCNNClassifier.save``."""
+
+    def __init__(self, folder):
+        os.fsync = lambda descriptor: None
+        self.path = folder / "input" / "mine.safetensors"
+        X, y = data()
+        self.X = X[:3]
+        self.contents = []
+        for name in ("adamw", "random head"):
+            mine = a_classifier(folder, name, max_epochs=1, checkpoint=None)
+            mine.fit(X, y).save(folder / "mine")
+            self.contents.append((folder / "mine").read_bytes())
+        self.expected = []
+        for content in self.contents:
+            (folder / "mine").write_bytes(content)
+            loaded = FineTunedCNNClassifier.load(folder / "mine")
+            self.expected.append(loaded.predict_proba(self.X))
+
+    def case(self, rng):
+        """Damage one, load it, and let it predict."""
+        number = rng.randrange(2)
+        content, right = damaged(rng, self.contents[number], self.contents)
+        self.path.write_bytes(content)
+        written = " (sha256 made anew)" if right else ""
+        try:
+            loaded = FineTunedCNNClassifier.load(self.path)
+        except ValueError as error:
+            return refused(error, self.path) + written
+        try:
+            probabilities = loaded.predict_proba(self.X)
+        except ValueError:
+            assert right
+            return f"loaded, predicts not: ValueError{written}"
+        if not right:
+            whole = content in self.contents
+            expected = self.expected[self.contents.index(content) if whole else number]
+            np.testing.assert_array_equal(probabilities, expected, strict=True)
+        assert probabilities.shape == (len(self.X), len(loaded.classes_))
+        return f"loaded{written}"
+
+
+class Checkpoints:
+    """Files that a fit with ``checkpoint`` goes on from."""
+
+    def __init__(self, folder):
+        os.fsync = lambda descriptor: None
+        self.X, self.y = data()
+        self.X, self.y = self.X[::2], self.y[::2]
+        self.folder = folder / "input"
+        self.runs = []
+        for name in ("adamw", "sgd"):
+            mine = a_classifier(folder, name, max_epochs=3, checkpoint=self.folder)
+            file = self.folder / "fine_tuning.safetensors"
+            expected = mine.fit(self.X, self.y).predict_proba(self.X)
+            file.unlink()
+            content = self._interrupted(mine, file)
+            file.unlink()
+            captured = {}
+
+            def capture(checkpoint, training, captured=captured):
+                captured.update(checkpoint=checkpoint, training=training)
+                return True
+
+            with mock.patch.object(Checkpoint, "resume", capture):
+                mine.fit(self.X, self.y)
+            file.unlink()
+            self.runs.append((mine, content, expected, captured))
+        self.file = file
+
+    def _interrupted(self, mine, file):
+        """Give the checkpoint after two epochs."""
+        contents = []
+        save = Checkpoint.save
+
+        def saved(checkpoint, training):
+            save(checkpoint, training)
+            contents.append(file.read_bytes())
+
+        with mock.patch.object(Checkpoint, "save", saved):
+            mine.fit(self.X, self.y)
+        return contents[1]
+
+    def case(self, rng):
+        """Damage one, read it as a fit does, and where it is read, fit."""
+        mine, content, expected, captured = rng.choice(self.runs)
+        contents = [each[1] for each in self.runs]
+        changed, right = damaged(rng, content, contents)
+        self.file.write_bytes(changed)
+        written = " (sha256 made anew)" if right else ""
+        try:
+            seed_of(self.folder, otherwise=0)
+            captured["checkpoint"].resume(captured["training"])
+        except ValueError as error:
+            return refused(error, self.file) + written
+        try:
+            mine.fit(self.X, self.y)
+        except ValueError:
+            assert right
+            return f"read, refused by fit: ValueError{written}"
+        if not right:
+            got = mine.predict_proba(self.X)
+            np.testing.assert_array_equal(got, expected, strict=True)
+        return f"gone on with{written}"

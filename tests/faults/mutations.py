@@ -1,0 +1,225 @@
+"""Ways to damage a file: its bytes, its JSON, its opcodes, and checksums made anew."""
+
+import json
+import pickletools
+import struct
+import zlib
+from itertools import pairwise
+
+EXTREMES = [0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63)]
+# What stands where another value is expected.
+STRANGE = [
+    *EXTREMES,
+    10**30,
+    None,
+    True,
+    0.5,
+    float("nan"),
+    float("inf"),
+    -0.0,
+    "",
+    "x",
+    "F16",
+    "F64",
+    "\ud800\0",
+    "ä" * 300,
+    [],
+    {},
+    [[[1]]],
+    {"pairs": [[[], 1]]},
+]
+NESTED = 3000  # deeper than Python counts
+
+
+def refused(error, named):
+    """Check that an error is of use: it names the file. Give the outcome."""
+    if str(named) not in str(error):
+        raise AssertionError(f"{named} is not named in: {error}") from error
+    return f"refused: {type(error).__name__}"
+
+
+def bytes_damaged(rng, content, others=()):
+    """Do one to four things to the bytes of a file."""
+    data = bytearray(content)
+    for _ in range(rng.choice([1, 1, 1, 2, 4])):
+        rng.choice(_ON_BYTES)(rng, data, others)
+    return bytes(data)
+
+
+def _place(rng, data):
+    # Half of the time where headers are, at the front.
+    most = len(data) if rng.random() < 0.5 else min(len(data), 200)
+    return rng.randrange(most) if most else 0
+
+
+def _flip(rng, data, others):
+    if data:
+        data[_place(rng, data)] ^= 1 << rng.randrange(8)
+
+
+def _overwrite(rng, data, others):
+    at = _place(rng, data)
+    n = rng.randrange(1, 9)
+    data[at : at + n] = rng.choice([bytes(n), b"\xff" * n, rng.randbytes(n)])
+
+
+def _truncate(rng, data, others):
+    del data[_place(rng, data) :]
+
+
+def _insert(rng, data, others):
+    at = _place(rng, data)
+    data[at:at] = rng.randbytes(rng.choice([1, 2, 8, 100]))
+
+
+def _delete(rng, data, others):
+    at = _place(rng, data)
+    del data[at : at + rng.choice([1, 2, 8, 100])]
+
+
+def _repeat(rng, data, others):
+    at = _place(rng, data)
+    block = data[at : at + rng.choice([1, 4, 32, 256])]
+    data[at:at] = block * rng.choice([1, 2, 16, 100])
+
+
+def _splice(rng, data, others):
+    other = rng.choice(others) if others else data
+    data[_place(rng, data) :] = other[_place(rng, other) :]
+
+
+def _exchange(rng, data, others):
+    first, second = _place(rng, data), _place(rng, data)
+    n = rng.choice([1, 8, 64])
+    block = data[first : first + n]
+    data[first : first + n] = data[second : second + n]
+    data[second : second + n] = block
+
+
+def _extreme(rng, data, others):
+    at, size = _place(rng, data), rng.choice([1, 2, 4, 8])
+    value = rng.choice(EXTREMES) % 256**size
+    data[at : at + size] = value.to_bytes(size, rng.choice(["little", "big"]))
+
+
+def _grow(rng, data, others):
+    data.extend(rng.choice([b"\0", bytes(5000), rng.randbytes(64)]))
+
+
+_ON_BYTES = [
+    *[_flip, _overwrite, _extreme] * 2,
+    _truncate,
+    _insert,
+    _delete,
+    _repeat,
+    _splice,
+    _exchange,
+    _grow,
+]
+
+
+def value_damaged(rng, value):
+    """Change one place in what JSON holds: remove, exchange, copy or rename it."""
+    places = list(_places(value))
+    if not places:
+        return rng.choice(STRANGE)
+    holder, key = rng.choice(places)
+    kind = rng.randrange(5)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1:
+        other, at = rng.choice(places)
+        holder[key] = json.loads(json.dumps(other[at])) if at in _keys(other) else None
+    elif kind == 2 and isinstance(holder, dict):
+        holder[rng.choice(["x", "", *map(str, holder)])] = holder.pop(key)
+    elif kind == 3 and isinstance(holder[key], int | float):
+        changed = rng.choice([holder[key] + 1, -holder[key], holder[key] * 2**20])
+        holder[key] = changed
+    else:
+        holder[key] = rng.choice(STRANGE)
+    return value
+
+
+def _keys(holder):
+    return range(len(holder)) if isinstance(holder, list) else list(holder)
+
+
+def _places(value):
+    if isinstance(value, dict | list):
+        for key in _keys(value):
+            yield value, key
+            yield from _places(value[key])
+
+
+def text_damaged(rng, text):
+    """Damage the text of a JSON document: its structure, or just the text."""
+    kind = rng.random()
+    if kind < 0.8:
+        return json.dumps(value_damaged(rng, json.loads(text)))
+    if kind < 0.9:
+        return bytes_damaged(rng, text.encode()).decode("utf-8", "replace")
+    at = rng.randrange(len(text))
+    long = ["[" * NESTED, '{"a":' * NESTED, "1" * 5000, "1e999", "NaN", '"\\ud800"']
+    return text[:at] + rng.choice(long) + text[at + rng.randrange(20) :]
+
+
+def header_damaged(rng, content):
+    """Damage the JSON header of a safetensors file, and say its length anew."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = text_damaged(rng, content[8 : 8 + length].decode())
+    encoded = header.encode("utf-8", "replace")
+    return struct.pack("<Q", len(encoded)) + encoded + content[8 + length :]
+
+
+def png_damaged(rng, content):
+    """Damage the chunks of a PNG, with the checksums of what comes out."""
+    chunks, at = [], 8
+    while at + 12 <= len(content):
+        (length,) = struct.unpack(">I", content[at : at + 4])
+        body = content[at + 8 : at + 8 + length]
+        chunks.append([content[at + 4 : at + 8], body])
+        at += 12 + length
+    chunk = rng.choice(chunks)
+    if chunk[0] == b"IDAT" and rng.random() < 0.7:  # below the compression too
+        chunk[1] = zlib.compress(bytes_damaged(rng, zlib.decompress(chunk[1])))
+    else:
+        chunk[1] = bytes_damaged(rng, chunk[1])
+    if rng.random() < 0.2:
+        chunks.insert(rng.randrange(len(chunks)), rng.choice(chunks))
+    return content[:8] + b"".join(
+        struct.pack(">I", len(body))
+        + kind
+        + body
+        + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+def opcodes_damaged(rng, code, strange):
+    """Exchange, repeat, remove opcodes of a pickle; put in some of `strange`."""
+    starts = [at for _, _, at in pickletools.genops(code)]
+    parts = [code[a:b] for a, b in pairwise([*starts, len(code)])]
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at = rng.randrange(1, len(parts))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del parts[at : at + rng.choice([1, 1, 5])]
+        elif kind == 1:
+            parts[at:at] = parts[at : at + 4] * rng.choice([1, 2, 50])
+        elif kind == 2:
+            other = rng.randrange(1, len(parts))
+            parts[at], parts[other] = parts[other], parts[at]
+        elif kind == 3:
+            parts[at] = rng.choice(strange)
+        elif kind == 4:
+            parts.insert(at, rng.choice(strange))
+        else:
+            numbers = [i for i, p in enumerate(parts) if p[:1] in b"KMJ\x8a"]
+            if numbers:
+                parts[rng.choice(numbers)] = _number(rng.choice(EXTREMES))
+    return b"".join(parts)
+
+
+def _number(value):
+    body = value.to_bytes(9, "little", signed=True)
+    return b"\x8a\x09" + body  # LONG1
