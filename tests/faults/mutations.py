@@ -154,13 +154,21 @@ def _places(value):
 def text_damaged(rng, text):
     """Damage the text of a JSON document: its structure, or just the text."""
     kind = rng.random()
-    if kind < 0.8:
-        return json.dumps(value_damaged(rng, json.loads(text)))
-    if kind < 0.9:
+    value = _parsed(text)
+    if kind < 0.8 and value is not None:
+        return json.dumps(value_damaged(rng, value))
+    if kind < 0.9 or not text:
         return bytes_damaged(rng, text.encode()).decode("utf-8", "replace")
     at = rng.randrange(len(text))
     long = ["[" * NESTED, '{"a":' * NESTED, "1" * 5000, "1e999", "NaN", '"\\ud800"']
     return text[:at] + rng.choice(long) + text[at + rng.randrange(20) :]
+
+
+def _parsed(text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # damaged before
 
 
 def header_damaged(rng, content):
