@@ -1,0 +1,262 @@
+"""What is known to go wrong in other libraries for transfer learning, tried on ours.
+
+Each test is named after the defect. Many more are tried elsewhere, where the part that
+could have them is tested: `docs/reliability.md` lists them.
+"""
+
+import copy
+import pickle
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from conftest import TinyNet
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score, cross_validate
+from sklearn.pipeline import make_pipeline
+from torch import nn
+
+from sktl import (
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedFeatures,
+    register_backbone,
+)
+from sktl._backbones import load_backbone
+
+SMALL = Preprocessing(resize_size=16, crop_size=16)
+
+
+@pytest.fixture
+def y():
+    return np.repeat(["china", "flower"], 20)
+
+
+def tuned(**options):
+    """Classifier of a network that is trained in a moment."""
+    options = {"max_epochs": 1, "random_state": 0, "engine": "torch", **options}
+    return FineTunedCNNClassifier("tiny", **options)
+
+
+def same(one, other):
+    """Check that two state dicts have equal bits."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+# Networks in the wrong mode, and networks that are not the ones asked for
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_a_network_never_put_into_evaluation_mode(pictures, tmp_path, memory):
+    made = []
+
+    def build():
+        network = TinyNet()
+        network.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, 5)
+        )
+        made.append(network.train())
+        return network
+
+    register_backbone("in training mode", build, preprocessing=SMALL)
+    mine = PretrainedFeatures("in training mode", engine="torch")
+    mine.set_params(memory=tmp_path if memory else None)
+    before = copy.deepcopy(load_backbone("in training mode").network.state_dict())
+    rows = mine.fit(pictures).transform(pictures)
+    np.testing.assert_array_equal(
+        mine.set_params(memory=None).transform(pictures), rows
+    )
+    for network in (load_backbone("in training mode").network, *made):
+        same(network.state_dict(), before)  # the statistics of BatchNorm, too
+    assert not any(
+        m.training for m in load_backbone("in training mode").network.modules()
+    )
+
+
+def test_a_search_that_scores_the_same_network_every_time(pictures):
+    y = pictures.mean((1, 2, 3)) > np.median(pictures.mean((1, 2, 3)))
+    networks = ["tiny", "always the same"]
+    register_backbone(
+        "always the same",
+        lambda: nn.Sequential(
+            nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(3, 2).requires_grad_(False)
+        ),
+        preprocessing=SMALL,
+    )
+    model = make_pipeline(PretrainedFeatures(engine="torch"), LogisticRegression())
+    grid = {"pretrainedfeatures__backbone": networks}
+    scoring = "neg_log_loss"
+    found = GridSearchCV(model, grid, cv=2, scoring=scoring).fit(pictures, y)
+    alone = [
+        cross_val_score(
+            make_pipeline(
+                PretrainedFeatures(name, engine="torch"), LogisticRegression()
+            ),
+            pictures,
+            y,
+            cv=2,
+            scoring=scoring,
+        ).mean()
+        for name in networks
+    ]
+    assert alone[0] != alone[1]
+    np.testing.assert_allclose(found.cv_results_["mean_test_score"], alone)
+
+
+def test_a_cache_that_knows_the_picture_but_not_the_network(pictures, tmp_path):
+    seeds = iter([1, 2])
+
+    def build():
+        torch.manual_seed(next(seeds))
+        return TinyNet()
+
+    rows = []
+    for _ in range(2):  # the same name, and not the same network
+        register_backbone("changing", build, preprocessing=SMALL)
+        mine = PretrainedFeatures("changing", engine="torch", memory=tmp_path)
+        rows.append(mine.transform(pictures))
+        plain = clone(mine).set_params(memory=None).transform(pictures)
+        np.testing.assert_array_equal(rows[-1], plain)
+    assert not np.allclose(*rows)
+
+
+def test_a_cache_that_is_lost_with_clone_and_pickle(pictures, tmp_path, monkeypatch):
+    mine = PretrainedFeatures("tiny", memory=tmp_path).fit(pictures)
+    expected = mine.transform(pictures)
+    monkeypatch.setattr("sktl._memory.batches", None)  # nothing may be computed again
+    for copied in (
+        clone(mine),
+        copy.deepcopy(mine),
+        pickle.loads(pickle.dumps(mine)),
+        make_pipeline(clone(mine)),
+    ):
+        np.testing.assert_array_equal(copied.transform(pictures), expected)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "squeezenet1_1"])
+def test_one_picture_gives_a_corner_where_many_give_the_mean(pictures, name):
+    mine = PretrainedFeatures(
+        name, weights=None, image_size=64, batch_size=2, engine="torch"
+    )
+    many = mine.transform(pictures[:3])
+    alone = np.vstack([mine.transform(pictures[i : i + 1]) for i in range(3)])
+    np.testing.assert_allclose(alone, many, rtol=0, atol=1e-5 * np.abs(many).max())
+
+
+def test_features_of_densenet_from_before_the_last_relu(pictures):
+    mine = PretrainedFeatures(
+        "densenet121", weights=None, image_size=64, engine="torch"
+    )
+    rows = mine.transform(pictures[:2])
+    assert rows.min() >= 0  # what comes before it goes far below
+    network = load_backbone("densenet121", None).network
+    backbone = load_backbone("densenet121", None)
+    x = torch.from_numpy(
+        np.stack(
+            [backbone.preprocessing_at(64)(image) for image in images(pictures[:2])]
+        )
+    )
+    x = x.permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(value)[:, None, None]
+        for value in (backbone.preprocessing.mean, backbone.preprocessing.std)
+    )
+    with torch.inference_mode():
+        maps = network.features((x - mean) / std)
+    assert maps.min() < 0
+    expected = maps.relu().mean((2, 3)).numpy()
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * expected.max())
+
+
+def images(pictures):
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+# Training that others see, and training that is forgotten
+
+
+def test_fit_trains_the_network_that_others_use(pictures, y):
+    features = PretrainedFeatures("tiny", engine="torch")
+    before = features.transform(pictures)
+    first = tuned(lr=0.1, wise_ft_alpha=1.0).fit(pictures, y)
+    np.testing.assert_array_equal(features.transform(pictures), before)
+    # A clone begins where the first one did, not where it ended.
+    again = clone(first).fit(pictures, y)
+    same(again.module_.state_dict(), first.module_.state_dict())
+    assert again.loss_curve_ == first.loss_curve_
+
+
+def test_a_clone_that_has_lost_the_pretrained_weights(pictures, y, tmp_path):
+    torch.manual_seed(5)
+    network = TinyNet()
+    torch.save(network.state_dict(), tmp_path / "mine.pth")
+    model = tuned(weights=tmp_path / "mine.pth", max_epochs=0, head_init="random")
+    found = cross_validate(clone(model), pictures, y, cv=2, return_estimator=True)
+    for fitted in (*found["estimator"], clone(model.fit(pictures, y)).fit(pictures, y)):
+        stem, stage1, *_ = fitted.module_
+        same(stem.state_dict(), network.stages["stem"].state_dict())
+        same(stage1.state_dict(), network.stages["stage1"].state_dict())
+
+
+def test_a_cross_validation_that_forgets_the_number_of_epochs(pictures, y):
+    found = cross_validate(
+        tuned(max_epochs=3), pictures, y, cv=2, return_estimator=True
+    )
+    assert [fitted.n_iter_ for fitted in found["estimator"]] == [3, 3]
+
+
+def test_a_request_for_fit_that_lands_in_score():
+    mine = tuned()
+    import sklearn
+
+    with sklearn.config_context(enable_metadata_routing=True):
+        mine.set_fit_request(sample_weight=True)
+        requests = mine.get_metadata_routing()
+    assert requests.fit.requests == {"sample_weight": True}
+    assert requests.score.requests == {"sample_weight": None}
+
+
+def test_a_parameter_that_fit_changes(pictures, y):
+    weights, sizes = {"china": 2.0, "flower": 1.0}, [4]
+    mine = tuned(class_weight=weights, hidden_layer_sizes=sizes)
+    mine.fit(pictures, y)
+    assert (weights, sizes) == ({"china": 2.0, "flower": 1.0}, [4])
+    assert mine.class_weight is weights
+    assert mine.hidden_layer_sizes is sizes
+
+
+def test_what_comes_out_of_a_search_cannot_be_copied(pictures, y, tmp_path):
+    search = GridSearchCV(tuned(), {"lr": [1e-3, 1e-2]}, cv=2).fit(pictures, y)
+    expected = search.predict_proba(pictures)
+    joblib.dump(search, tmp_path / "search.joblib", compress=3)
+    for copied in (
+        copy.deepcopy(search),
+        pickle.loads(pickle.dumps(search)),
+        joblib.load(tmp_path / "search.joblib"),
+    ):
+        np.testing.assert_array_equal(copied.predict_proba(pictures), expected)
+        clone(copied).fit(pictures, y)
+
+
+# Rows that go missing
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_rows_of_bad_pictures_that_are_dropped(paths, tmp_path, memory):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no picture")
+    mine = PretrainedFeatures("tiny", memory=tmp_path / "store" if memory else None)
+    for row in (0, 5, 39, 40):
+        X = [*paths[:row], str(bad), *paths[row:]]
+        with pytest.raises(ValueError, match=rf"X\[{row}\] \(.*bad\.png"):
+            mine.transform(X)
+    X = [*paths, paths[3], paths[3]]
+    rows = mine.transform(X)
+    assert len(rows) == len(X)
+    np.testing.assert_array_equal(rows[40:], rows[[3, 3]])
