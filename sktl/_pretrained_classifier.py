@@ -216,19 +216,19 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
             check_classification_targets(y)
             check_consistent_length(pictures, y)
         if self.label_map is not None:
-            self.classes_, self.label_given_category_ = _mapped(
-                self.label_map, categories, y
-            )
+            classes, given = _mapped(self.label_map, categories, y)
         elif y is None:
-            self.classes_, order = np.unique(categories, return_inverse=True)
-            self.label_given_category_ = _one_label_each(order)
+            classes, order = np.unique(categories, return_inverse=True)
+            given = _one_label_each(order)
         else:
             weight = check_sample_weight(sample_weight, y, dtype=np.float64)
-            self.classes_, label = np.unique(y, return_inverse=True)
-            indicator = weight[:, None] * (label[:, None] == range(len(self.classes_)))
+            classes, label = np.unique(y, return_inverse=True)
+            indicator = weight[:, None] * (label[:, None] == range(len(classes)))
             # (n_categories, n_samples) @ (n_samples, n_classes)
             counts = 1 + self._category_proba(backbone, pictures).T @ indicator
-            self.label_given_category_ = counts / counts.sum(axis=1, keepdims=True)
+            given = counts / counts.sum(axis=1, keepdims=True)
+        # At the end: what a bad picture or Ctrl-C stops leaves the last fit whole.
+        self.classes_, self.label_given_category_ = classes, given
         self.weights_digest_ = backbone.digest
         return self
 

@@ -190,3 +190,12 @@ def test_real_labels_are_those_of_torchvision(test_data):
     np.testing.assert_array_equal(mine.predict(paths), names[expected.argmax(1)])
     proba = mine.predict_proba(paths)
     np.testing.assert_allclose(proba, expected[:, np.argsort(names)], atol=1e-5)
+
+
+def test_a_fit_that_is_stopped_leaves_the_last_one_whole(pictures, y, tmp_path):
+    mine = PretrainedClassifier("named").fit(pictures, y)
+    expected = mine.predict(pictures)
+    bad = [*pictures[:39], tmp_path / "gone.png"]
+    with pytest.raises(ValueError, match=r"X\[39\]"):
+        mine.fit(bad, np.arange(40) % 5)
+    np.testing.assert_array_equal(mine.predict(pictures), expected)
