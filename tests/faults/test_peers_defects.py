@@ -10,8 +10,10 @@ import pickle
 import joblib
 import numpy as np
 import pytest
+import sklearn
 import torch
 from conftest import TinyNet
+from PIL import Image
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score, cross_validate
@@ -173,8 +175,6 @@ def test_features_of_densenet_from_before_the_last_relu(pictures):
 
 
 def images(pictures):
-    from PIL import Image
-
     return [Image.fromarray(picture) for picture in pictures]
 
 
@@ -213,8 +213,6 @@ def test_a_cross_validation_that_forgets_the_number_of_epochs(pictures, y):
 
 def test_a_request_for_fit_that_lands_in_score():
     mine = tuned()
-    import sklearn
-
     with sklearn.config_context(enable_metadata_routing=True):
         mine.set_fit_request(sample_weight=True)
         requests = mine.get_metadata_routing()

@@ -1,0 +1,172 @@
+"""Files that are no pictures, and files with odd names, given to each estimator.
+
+What becomes of each kind of file is tested in `tests/test_decode.py`; here is what is
+left of it when a user calls an estimator.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import cross_val_score
+
+from sktl import (
+    FeatureStore,
+    FineTunedCNNClassifier,
+    PretrainedClassifier,
+    PretrainedFeatures,
+)
+
+ESTIMATORS = [
+    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
+    PretrainedClassifier("resnet_mini", engine="torch"),
+    PretrainedFeatures("tiny", engine="torch"),
+]
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+Y = np.arange(40) % 2
+
+
+def output_of(estimator, X):
+    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
+    return getattr(estimator, method)(X)
+
+
+def whole(format="PNG"):
+    """Give a file of 20 x 20 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), format)
+    return buffer.getvalue()
+
+
+def bomb():
+    """Give a file of few bytes and a hundred million pixels."""
+    Image.new("1", (10_000, 10_000)).save(buffer := io.BytesIO(), "PNG")
+    assert len(buffer.getvalue()) < 100_000
+    return buffer.getvalue()
+
+
+BAD_FILES = {
+    "zero bytes": lambda path: path.write_bytes(b""),
+    "cut JPEG": lambda path: path.write_bytes(whole("JPEG")[:400]),
+    "cut PNG": lambda path: path.write_bytes(whole()[:200]),
+    "text": lambda path: path.write_text("404 not found"),
+    "directory": lambda path: path.mkdir(),
+    "missing": lambda path: None,
+    "pipe": os.mkfifo,
+    "link to itself": lambda path: path.symlink_to(path),
+    "link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "bomb": lambda path: path.write_bytes(bomb()),
+}
+
+
+@each_estimator
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_it_is_named_wherever_it_stands(estimator, name, memory, paths, tmp_path):
+    bad = tmp_path / "bad picture"
+    BAD_FILES[name](bad)
+    store = tmp_path / "store"
+    mine = clone(estimator).set_params(memory=store if memory else None, n_jobs=2)
+    mine.fit(paths, Y)
+    expected, threads = output_of(mine, paths), threading.active_count()
+    for row in (0, 33):
+        X = [*paths[:row], bad, *paths[row + 1 :]]
+        with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad picture'\)"):
+            output_of(mine, X)
+        if not isinstance(mine, PretrainedFeatures):  # which reads nothing in fit
+            with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad picture'\)"):
+                clone(mine).fit(X, Y)
+    assert threading.active_count() <= threads
+    np.testing.assert_array_equal(output_of(mine, paths), expected)
+    if memory and isinstance(mine, PretrainedFeatures):
+        assert FeatureStore(store).info()["rows"] == len(paths)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_bomb_is_refused_where_pillow_only_warns():
+    with pytest.raises(ValueError, match="10000 x 10000 pixels; files of more than"):
+        PretrainedFeatures("tiny").transform([bomb()])
+
+
+def test_a_search_says_what_was_wrong(paths, tmp_path):
+    (tmp_path / "bad.png").write_bytes(whole()[:200])
+    X = [*paths[:30], str(tmp_path / "bad.png"), *paths[31:]]
+    with pytest.raises(ValueError, match=r"bad\.png"):
+        cross_val_score(ESTIMATORS[0], X, Y, cv=2, error_score="raise")
+
+
+NAMES = [
+    " leading and trailing ",
+    "new\nline.png",
+    "100%s {0} $HOME.png",
+    "quo'te\".png",
+    "-n.png",
+    "été été.png",
+    "蜂🐝.PNG",
+    "a:b.png",
+    "http:",
+    "~",
+    "x" * 250,
+    "picture.txt",
+    "NUL.png",
+    "*?[a].png",
+    "back\\slash.png",
+]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that only POSIX allows")
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_taken_as_they_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mine = PretrainedFeatures("tiny", memory=tmp_path / "store")
+    with pytest.raises(ValueError, match=r"X\[0\] \(.*No such file") as error:
+        mine.transform([name])
+    str(error.value).encode()
+    Path(tmp_path / name).write_bytes(whole())
+    expected = PretrainedFeatures("tiny").transform([whole()])
+    for form in (name, Path(name), str(tmp_path / name)):
+        for _ in range(2):
+            np.testing.assert_array_equal(mine.transform([form]), expected)
+
+
+def test_bytes_are_content_and_never_a_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(whole())
+    with pytest.raises(ValueError, match=r"X\[0\] \(bytes\) is not a picture"):
+        PretrainedFeatures("tiny").transform([os.fsencode(tmp_path / "a.png")])
+
+
+DESCRIPTORS = """
+import os, sys, warnings
+import numpy as np
+from sktl import PretrainedFeatures
+warnings.simplefilter("error")
+good, bad, store = sys.argv[1:]
+n_open = lambda: len(os.listdir("/proc/self/fd"))
+for memory in (None, store):
+    mine = PretrainedFeatures("resnet_mini", memory=memory, engine="torch", n_jobs=2)
+    counts = []
+    for _ in range(40):
+        mine.transform([good, open(good, "rb").read()] * 3)
+        try:
+            mine.transform([good, bad])
+        except ValueError:
+            counts.append(n_open())
+    assert len(counts) == 40 and counts[-1] <= counts[1], counts
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc")
+def test_t13_no_file_stays_open(tmp_path):
+    (tmp_path / "good.png").write_bytes(whole())
+    (tmp_path / "bad.png").write_bytes(whole()[:200])
+    files = [str(tmp_path / name) for name in ("good.png", "bad.png", "store")]
+    command = [sys.executable, "-W", "ignore::ResourceWarning", "-c", DESCRIPTORS]
+    run = subprocess.run([*command, *files], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
