@@ -218,8 +218,12 @@ def to_uint8(
     black, white = black_and_white(values.dtype, pixel_range)
     if values.dtype == np.uint8 and (black, white) == (0, 255):
         return values
-    scaled = (values.astype(np.float64) - black) / (white - black) * 255
-    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
+    scaled = values.astype(np.float64)
+    # In place: each step would need eight bytes more for each value of a large picture.
+    scaled -= black
+    scaled /= white - black
+    scaled *= 255
+    return np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
 @contextmanager

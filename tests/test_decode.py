@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -395,6 +396,17 @@ def test_automatic_range_is_of_the_dtype(values: np.ndarray, expected: list) -> 
 
 def test_uint8_is_not_copied() -> None:
     assert to_uint8(RGB, "auto") is RGB
+
+
+def test_scaling_a_large_picture_needs_no_copies() -> None:
+    values = np.zeros((1000, 1000), np.uint16)
+    tracemalloc.start()
+    try:
+        to_uint8(values, "auto")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 1.1 * values.size * (8 + 1)  # a float64, and the result
 
 
 # Files that are none
