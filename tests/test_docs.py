@@ -182,3 +182,16 @@ def test_the_picture_of_an_estimator_links_to_its_page(name):
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     html = getattr(sktl, name)()._repr_html_()
     assert f'href="{address["Documentation"]}/en/stable/api/sktl.{name}.html"' in html
+
+
+@pytest.mark.parametrize("page", ["reliability.md", "security.md"])
+def test_tests_that_a_page_names_are_there(page):
+    text = (README.parent / "docs" / page).read_text()
+    folder = README.parent / "tests"
+    code = "".join(path.read_text() for path in folder.rglob("test_*.py"))
+    there = set(re.findall(r"def (test_\w+)", code))
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert named
+    assert named <= there
+    for path in re.findall(r"`(tests/\S*test_\w+\.py)`", text):
+        assert (README.parent / path).exists(), path
