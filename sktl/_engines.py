@@ -288,10 +288,10 @@ class OpenVINONetwork:
         with torch.no_grad(), warnings.catch_warnings():
             # Of tracing being old, and of Python values in it; the result is checked.
             warnings.simplefilter("ignore")
-            traced = torch.jit.trace(  # type: ignore[no-untyped-call]
-                module, pictures, check_trace=False
+            graph = _traced(module, pictures)
+            decoder = TorchScriptPythonDecoder(
+                module, graph_element=graph, alias_db=graph.alias_db()
             )
-            decoder = TorchScriptPythonDecoder(traced, example_input=(pictures,))
         frontend = FrontEndManager().load_by_framework("pytorch")
         self._model = frontend.convert(frontend.load(decoder))
         self._core = openvino.Core()
@@ -327,6 +327,24 @@ class OpenVINONetwork:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(key)
         return self._requests[key]
+
+
+def _traced(module: nn.Module, pictures: Tensor) -> Any:
+    """Write down what a network does, with its weights as constants.
+
+    ``torch.jit.trace`` would do, but it enters what it makes of a network, and of each
+    of its layers, in a list that lasts as long as the process: 5 MB for a ResNet.
+    """
+    jit: Any = torch.jit  # whose types lack the two
+    graph, _ = jit._get_trace_graph(module, (pictures,))
+    _, *weights = graph.inputs()
+    graph.setInsertPoint(next(graph.nodes()))
+    tensors = jit._unique_state_dict(module).values()
+    for value, tensor in zip(weights, tensors, strict=True):
+        value.replaceAllUsesWith(graph.insertConstant(tensor))
+    for i in range(len(weights), 0, -1):
+        graph.eraseInput(i)
+    return graph
 
 
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}

@@ -1,10 +1,13 @@
 """Engines against torch's plain forward pass, and what they cannot do."""
 
+import functools
+import gc
 import shutil
 import threading
 import warnings
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -191,6 +194,20 @@ def test_networks_are_shared_and_only_the_last_few_kept():
     for layer in ("stem", "stage1", "stage2", "stage3", "penultimate"):
         network("squeezenet1_1", layer=layer)
     assert len(_engines._prepared) == _engines._MAX_PREPARED
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_nothing_stays_of_a_network_that_is_given_up(engine):
+    def after(numbers):
+        for n in numbers:
+            layers = [nn.ReLU() for _ in range(100)]
+            build = functools.partial(nn.Sequential, *layers, Average())
+            prepared(("deep", n), build, SMALL, on_cpu(engine), name="deep")
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = after(range(2 * _engines._MAX_PREPARED))
+    assert after(range(100, 116)) - before < 10e6  # a trace of each takes 2.5 MB
 
 
 def test_a_network_is_converted_once_for_all_threads():
