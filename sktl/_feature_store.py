@@ -24,6 +24,7 @@ import re
 import threading
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -231,7 +232,8 @@ class FeatureStore:
             name, a dict with ``"rows"``, ``"bytes"`` and ``"space"``, its description.
         """
         spaces: dict[str, dict[str, Any]] = {}
-        for index in self._indexes():
+        for folder in self._folders():
+            index = _index_of(folder)
             index.refresh()
             if not index.where:  # cleared, or all evicted
                 continue
@@ -258,8 +260,8 @@ class FeatureStore:
             shards that were not and have been put aside.
         """
         intact = corrupt = 0
-        for seen in self._indexes():
-            index = ShardIndex(seen.folder)  # that believes the disk only
+        for folder in self._folders():
+            index = ShardIndex(Path(folder))  # that believes the disk only
             index.refresh()
             intact += sum(map(index.n_intact, list(index.shards.values())))
             corrupt += len(index.refused)
@@ -273,7 +275,8 @@ class FeatureStore:
         OSError
             If a file cannot be deleted.
         """
-        for index in self._indexes():
+        for folder in self._folders():
+            index = _index_of(folder)
             for file in index.folder.iterdir():
                 if is_ours(file.name):
                     file.unlink(missing_ok=True)
@@ -293,13 +296,13 @@ class FeatureStore:
         name = _folder_name(*space, *space.values())
         return _index_of(os.path.join(self._root(), name))
 
-    def _indexes(self) -> list[ShardIndex]:
+    def _folders(self) -> list[str]:
         root = self._root()
         try:
             names = sorted(os.listdir(root))
         except FileNotFoundError:
             return []
-        return [_index_of(os.path.join(root, n)) for n in names if _SPACE.fullmatch(n)]
+        return [os.path.join(root, name) for name in names if _SPACE.fullmatch(name)]
 
     def _make(self, index: ShardIndex, space: Space) -> None:
         description = index.folder / "space.json"
@@ -317,9 +320,9 @@ class FeatureStore:
         if self.max_bytes is None:
             return
         shards = [
-            (name, index.folder, status.st_size)
-            for index in self._indexes()
-            for name, status in shards_in(index.folder).items()
+            (name, Path(folder), status.st_size)
+            for folder in self._folders()
+            for name, status in shards_in(Path(folder)).items()
         ]
         excess = sum(size for _, _, size in shards) - self.max_bytes
         for name, folder, size in sorted(shards):
@@ -329,7 +332,9 @@ class FeatureStore:
             excess -= size
 
 
-_indexes: dict[str, ShardIndex] = {}
+# By folder, the one used last at the end. One that is needed again is read again.
+_indexes: OrderedDict[str, ShardIndex] = OrderedDict()
+_MOST_INDEXES = 64
 _indexes_lock = threading.Lock()
 _warned: set[str] = set()
 
@@ -347,6 +352,9 @@ def _index_of(folder: str) -> ShardIndex:
     with _indexes_lock:
         if folder not in _indexes:
             _indexes[folder] = ShardIndex(Path(folder))
+            if len(_indexes) > _MOST_INDEXES:
+                _indexes.popitem(last=False)
+        _indexes.move_to_end(folder)
         return _indexes[folder]
 
 

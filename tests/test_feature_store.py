@@ -16,6 +16,7 @@ from rows_of_a_store import KEYS, SPACE, check, rows_of, shards
 
 import sktl
 from sktl import FeatureStore, store
+from sktl._feature_store import _MOST_INDEXES, _indexes
 
 
 def test_rows_come_back_in_the_order_asked_for(filled):
@@ -40,6 +41,18 @@ def test_a_known_row_keeps_its_bits(filled):
     filled.put(SPACE, KEYS[:2], rows_of(KEYS[:2]) + 1)
     check(filled)
     assert len(shards(filled.directory)) == 1
+
+
+def test_of_many_stores_those_used_last_are_held(tmp_path):
+    stores = [FeatureStore(tmp_path / str(i)) for i in range(_MOST_INDEXES + 2)]
+    for mine in stores:
+        mine.put(SPACE, KEYS[:1], rows_of(KEYS[:1]))
+        check(stores[0], KEYS[:1])
+    assert len(_indexes) == _MOST_INDEXES
+    held = {Path(folder).parents[1] for folder in _indexes}
+    assert stores[0].directory in held
+    assert stores[1].directory not in held
+    check(stores[1], KEYS[:1])
 
 
 def test_what_another_process_wrote_is_seen(filled):
