@@ -50,6 +50,7 @@ _TICK_NS = 100_000_000
 # Digests by path, size, times and inode: reading a gigabyte to learn that it has not
 # changed takes a second.
 _digests: dict[tuple[str, int, int, int, int], str] = {}
+_MOST_DIGESTS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,6 +336,8 @@ def _verified_digest(file: BufferedReader, name: str) -> str:
     # A file changed again within a tick of the clock would keep its signature, so one
     # that was changed just now is not remembered.
     if time.time_ns() - max(signature[2:4]) > _TICK_NS:
+        if len(_digests) >= _MOST_DIGESTS:
+            _digests.clear()
         _digests[signature] = digest
     return digest
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from sktl import _weights
 from sktl._weights import (
     Unfilled,
     content_digest,
@@ -220,6 +221,19 @@ def test_digest_is_remembered_until_the_file_changes(
     path.write_bytes(b"b" * 1000)
     os.utime(path, ns=times)
     assert file_digest(path) == hashlib.sha256(b"b" * 1000).hexdigest()
+
+
+def test_digests_of_files_without_end_are_not_all_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_weights, "_digests", {})
+    monkeypatch.setattr(_weights, "_MOST_DIGESTS", 3)
+    monkeypatch.setattr(_weights, "_TICK_NS", -(10**18))  # all were there long ago
+    for i in range(10):
+        path = tmp_path / str(i)
+        path.write_bytes(bytes([i]))
+        assert file_digest(path) == hashlib.sha256(bytes([i])).hexdigest()
+        assert 0 < len(_weights._digests) <= 3
 
 
 def test_digest_sees_changes_that_follow_at_once(tmp_path: Path) -> None:
