@@ -69,6 +69,7 @@ def rate_factor(lr_schedule: str, step: int, n_steps: int) -> float:
 
 def new_optimizer(
     network: nn.Sequential,
+    n_open: int,
     optimizer: str,
     layer_decay: float,
     weight_decay: float,
@@ -83,7 +84,7 @@ def new_optimizer(
         From `sktl._trainable.new_network`.
     optimizer : {"adamw", "sgd"}
         Which.
-    layer_decay, weight_decay, lr
+    n_open, layer_decay, weight_decay, lr
         As `parameter_groups` has them.
     parameters : list
         The one group that skorch would have; instead of it there is one for each depth.
@@ -94,7 +95,7 @@ def new_optimizer(
         Each of its groups has its rate as ``"highest_lr"`` too.
     """
     groups = parameter_groups(
-        network, lr=lr, layer_decay=layer_decay, weight_decay=weight_decay
+        network, n_open, lr=lr, layer_decay=layer_decay, weight_decay=weight_decay
     )
     for group in groups:
         group["highest_lr"] = group["lr"]

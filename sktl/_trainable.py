@@ -242,7 +242,12 @@ class PartlyFrozen(nn.Module):
 
 
 def parameter_groups(
-    network: nn.Sequential, *, lr: float, layer_decay: float, weight_decay: float
+    network: nn.Sequential,
+    n_open: int,
+    *,
+    lr: float,
+    layer_decay: float,
+    weight_decay: float,
 ) -> list[dict[str, Any]]:
     """Group the parameters of a network by depth, for an optimizer.
 
@@ -250,6 +255,9 @@ def parameter_groups(
     ----------
     network : nn.Sequential
         From `new_network`.
+    n_open : int
+        Number of stages that will ever train, as in `n_frozen_parts`. An optimizer asks
+        for the gradient of each parameter in each step, so the others are left out.
     lr : float
         Learning rate of the head.
     layer_decay : float
@@ -270,7 +278,7 @@ def parameter_groups(
     depths[1].insert(0, stages[0])
     depths += [[stage] for stage in stages[1:]]
     groups = []
-    for depth, modules in enumerate(depths):
+    for depth, modules in enumerate(depths[: 1 + n_open]):
         parameters = [p for module in modules for p in module.parameters()]
         rate = lr * layer_decay**depth
         for decay, chosen in (

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from skorch import NeuralNet
-from skorch.callbacks import Callback, GradientNormClipping
+from skorch.callbacks import Callback
 from skorch.helper import predefined_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -193,6 +193,7 @@ class Training:
             optimizer=partial(
                 new_optimizer,
                 network,
+                settings.n_open_stages,
                 settings.optimizer,
                 settings.layer_decay,
                 settings.weight_decay,
@@ -204,7 +205,6 @@ class Training:
             iterator_valid=Batches,
             train_split=None if validation is None else predefined_split(validation),
             callbacks=[
-                GradientNormClipping(_LARGEST_GRADIENT),
                 ("sktl_watch", self._watch),
                 *callbacks,
             ],
@@ -438,7 +438,7 @@ class _OnPixels(nn.Module):
 
 
 class _Watch(Callback):
-    """Sets the rate of each step, counts hits, and stops where a loss is no number."""
+    """Sets the rate of each step, clips gradients, counts hits, looks at the loss."""
 
     def __init__(self, settings: Settings, n_batches: int) -> None:
         self.settings = settings
@@ -478,6 +478,12 @@ class _Watch(Callback):
             for group in net.optimizer_.param_groups:
                 group["lr"] = factor * group["highest_lr"]
             self.rate = net.optimizer_.param_groups[0]["lr"]
+
+    def on_grad_computed(self, net: Any, *args: Any, **rest: Any) -> None:
+        """Clip the norm of what trains; skorch's own would go through all there is."""
+        groups = net.optimizer_.param_groups
+        trained = [p for group in groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
 
     def on_batch_end(
         self, net: Any, batch: Any = None, training: bool = False, **rest: Any

@@ -89,7 +89,7 @@ def test_cosine_is_that_of_torch_after_the_warm_up(n_steps):
 def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
     network = new_network(load_backbone("tiny", None), 3)
     network.to(memory_format=torch.channels_last)
-    mine = new_optimizer(network, optimizer, 0.5, 0.1, [], lr=0.1)
+    mine = new_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def step(network, optimizer):
@@ -99,7 +99,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
 
     step(network, mine)
     other = copy.deepcopy(network)
-    again = new_optimizer(other, optimizer, 0.5, 0.1, [], lr=0.1)
+    again = new_optimizer(other, 3, optimizer, 0.5, 0.1, [], lr=0.1)
     restore_optimizer(again, mine.state_dict()["state"])
     step(network, mine)
     step(other, again)
@@ -112,7 +112,7 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
 @pytest.mark.parametrize("value", [None, torch.ones(3, 7), torch.tensor(True)])
 def test_the_state_of_another_optimizer_is_refused(optimizer, value):
     network = new_network(load_backbone("tiny", None), 3)
-    mine = new_optimizer(network, optimizer, 0.5, 0.1, [], lr=0.1)
+    mine = new_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
     network(torch.ones(2, 3, 16, 16)).sum().backward()
     mine.step()
     for name in list(mine.state_dict()["state"][0]):

@@ -130,7 +130,7 @@ def test_no_such_depth(trainable, reason):
 
 def test_groups_are_those_of_the_definition():
     network = new_network(load_backbone("resnet_mini"), 3)
-    groups = parameter_groups(network, lr=0.1, layer_decay=0.5, weight_decay=0.01)
+    groups = parameter_groups(network, 9, lr=0.1, layer_decay=0.5, weight_decay=0.01)
     of_parameter = {id(p): group for group in groups for p in group["params"]}
     assert len(of_parameter) == sum(len(group["params"]) for group in groups)
     depth = {"head": 0, "neck": 1, "stage4": 1, "stage3": 2, "stage2": 3, "stage1": 4}
@@ -140,6 +140,16 @@ def test_groups_are_those_of_the_definition():
         assert group["lr"] == pytest.approx(0.1 * 0.5 ** depth.get(part, 5))
         assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
     assert not of_parameter
+
+
+@pytest.mark.parametrize("n_open", [0, 1, 3])
+def test_an_optimizer_is_asked_for_what_trains_only(n_open):
+    network = new_network(load_backbone("resnet_mini"), 3)
+    rates = {"lr": 0.1, "layer_decay": 0.5, "weight_decay": 0.01}
+    groups = parameter_groups(network, n_open, **rates)
+    PartlyFrozen(network, n_open)
+    opened = {id(p) for p in network.parameters() if p.requires_grad}
+    assert {id(p) for group in groups for p in group["params"]} == opened
 
 
 def test_the_head_as_it_was_asked_for():

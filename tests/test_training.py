@@ -162,7 +162,7 @@ def test_each_step_has_the_rate_of_schedule_and_depth(pictures, lr_schedule):
     fitted = classifier(
         lr=0.02, layer_decay=0.5, lr_schedule=lr_schedule, callbacks=[Rates()]
     ).fit(pictures, Y)
-    groups = parameter_groups(fitted.module_, lr=1, layer_decay=0.5, weight_decay=1)
+    groups = parameter_groups(fitted.module_, 9, lr=1, layer_decay=0.5, weight_decay=1)
     factors = [rate_factor(lr_schedule, step, 9) for step in range(9)]
     expected = np.outer(factors, [0.02 * group["lr"] for group in groups])
     np.testing.assert_allclose(Rates.seen, expected, rtol=1e-12)
