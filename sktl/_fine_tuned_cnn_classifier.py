@@ -22,7 +22,7 @@ from sktl._decode import PixelRange
 from sktl._engines import prepared
 from sktl._execution import ENGINES, Execution
 from sktl._feature_store import FeatureStore
-from sktl._images import ImageShape, Pictures, as_pictures
+from sktl._images import ImageShape, Pictures, as_pictures, take_features
 from sktl._inference import forward
 from sktl._labels import Labelled, labelled, rows_held_out
 from sktl._memory import Memory
@@ -381,7 +381,8 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
             If a batch does not fit into memory.
         """
         goes_on = self.warm_start and hasattr(self, "module_")
-        pictures = self._as_pictures(X, reset=not goes_on)
+        checked = copy.copy(self)  # a fit that is stopped changes nothing here
+        pictures = checked._as_pictures(X, reset=not goes_on)
         given = self._labelled(pictures, y, sample_weight).rescaled()
         pictures = pictures.at(given.rows.tolist())
         seed = self._seed()
@@ -409,6 +410,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
             if self.head_init == "linear_probe" and not goes_on:
                 solve_head_of(training, start, activations, given, held_out)
         training.run(None if checkpoint is None else checkpoint.save)
+        take_features(self, checked)
         return self._keep(training, start, given.classes)
 
     @fit_context(prefer_skip_nested_validation=True)

@@ -43,6 +43,7 @@ ImageShape = tuple[int, int] | tuple[int, int, int] | Literal["auto"]
 _ONE_PICTURE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 _FILE_OR_IMAGE = (str, bytes, os.PathLike, Image.Image)
 _CHANNELS = (1, 3, 4)
+_FEATURES = ("n_features_in_", "feature_names_in_")
 # Two letters at least, for a drive of Windows has one.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+://|data:)", re.IGNORECASE)
 
@@ -535,9 +536,25 @@ def _check_values(
         )
 
 
+def take_features(estimator: BaseEstimator, checked: BaseEstimator) -> None:
+    """Give an estimator what a check found on behalf of a copy of it.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        Whose `fit` went well.
+    checked : BaseEstimator
+        The copy that `as_pictures` was given.
+    """
+    _forget_features(estimator)
+    for name in _FEATURES:
+        if hasattr(checked, name):
+            setattr(estimator, name, getattr(checked, name))
+
+
 def _forget_features(estimator: BaseEstimator) -> None:
     """Remove what an earlier fit on a table left: these pictures have no features."""
-    for name in ("n_features_in_", "feature_names_in_"):
+    for name in _FEATURES:
         if hasattr(estimator, name):
             delattr(estimator, name)
 

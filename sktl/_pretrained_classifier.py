@@ -1,5 +1,6 @@
 """Pretrained networks as they are."""
 
+import copy
 import difflib
 import os
 from collections import Counter
@@ -24,7 +25,7 @@ from sktl._decode import PixelRange
 from sktl._execution import ENGINES, PRECISIONS, Execution
 from sktl._feature_store import FeatureStore
 from sktl._frozen_features import frozen_features
-from sktl._images import ImageShape, Pictures, as_pictures
+from sktl._images import ImageShape, Pictures, as_pictures, take_features
 from sktl._memory import Memory
 from sktl._sklearn_compat import (
     Documented,
@@ -208,7 +209,8 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         ConnectionError
             If weights have to be downloaded and cannot be.
         """
-        pictures = self._as_pictures(X, reset=True)
+        checked = copy.copy(self)
+        pictures = checked._as_pictures(X, reset=True)
         backbone = self._load_backbone()
         categories = _categories(backbone, self.weights)
         if y is not None:
@@ -228,6 +230,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
             counts = 1 + self._category_proba(backbone, pictures).T @ indicator
             given = counts / counts.sum(axis=1, keepdims=True)
         # At the end: what a bad picture or Ctrl-C stops leaves the last fit whole.
+        take_features(self, checked)
         self.classes_, self.label_given_category_ = classes, given
         self.weights_digest_ = backbone.digest
         return self

@@ -163,6 +163,20 @@ def test_a_fit_that_is_refused_leaves_what_was_fitted(estimator):
         np.testing.assert_array_equal(fitted.predict_proba(STACK), expected)
 
 
+@each_classifier
+def test_a_fit_of_other_rows_that_is_refused_leaves_the_features(estimator):
+    flat, other = STACK.reshape(12, -1), STACK[:, :8, :8].reshape(12, -1)
+    fitted = clone(estimator).fit(flat, Y)
+    expected = fitted.predict_proba(flat)
+    for X in (other, STACK):
+        with pytest.raises(ValueError, match="Unknown label type"):
+            fitted.fit(X, Y + 0.5)
+        assert fitted.n_features_in_ == flat.shape[1]
+        np.testing.assert_array_equal(fitted.predict_proba(flat), expected)
+    assert fitted.fit(other, Y).n_features_in_ == other.shape[1]
+    assert not hasattr(fitted.fit(STACK, Y), "n_features_in_")
+
+
 @pytest.mark.parametrize("class_weight", [{"a": 2}, {}])
 def test_weights_of_some_classes(class_weight):
     mine = FineTunedCNNClassifier("tiny", max_epochs=0, random_state=0)
