@@ -54,7 +54,7 @@ def killed(directory, name, event, number):
 KILLS = {
     "adamw": [[("batch", 9), ("write", 1)], [("epoch", 4), ("seconds", 0.01)]],
     "sgd": [[("gradient", 12), ("write", 2)], [("write", 3), ("gradient", 7)]],
-    "stage by stage": [[("epoch", 3), ("batch", 6)], [("seconds", 0.1), ("batch", 8)]],
+    "stage by stage": [[("epoch", 3), ("batch", 6)], [("batch", 8), ("seconds", 0.1)]],
     "random head": [[("write", 2), ("batch", 11)], [("batch", 14), ("epoch", 2)]],
     "no random state": [[("batch", 7), ("epoch", 2)], [("gradient", 8), ("write", 2)]],
 }
