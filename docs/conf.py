@@ -49,6 +49,7 @@ sphinx_gallery_conf = {
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,
+    "write_computation_times": False,
     "doc_module": ("sktl",),
     "backreferences_dir": "api/backreferences",
     "inspect_global_variables": False,
