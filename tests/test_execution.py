@@ -78,10 +78,15 @@ def test_auto_is_what_the_machine_has(monkeypatch):
     ],
 )
 def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, has, expected):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
     assert resolve_precision("auto", CPU) == expected
     assert resolve_precision("auto", torch.device("mps")) == "float32"
     assert resolve_precision("float16", CPU) == "float16"
+
+
+def test_a_torch_that_does_not_say_what_the_processor_has(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert resolve_precision("auto", CPU) == "float32"
 
 
 @pytest.mark.parametrize(("major", "expected"), [(7, "float32"), (8, "bfloat16")])
