@@ -7,6 +7,7 @@ pytest. It needs the package packaging, which pytest brings along.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,9 +49,10 @@ def main(which: str, *options: str) -> int:
     pins = {"lowest": [f"{n}=={v}" for n, v in stated.items()], "newest": []}[which]
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
-        python = str(next(Path(folder).glob("*/python*")))
-        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "install", "-e", f"{ROOT}[test]", *pins], check=True)
+        python = str(Path(folder, "Scripts" if os.name == "nt" else "bin", "python"))
+        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        install = [*pip, "install", "--quiet", "-e", f"{ROOT}[test]", *pins]
+        subprocess.run(install, check=True)
         tests = subprocess.run([python, "-m", "pytest", *options], cwd=ROOT)
         listed = subprocess.check_output([*pip, "list", "--format=json"])
     installed = {canonicalize_name(p["name"]): p["version"] for p in json.loads(listed)}
