@@ -58,8 +58,8 @@ print(means.round(3).loc[list(candidates)])
 # %%
 # On pictures this far from photographs, what the network calls them is of little use,
 # and its last features are no better than pixels. A lower stage, with averages over a
-# grid that keep where things are, is far ahead with 3 labels, and the search finds it in
-# seconds. With 10 and more, fine-tuning is as good, and takes several times as long.
+# grid that keep where things are, is far ahead with 3 labels, and the search finds it
+# in seconds. With 10 and more, fine-tuning is as good, and takes several times as long.
 # Without pretrained weights it needs far more labels.
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
 for name in candidates:
