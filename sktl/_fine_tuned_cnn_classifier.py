@@ -490,7 +490,10 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
             before = self.net_.optimizer_
             if type(before) is type(training.net.optimizer_):
                 now = training.net.optimizer_
-                restore_optimizer(now, before.state_dict()["state"])
+                # Of fewer stages, if `trainable` was more: the head is first.
+                n_trained = sum(len(group["params"]) for group in now.param_groups)
+                state = before.state_dict()["state"].items()
+                restore_optimizer(now, {n: v for n, v in state if n < n_trained})
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
             solve_head_of(training, start, activations, given, held_out)

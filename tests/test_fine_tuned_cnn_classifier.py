@@ -1,5 +1,6 @@
 """FineTunedCNNClassifier: what it starts from, what it learns, and what it leaves."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -255,6 +256,21 @@ def test_partial_fit_goes_on_where_it_stopped(pictures, y):
     np.testing.assert_array_equal(
         once.predict_proba(pictures), classifier.predict_proba(pictures)
     )
+
+
+LABELS = ["china", "flower"]
+ALL = {"stem", "stage1", "head"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_partial_fit_of_more_and_of_fewer_stages_than_before(pictures, y, optimizer):
+    classifier = tuned(optimizer=optimizer).partial_fit(pictures, y, classes=LABELS)
+    for trainable, moved in (("head", {"head"}), ("all", ALL), (1, {"stage1", "head"})):
+        before = copy.deepcopy(classifier.module_)
+        classifier.set_params(trainable=trainable).partial_fit(pictures, y)
+        after = dict(classifier.module_.named_parameters())
+        changed = [n for n, p in before.named_parameters() if not p.equal(after[n])]
+        assert {name.split(".")[0] for name in changed} == moved
 
 
 def test_partial_fit_on_some_classes(pictures, y):
