@@ -28,10 +28,10 @@ _CALLABLE = {
 }
 _DEEPEST = 100  # tuple in a tuple
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-# Those of protocol 2 that torch reads.
+# Those of protocol 2 that torch reads. A NEWOBJ is refused, by the name of its class.
 _OPCODES = {
     *_TUPLES,
-    *("GLOBAL", "REDUCE", "BUILD", "MARK", "STOP", "PROTO", "BINPERSID"),
+    *("GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "MARK", "STOP", "PROTO", "BINPERSID"),
     *("APPEND", "APPENDS", "SETITEM", "SETITEMS"),
     *("NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "LONG1"),
     *("BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
@@ -94,8 +94,8 @@ def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
     """Say what an opcode puts onto the stack, if it may."""
     if name == "GLOBAL":
         return str(argument)
-    if name == "REDUCE":
-        if taken[0] not in _CALLABLE:
+    if name in ("REDUCE", "NEWOBJ"):
+        if name == "NEWOBJ" or taken[0] not in _CALLABLE:
             called = str(taken[0]).replace(" ", ".")
             raise UnpicklingError(f"a call of GLOBAL {called}")
         if taken[0] == "collections OrderedDict":

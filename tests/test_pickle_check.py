@@ -1,5 +1,6 @@
 """A pickle of weights is gone through before torch reads it."""
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import TinyNet
+from torch import nn
 
 from sktl._pickle_check import check_pickle
 from sktl._weights import fill, load_weights
@@ -24,7 +26,7 @@ REFUSED = {
     "code": (b"cos\nsystem\nU\x04true\x85R.", "GLOBAL os.system"),
     "code by memo": (b"cos\nsystem\nq\0h\0)R.", "GLOBAL os.system"),
     "no name": (b"K\x01)R.", "GLOBAL 0"),
-    "new object": (b"ctorch\nFloatTensor\n)\x81.", "NEWOBJ is not an opcode"),
+    "new object": (b"ctorch\nFloatTensor\n)\x81.", "GLOBAL torch.FloatT"),
     "state of a tensor": (b"ctorch._utils\n_rebuild_tensor\n)R)b.", "the state"),
     "state of a name": (b"ccollections\nOrderedDict\n}b.", "the state"),
     "beyond the mark": (b"K\x01(\x85.", "more than there is"),
@@ -59,6 +61,14 @@ def test_lets_pass_what_training_scripts_save(tmp_path, zipped):
     loaded = load_weights(path).state_dict
     assert loaded.keys() == state.keys()
     assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("beside", [argparse.Namespace(lr=0.1), nn.Linear(2, 2)])
+def test_what_stands_beside_the_weights_is_named(tmp_path, beside):
+    path, name = tmp_path / "training.pth", type(beside).__qualname__
+    torch.save({"model": TinyNet().state_dict(), "beside": beside}, path)
+    with pytest.raises(ValueError, match=rf"asks for \S+\.{name}, which is code"):
+        load_weights(path)
 
 
 def test_no_nesting_ends_the_process(tmp_path):
