@@ -335,15 +335,11 @@ def _traced(module: nn.Module, pictures: Tensor) -> Any:
     ``torch.jit.trace`` would do, but it enters what it makes of a network, and of each
     of its layers, in a list that lasts as long as the process: 5 MB for a ResNet.
     """
-    jit: Any = torch.jit  # whose types lack the two
-    graph, _ = jit._get_trace_graph(module, (pictures,))
-    _, *weights = graph.inputs()
-    graph.setInsertPoint(next(graph.nodes()))
-    tensors = jit._unique_state_dict(module).values()
-    for value, tensor in zip(weights, tensors, strict=True):
-        value.replaceAllUsesWith(graph.insertConstant(tensor))
-    for i in range(len(weights), 0, -1):
-        graph.eraseInput(i)
+    module.requires_grad_(False)  # what has a gradient may not be a constant
+    jit: Any = torch.jit  # whose types lack it
+    # Of a function, and not of a module, whose weights would be inputs of the graph.
+    graph, _ = jit._get_trace_graph(lambda x: module(x), (pictures,))
+    torch._C._jit_pass_inline(graph)  # functions of TorchScript
     return graph
 
 

@@ -126,6 +126,47 @@ def test_what_an_engine_cannot_take_is_computed_by_torch(engine):
         prepared(("odd", engine), Odd, SMALL, on_cpu(engine), name="odd")
 
 
+class Unusual(nn.Module):
+    """What a network may hold beside layers in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tied = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.tied.weight = self.first.weight
+        self.unused = nn.Parameter(torch.ones(5))
+        self.register_buffer("saved", torch.tensor([[1.0, 2, 3]]))
+        self.register_buffer("passing", torch.tensor([[4.0, 5, 6]]), persistent=False)
+        self.plain = torch.tensor([[7.0, 8, 9]])
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def forward(self, x):
+        x = self.tied(self.first(x).relu()).mean((2, 3))
+        return x * self.saved + self.passing + self.plain
+
+
+def test_openvino_computes_what_a_network_may_hold_beside_layers():
+    mine = Unusual()
+    expected = computed(TorchNetwork(mine, SMALL, on_cpu()))
+    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Decide by the shape, which TorchScript keeps as a branch."""
+    return 2 * x if x.shape[1] > 2 else x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+def test_openvino_computes_functions_of_torchscript():
+    mine, scripted = Average(), torch.jit.script(doubled)
+    expected = 2 * computed(TorchNetwork(mine, SMALL, on_cpu()))
+    mine.register_forward_hook(lambda *given: scripted(given[-1]))
+    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 class Counts(nn.Module):
     """Its number of pictures is a number of Python's, a constant when traced."""
 
