@@ -57,7 +57,9 @@ _GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed
 class ShardIndex:
     """The shards of one space, and which row of which shard belongs to a key.
 
-    One per process and space; every method may be called by several threads.
+    A process has one of each space, or, if it knows of many spaces, may have let one go
+    that a thread still uses: they are to each other as those of two processes. Every
+    method may be called by several threads.
     """
 
     def __init__(self, folder: Path) -> None:

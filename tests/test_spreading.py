@@ -177,7 +177,7 @@ def test_each_picture_is_computed_by_one_of_the_workers(engine, paths, tmp_path)
 @contextlib.contextmanager
 def in_a_thread(function):
     """Run a function beside the block."""
-    thread = threading.Thread(target=function)
+    thread = threading.Thread(target=function, daemon=True)  # it may wait for ever
     thread.start()
     yield
     thread.join(60)
