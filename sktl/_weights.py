@@ -35,10 +35,12 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 # What a name promises: torchvision's resnet18-f37072fd.pth begins with f37072fd.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
-# Where training scripts put the state dict, and what wrappers of a network put
-# before each of its keys (DataParallel, torch.compile).
-_KEYS_AROUND = ("state_dict", "model")
+# Where training scripts put the state dict, what wrappers of a network put before each
+# of its keys (DataParallel, torch.compile, AveragedModel), and what else is no part of
+# it.
+_KEYS_AROUND = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
+_N_AVERAGED = "n_averaged"
 
 # Heads that only help training and that are left out of the networks here.
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
@@ -76,8 +78,9 @@ def load_weights(path: str | PathLike[str]) -> Weights:
     ----------
     path : str or path-like
         A ``.pth`` or ``.pt`` file of ``torch.save(network.state_dict(), path)``, or a
-        ``.safetensors`` file. The state dict may lie under a key ``"state_dict"`` or
-        ``"model"``, and all of its keys may begin with ``"module."``.
+        ``.safetensors`` file. The state dict may lie under a key ``"state_dict"``,
+        ``"model_state_dict"`` or ``"model"``, and all of its keys may begin with
+        ``"module."``, as those of an ``AveragedModel`` do.
 
     Returns
     -------
@@ -399,13 +402,15 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
             found = f"{len(loaded)} keys: {shown or 'none'}"
         raise ValueError(
             f"A weights file must hold a state dict: names with tensors, itself or "
-            f"under 'state_dict' or 'model'. {str(path)!r} holds {found}. Save it "
-            "with torch.save(network.state_dict(), 'name.pth')."
+            f"under one of {', '.join(map(repr, _KEYS_AROUND))}. {str(path)!r} holds "
+            f"{found}. Save it with torch.save(network.state_dict(), 'name.pth')."
         )
     # A pickle may give an OrderedDict or a parameter attributes of any name, "items" or
     # "to" as well; what comes out here has none.
     plain: Any = OrderedDict((k, Tensor.detach(v)) for k, v in dict.items(loaded))
     versions = _versions_in(loaded)
+    if all(key.startswith("module.") for key in plain.keys() - {_N_AVERAGED}):
+        plain.pop(_N_AVERAGED, None)
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in plain):
             plain = OrderedDict((k[len(prefix) :], v) for k, v in plain.items())

@@ -159,7 +159,7 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_blocks_of_a_page_run_and_print_what_it_says(page, folder_of_digits):
     with contextlib.chdir(folder_of_digits):
         run_blocks(page, BLOCK.findall(page.read_text()))

@@ -91,7 +91,7 @@ def test_loads_what_was_saved(tmp_path: Path, layer: nn.Linear, suffix: str) -> 
     assert weights.digest == file_digest(path)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_unwraps_what_training_scripts_save(
     tmp_path: Path, layer: nn.Linear, key: str, prefix: str
@@ -99,6 +99,14 @@ def test_unwraps_what_training_scripts_save(
     state = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
     torch.save({key: state, "epoch": 3}, tmp_path / "net.pth")
     loaded = load_weights(tmp_path / "net.pth").state_dict
+    assert torch.equal(loaded["bias"], layer.bias)
+
+
+def test_unwraps_an_averaged_model(tmp_path: Path, layer: nn.Linear) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    torch.save(averaged.state_dict(), tmp_path / "net.pth")
+    loaded = load_weights(tmp_path / "net.pth").state_dict
+    assert set(loaded) == {"weight", "bias"}
     assert torch.equal(loaded["bias"], layer.bias)
 
 
