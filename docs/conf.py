@@ -36,7 +36,7 @@ autodoc_default_options = {
 }
 autosummary_generate = True
 numpydoc_show_class_members = False  # the template of a class has its methods
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
 # What runs has to run without a warning, as in the tests.

@@ -308,10 +308,11 @@ def _check_pixel_range(pixel_range: object) -> None:
 def _normalised(X: Any) -> Any:
     """Give sequences of numbers and array-likes as arrays, the rest as it is."""
     if isinstance(X, _ONE_PICTURE):
-        raise TypeError(
-            f"X must be a sequence of pictures, got a single {type(X).__name__}. Pass "
-            "a list of one: [X]."
-        )
+        got, instead = f"a single {type(X).__name__}", "a list of one: [X]"
+        if isinstance(X, str | os.PathLike) and os.path.isdir(X):
+            got = f"the folder {os.fspath(X)!r}"
+            instead = "load_files(X, load_content=False).filenames of sklearn.datasets"
+        raise TypeError(f"X must be a sequence of pictures, got {got}. Pass {instead}.")
     # A sparse matrix of the DOK kind is a mapping too; scikit-learn has words for it.
     if isinstance(X, Mapping | Set | Iterator) and not hasattr(X, "shape"):
         raise TypeError(

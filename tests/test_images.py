@@ -407,6 +407,7 @@ def test_pixel_range_that_is_none(pixel_range: object) -> None:
     ("X", "message"),
     [
         ("a.png", r"single str.* \[X\]"),
+        (".", r"the folder '\.'\. Pass load_files"),
         (b"\x89PNG", r"single bytes.* \[X\]"),
         (Path("a.png"), r"single \w*Path.* \[X\]"),
         (Image.new("L", (2, 2)), r"single Image.* \[X\]"),
