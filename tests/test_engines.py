@@ -87,6 +87,8 @@ def cosines(a, b):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+# Of torch 2.10 to itself, when it is imported for this.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_torch_compile_computes_the_same(precision):
     expected = plain("squeezenet1_1", PIXELS)
@@ -158,7 +160,7 @@ def doubled(x: torch.Tensor) -> torch.Tensor:
     return 2 * x if x.shape[1] > 2 else x
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_openvino_computes_functions_of_torchscript():
     mine, scripted = Average(), torch.jit.script(doubled)
     expected = 2 * computed(TorchNetwork(mine, SMALL, on_cpu()))

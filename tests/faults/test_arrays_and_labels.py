@@ -233,6 +233,7 @@ def test_copies_of_a_picture_are_one_row_of_the_store(tmp_path):
     X = resample(STACK, n_samples=200, random_state=0)
     rows = mine.transform(X)
     distinct, which = np.unique(X.reshape(200, -1), axis=0, return_inverse=True)
+    which = which.ravel()  # NumPy 2.0.0 gives a column
     first = np.array([np.flatnonzero(which == i)[0] for i in range(len(distinct))])
     np.testing.assert_array_equal(rows, rows[first[which]])
     assert FeatureStore(tmp_path).info()["rows"] == len(distinct)
