@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sktl._images import Pictures
 from sktl._labels import Labelled
-from sktl._tensor_file import read_tensors, write_tensors
+from sktl._tensor_file import SENSELESS, read_tensors, write_tensors
 from sktl._training import Progress, Training
 
 _FORMAT = "sktl checkpoint of a fine-tuning, version 1"
@@ -87,14 +87,7 @@ class Checkpoint:
         self._check(document.get("identity"))
         try:
             _restore(training, tensors, document)
-        except (
-            ArithmeticError,
-            AttributeError,
-            LookupError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except SENSELESS as error:
             raise ValueError(
                 f"The checkpoint {str(self._file)!r} must fit the network and its "
                 f"optimizer, and does not: {type(error).__name__}: {error}. Delete it "

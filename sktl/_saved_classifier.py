@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sktl._backbones import Reference, load_backbone
 from sktl._preprocessing import Preprocessing
 from sktl._random_state import borrowed_generator
-from sktl._tensor_file import read_tensors, write_tensors
+from sktl._tensor_file import SENSELESS, read_tensors, write_tensors
 from sktl._trainable import network_digest, new_network
 from sktl._weights import Unfilled, fill
 
@@ -110,14 +110,7 @@ def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estima
         for name, value in _fitted(document, tensors).items():
             setattr(estimator, name, value)
         return estimator
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except SENSELESS as error:
         raise ValueError(
             f"{str(path)!r} must be a file of FineTunedCNNClassifier.save, and its "
             "backbone the network that it was. Got "

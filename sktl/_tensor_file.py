@@ -20,6 +20,17 @@ from torch import Tensor
 from sktl._shard import write_whole
 from sktl._weights import content_digest
 
+# What it may end in to make sense of a document that somebody else wrote, with a right
+# sha256. Whoever reads one turns these into a ValueError that names the file.
+SENSELESS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]

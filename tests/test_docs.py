@@ -186,12 +186,12 @@ def test_the_picture_of_an_estimator_links_to_its_page(name):
 
 @pytest.mark.parametrize("page", ["reliability.md", "security.md"])
 def test_tests_that_a_page_names_are_there(page):
-    text = (README.parent / "docs" / page).read_text()
-    folder = README.parent / "tests"
+    text = (DOCS / page).read_text()
+    folder = ROOT / "tests"
     code = "".join(path.read_text() for path in folder.rglob("test_*.py"))
     there = set(re.findall(r"def (test_\w+)", code))
     named = set(re.findall(r"`(test_\w+)`", text))
     assert named
     assert named <= there
     for path in re.findall(r"`(tests/\S*test_\w+\.py)`", text):
-        assert (README.parent / path).exists(), path
+        assert (ROOT / path).exists(), path

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sklearn
+from estimators import ESTIMATORS, each_estimator, output_of
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict
@@ -25,22 +26,11 @@ from sktl import (
     PretrainedFeatures,
 )
 
-ESTIMATORS = [
-    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
-    PretrainedClassifier("resnet_mini", engine="torch"),
-    PretrainedFeatures("tiny", engine="torch"),
-]
-each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 CLASSIFIERS = ESTIMATORS[:2]
 each_classifier = pytest.mark.parametrize("estimator", CLASSIFIERS)
 RNG = np.random.default_rng(0)
 STACK = RNG.integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
 Y = np.arange(12) % 2
-
-
-def output_of(estimator, X):
-    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
-    return getattr(estimator, method)(X)
 
 
 @each_estimator

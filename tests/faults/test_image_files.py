@@ -13,29 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from estimators import ESTIMATORS, each_estimator, output_of
 from PIL import Image
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
 
-from sktl import (
-    FeatureStore,
-    FineTunedCNNClassifier,
-    PretrainedClassifier,
-    PretrainedFeatures,
-)
+from sktl import FeatureStore, PretrainedFeatures
 
-ESTIMATORS = [
-    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
-    PretrainedClassifier("resnet_mini", engine="torch"),
-    PretrainedFeatures("tiny", engine="torch"),
-]
-each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 Y = np.arange(40) % 2
-
-
-def output_of(estimator, X):
-    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
-    return getattr(estimator, method)(X)
 
 
 def whole(format="PNG"):

@@ -1,0 +1,18 @@
+"""The three estimators, on networks that cost next to nothing, and what they give."""
+
+import pytest
+
+from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+
+ESTIMATORS = [
+    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
+    PretrainedClassifier("resnet_mini", engine="torch"),
+    PretrainedFeatures("tiny", engine="torch"),
+]
+each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+
+
+def output_of(estimator, X):
+    """Give its features or its probabilities."""
+    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
+    return getattr(estimator, method)(X)
