@@ -3,8 +3,8 @@
 Which network, which layer, how much regularization
 ===================================================
 
-One grid asks all three at once. Without a ``memory`` scikit-learn sends every picture
-through the network again for each candidate and fold; with one, each picture goes
+One grid asks all three at once. Without a ``memory`` scikit-learn sends every image
+through the network again for each candidate and fold; with one, each image goes
 through each network and layer once, ever: the second search computes nothing.
 
 ::
@@ -13,7 +13,7 @@ through each network and layer once, ever: the second search computes nothing.
 
 compares, without a network connection, the bundled network with an untrained one on
 scanned digits. ``--data FOLDER --backbones resnet18 mobilenet_v3_small`` does the same
-on your own pictures, in a folder per class.
+on your own images, in a folder per class.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def digits(n_per_class: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def search(X, y, grid, memory, pixel_range):
-    """Fit the grid; give it, the seconds, and the pictures that went through."""
+    """Fit the grid; give it, the seconds, and the images that went through."""
     model = Pipeline(
         [
             ("features", PretrainedFeatures(memory=memory, pixel_range=pixel_range)),
@@ -55,10 +55,10 @@ def search(X, y, grid, memory, pixel_range):
     n = 0
     plain = Preprocessing.__call__
 
-    def counted(self, picture):  # a picture is resized whenever a network will see it
+    def counted(self, image):  # an image is resized whenever a network will see it
         nonlocal n
         n += 1
-        return plain(self, picture)
+        return plain(self, image)
 
     start = time.perf_counter()
     with mock.patch.object(Preprocessing, "__call__", counted):
@@ -89,8 +89,8 @@ def main() -> None:
         untrained = {"features__weights": [None], "features__image_size": [32]}
         grid.append({**grid[0], "features__backbone": ["resnet18"], **untrained})
 
-    print(f"{len(X)} pictures, 3 folds")
-    print(f"{'':24}{'pictures':>10}{'seconds':>10}")
+    print(f"{len(X)} images, 3 folds")
+    print(f"{'':24}{'images':>10}{'seconds':>10}")
     with tempfile.TemporaryDirectory() as directory:
         for title, memory in [
             ("without memory", None),

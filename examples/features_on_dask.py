@@ -5,7 +5,7 @@ Features on a cluster of Dask
 
 Three ways, from the least to learn to the largest data:
 
-- one call of ``transform``, whose pictures go to the workers;
+- one call of ``transform``, whose images go to the workers;
 - a grid search, whose candidates go there, with one ``memory`` for all of them;
 - a Dask array of paths, from which comes a Dask array of features, block by block: a
   table that no memory holds goes straight to Parquet.
@@ -15,7 +15,7 @@ Three ways, from the least to learn to the largest data:
     python examples/features_on_dask.py
 
 starts two workers on this machine and uses scanned digits. ``--data FOLDER --backbone
-resnet18`` does the same with your own pictures, in a folder per class. On a cluster of
+resnet18`` does the same with your own images, in a folder per class. On a cluster of
 your own, replace ``LocalCluster(...)`` by the address of its scheduler. One GPU per
 worker: start the workers with ``--resources GPU=1`` and ``--nthreads 1``, and write
 ``joblib.parallel_config("dask", resources={"GPU": 1})``.
@@ -47,8 +47,8 @@ def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
     """Write some scanned digits to files; give their paths and labels."""
     X, y = load_digits(return_X_y=True)
     paths = [str(folder / f"{i}.png") for i in range(n)]
-    for path, picture in zip(paths, X, strict=False):
-        Image.fromarray((picture.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
+    for path, image in zip(paths, X, strict=False):
+        Image.fromarray((image.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
     return paths, y[:n]
 
 
@@ -82,10 +82,10 @@ def main() -> None:
         memory = Path(scratch) / "memory"
         features = PretrainedFeatures(arguments.backbone, memory=memory)
 
-        with joblib.parallel_config("dask"), timed(f"{len(paths)} pictures, one call"):
+        with joblib.parallel_config("dask"), timed(f"{len(paths)} images, one call"):
             rows = features.set_params(n_jobs=-1).transform(paths)
 
-        # n_jobs of the search is None: in a worker, pictures stay where they are.
+        # n_jobs of the search is None: in a worker, images stay where they are.
         model = make_pipeline(
             features.set_params(n_jobs=None),
             StandardScaler(),

@@ -5,7 +5,7 @@ Features on a cluster of Ray
 
 Three ways, from the least to learn to the largest data:
 
-- one call of ``transform``, whose pictures go to the workers;
+- one call of ``transform``, whose images go to the workers;
 - a grid search, whose candidates go there, with one ``memory`` for all of them;
 - a dataset of Ray with paths in it, through a callable class that holds the network: a
   table that no memory holds goes straight to Parquet.
@@ -15,7 +15,7 @@ Three ways, from the least to learn to the largest data:
     python examples/features_on_ray.py
 
 starts two workers on this machine and uses scanned digits. ``--data FOLDER --backbone
-resnet18`` does the same with your own pictures, in a folder per class. On a cluster of
+resnet18`` does the same with your own images, in a folder per class. On a cluster of
 your own, ``ray.init(address="auto")``. One GPU per worker: ``num_gpus=1`` in
 ``ray_remote_args`` and in ``map_batches``.
 """
@@ -60,8 +60,8 @@ def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
     """Write some scanned digits to files; give their paths and labels."""
     X, y = load_digits(return_X_y=True)
     paths = [str(folder / f"{i}.png") for i in range(n)]
-    for path, picture in zip(paths, X, strict=False):
-        Image.fromarray((picture.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
+    for path, image in zip(paths, X, strict=False):
+        Image.fromarray((image.reshape(8, 8) * 255 / 16).astype(np.uint8)).save(path)
     return paths, y[:n]
 
 
@@ -100,11 +100,11 @@ def main() -> None:
 
         with (
             joblib.parallel_config("ray", ray_remote_args=AGAIN),
-            timed(f"{len(paths)} pictures, one call"),
+            timed(f"{len(paths)} images, one call"),
         ):
             rows = features.set_params(n_jobs=-1).transform(paths)
 
-        # n_jobs of the search is None: in a worker, pictures stay where they are.
+        # n_jobs of the search is None: in a worker, images stay where they are.
         model = make_pipeline(
             features.set_params(n_jobs=None),
             StandardScaler(),

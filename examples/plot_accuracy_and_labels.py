@@ -9,7 +9,7 @@ feature extractor, and fine-tuned. Beside them stand what needs no network (raw 
 and what needs no pretraining (the same network from random weights).
 
 The candidates are those of ``three_strategies.py``, which takes a folder of your own
-pictures as well.
+images as well.
 """
 
 # %%
@@ -56,7 +56,7 @@ means = results.groupby(["strategy", "labels per class"]).mean().unstack()
 print(means.round(3).loc[list(candidates)])
 
 # %%
-# On pictures this far from photographs, what the network calls them is of little use,
+# On images this far from photographs, what the network calls them is of little use,
 # and its last features are no better than pixels. A lower stage, with averages over a
 # grid that keep where things are, is far ahead with 3 labels, and the search finds it
 # in seconds. With 10 and more, fine-tuning is as good, and takes several times as long.

@@ -58,5 +58,5 @@ plt.show()
 
 # %%
 # All of it can stand in a ``GridSearchCV`` as well; see
-# :ref:`the recipe <tuning-depth-and-rate>`. The accuracy on other pictures decides, not
+# :ref:`the recipe <tuning-depth-and-rate>`. The accuracy on other images decides, not
 # the loss on those that were learned.

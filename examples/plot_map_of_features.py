@@ -1,9 +1,9 @@
 """
 =======================================
-A map of the pictures, without a label
+A map of the images, without a label
 =======================================
 
-Features put alike pictures side by side, so a map of them shows what is in a folder
+Features put alike images side by side, so a map of them shows what is in a folder
 before anything is labelled: groups, outliers, duplicates. Any method of scikit-learn
 draws it; :class:`~sklearn.manifold.TSNE` here, UMAP works the same way.
 """

@@ -1,14 +1,14 @@
 """
 =======================================
-Which pictures does the model get wrong
+Which images does the model get wrong
 =======================================
 
-A score says how often a model is wrong, not why. The pictures do: each with what it was
+A score says how often a model is wrong, not why. The images do: each with what it was
 taken for and how sure the model was. Often the label is at fault.
 """
 
 # %%
-# Predictions for pictures that were not learned from come from ``cross_val_predict``.
+# Predictions for images that were not learned from come from ``cross_val_predict``.
 # ``layer`` and ``pooling`` are those that
 # :ref:`a search <sphx_glr_auto_examples_plot_accuracy_and_labels.py>` finds for digits.
 import matplotlib.pyplot as plt

@@ -4,7 +4,7 @@ How the bundled network, resnet_mini, was made
 ==============================================
 
 The recipe behind ``sktl/data/resnet_mini.safetensors``: a small residual network is
-trained on 100,000 pictures of 32 x 32 pixels in 200 ImageNet categories. It stops and
+trained on 100,000 images of 32 x 32 pixels in 200 ImageNet categories. It stops and
 resumes: run the same command again after it was killed, and it goes on after the last
 whole epoch with the same numbers it would have had.
 
@@ -16,15 +16,15 @@ whole epoch with the same numbers it would have had.
 to end), ``offsets``, ``label`` and ``name``.
 
 Recipe: the matrices inside the network learn with Muon (Jordan et al., 2024), which
-orthogonalizes every step and so needs fewer pictures than SGD; the stem, the head and
+orthogonalizes every step and so needs fewer images than SGD; the stem, the head and
 the normalizations learn with SGD. Both follow a one-cycle rate (Smith, 2018) down to
-zero. 500 pictures of a category are few, and a network that sees them unchanged learns
+zero. 500 images of a category are few, and a network that sees them unchanged learns
 them by heart after a dozen epochs; so every step crops, flips and recolours them anew,
-half of the steps mix two pictures (CutMix), and labels are smoothed. The average of the
+half of the steps mix two images (CutMix), and labels are smoothed. The average of the
 weights over the last steps (Izmailov et al., 2018) is what is shipped.
 
-The crops show things 1.25 times as large as they are in whole pictures, so the network
-is used, and its accuracy measured, on pictures enlarged to 40 x 40 (Touvron et al.,
+The crops show things 1.25 times as large as they are in whole images, so the network
+is used, and its accuracy measured, on images enlarged to 40 x 40 (Touvron et al.,
 2019).
 """
 
@@ -44,29 +44,29 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sktl._resnet_mini import IMAGE_SIZE, MEAN, STD, TRAINED_AT, ResNetMini
+from sktl._backbones.resnet_mini import IMAGE_SIZE, MEAN, STD, TRAINED_AT, ResNetMini
 
 BATCH_SIZE = 256
 CHANNELS_LAST = torch.channels_last
 MUON = {"lr": 0.04, "weight_decay": 0.03, "momentum": 0.9}
 SGD = {"lr": 0.05, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 LABEL_SMOOTHING = 0.1
-CROP_AREA = (0.35, 1.0)  # share of the picture that a crop shows
+CROP_AREA = (0.35, 1.0)  # share of the image that a crop shows
 CROP_LOG_RATIO = (-0.29, 0.29)  # of width to height: 3/4 to 4/3
 COLOUR = (0.6, 1.4)  # of contrast, brightness and saturation
 AVERAGE_DECAY = 0.995  # of the running average of the weights, per step
 
 
 def load(file: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Decode a file of pictures to uint8 ``(n, 3, 32, 32)``, labels and names."""
+    """Decode a file of images to uint8 ``(n, 3, 32, 32)``, labels and names."""
     with np.load(file) as arrays:
         jpeg, offsets = arrays["jpeg"], arrays["offsets"]
         label, name = arrays["label"], arrays["name"]
-    pictures = np.empty((len(label), 32, 32, 3), np.uint8)
+    images = np.empty((len(label), 32, 32, 3), np.uint8)
     for i, (start, stop) in enumerate(itertools.pairwise(offsets)):
-        with Image.open(io.BytesIO(jpeg[start:stop].tobytes())) as picture:
-            pictures[i] = np.asarray(picture.convert("RGB"))
-    x = torch.from_numpy(pictures).permute(0, 3, 1, 2)  # channels last in memory
+        with Image.open(io.BytesIO(jpeg[start:stop].tobytes())) as image:
+            images[i] = np.asarray(image.convert("RGB"))
+    x = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last in memory
     # "goldfish, Carassius auratus" is readable, and unique, without its synonyms.
     names = [str(synonyms).split(",")[0] for synonyms in name]
     return x, torch.from_numpy(label.astype(np.int64)), names
@@ -98,9 +98,9 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def cutmix(
     x: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Paste a box of another picture into each, half of the time (Yun et al., 2019).
+    """Paste a box of another image into each, half of the time (Yun et al., 2019).
 
-    Returns the pictures, the rows the boxes come from, and the share of the picture
+    Returns the images, the rows the boxes come from, and the share of the image
     that remains its own.
     """
     other = torch.randperm(len(x), generator=generator)
@@ -116,14 +116,14 @@ def cutmix(
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 pictures into what the network was built for."""
+    """Turn uint8 images into what the network was built for."""
     mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)
     std = torch.tensor(STD, device=x.device).view(3, 1, 1)
     return (x.float() / 255 - mean) / std
 
 
 def accuracy(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, device) -> float:
-    """Top-1 accuracy on whole pictures, as large as they are to be used, in float32."""
+    """Top-1 accuracy on whole images, as large as they are to be used, in float32."""
     net.eval()
     hits = 0
     with torch.inference_mode():
@@ -174,7 +174,7 @@ def _rows(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def train_epoch(epoch, net, average, optimizers, x, y, device, precision):
-    """One pass over the pictures; everything random comes from the epoch's number."""
+    """One pass over the images; everything random comes from the epoch's number."""
     generator = torch.Generator().manual_seed(epoch)
     net.train()
     order = torch.randperm(len(x), generator=generator)
@@ -201,7 +201,7 @@ def card(
     """Text of the card that lies beside the weights."""
     return f"""# resnet_mini
 
-A residual network for small pictures, bundled with sktl so that everything works
+A residual network for small images, bundled with sktl so that everything works
 without a network connection.
 
 | | |
@@ -210,7 +210,7 @@ without a network connection.
 | input | RGB, {IMAGE_SIZE} x {IMAGE_SIZE} (bilinear), mean {MEAN}, standard deviation \
 {STD} |
 | categories | {len(names)} of ImageNet's |
-| trained on | Tiny ImageNet: 100,000 pictures, reduced to {TRAINED_AT} x {TRAINED_AT} |
+| trained on | Tiny ImageNet: 100,000 images, reduced to {TRAINED_AT} x {TRAINED_AT} |
 | terms of the data | ImageNet's: research use |
 | recipe | `examples/pretrain_resnet_mini.py --epochs {arguments.epochs}`: Muon \
 {MUON} for the inner convolutions, SGD {SGD} for the rest, one cycle, batch \
@@ -218,15 +218,15 @@ without a network connection.
 averaged weights |
 | made on | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch \
 {torch.__version__}, {seconds / 60:.0f} minutes |
-| top-1 accuracy | {top1:.4f} on the 10,000 validation pictures |
+| top-1 accuracy | {top1:.4f} on the 10,000 validation images |
 | file | float16 |
 | sha256 | `{digest}` |
 
-**Good for** first steps, tests, continuous integration, small natural pictures, and
-as features of pictures that are small anyway (digits, thumbnails).
+**Good for** first steps, tests, continuous integration, small natural images, and
+as features of images that are small anyway (digits, thumbnails).
 
 **Bad for** anything that needs detail finer than 32 x 32 pixels: use a network of
-torchvision for photographs. It has seen neither medical nor satellite pictures nor
+torchvision for photographs. It has seen neither medical nor satellite images nor
 faces, and must not be used to recognise people.
 """
 

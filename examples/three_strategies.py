@@ -4,7 +4,7 @@ Three strategies, on few labels of one's own
 ============================================
 
 A pretrained network can be used as it is, as a fixed feature extractor, or fine-tuned.
-Which of these pays off depends on how far the pictures are from what the network was
+Which of these pays off depends on how far the images are from what the network was
 trained on, and on how many labels there are. Here it is asked about scanned digits,
 which are far from the photographs that the bundled network has seen, with ten labels
 per digit; nothing is downloaded.
@@ -13,13 +13,13 @@ per digit; nothing is downloaded.
 
     python examples/three_strategies.py
 
-The same for a folder of pictures of your own, with a folder per class in it:
+The same for a folder of images of your own, with a folder per class in it:
 
 ::
 
     python examples/three_strategies.py --data FOLDER --backbone resnet18
 
-With matplotlib (``pip install sktl[plot]``) and ``--plot FILE``, a picture of accuracy
+With matplotlib (``pip install sktl[plot]``) and ``--plot FILE``, an image of accuracy
 against the number of labels.
 """
 
@@ -42,17 +42,17 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 
-Pictures = NDArray[Any]
+ImageSequence = NDArray[Any]
 
 
-def raw_pixels(X: Pictures) -> NDArray[np.float64]:
-    """Give pictures as rows of pixels; files are shrunk to 32 x 32 first."""
+def raw_pixels(X: ImageSequence) -> NDArray[np.float64]:
+    """Give images as rows of pixels; files are shrunk to 32 x 32 first."""
     if X.ndim > 1:
         return X.reshape(len(X), -1)
     rows = []
     for path in X:
-        with Image.open(path) as picture:
-            rows.append(np.ravel(picture.convert("RGB").resize((32, 32))))
+        with Image.open(path) as image:
+            rows.append(np.ravel(image.convert("RGB").resize((32, 32))))
     return np.asarray(rows, dtype=np.float64)
 
 
@@ -92,7 +92,7 @@ def n_trained(fitted: Any) -> int:
     if isinstance(fitted, GridSearchCV):
         fitted = fitted.best_estimator_
     if isinstance(fitted, PretrainedClassifier):
-        return int(np.prod(fitted.label_given_category_.shape))
+        return int(np.prod(fitted.class_proba_given_category_.shape))
     if isinstance(fitted, FineTunedCNNClassifier):
         return sum(p.numel() for p in fitted.module_.parameters())
     head = fitted[-1]
@@ -102,11 +102,11 @@ def n_trained(fitted: Any) -> int:
 def splits(
     y: NDArray[Any], n_labels: int, n_repeats: int, n_test: int
 ) -> Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Draw `n_labels` pictures of each class to learn from, and others to score."""
+    """Draw `n_labels` images of each class to learn from, and others to score."""
     fewest = np.unique(y, return_counts=True)[1].min()
     if fewest <= n_labels:
         raise SystemExit(
-            f"Each class needs more than {n_labels} pictures, to learn from and to "
+            f"Each class needs more than {n_labels} images, to learn from and to "
             f"score. The smallest has {fewest}. Use a smaller --labels."
         )
     n_train = n_labels * len(np.unique(y))
@@ -117,7 +117,7 @@ def splits(
 
 
 def compare(
-    X: Pictures, y: NDArray[Any], estimators: dict[str, BaseEstimator], cv: Any
+    X: ImageSequence, y: NDArray[Any], estimators: dict[str, BaseEstimator], cv: Any
 ) -> dict[str, list[float]]:
     """Fit and score each estimator on each split, and print a table as it grows."""
     print(f"{'':36} accuracy          seconds    trained")
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--labels", type=int, default=10, help="per class")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plot", type=Path, help="file for a picture")
+    parser.add_argument("--plot", type=Path, help="file for an image")
     arguments = parser.parse_args()
 
     shared: dict[str, Any] = {
@@ -185,7 +185,7 @@ def main() -> None:
 
     def run(n_labels: int) -> dict[str, list[float]]:
         cv = list(splits(y, n_labels, arguments.repeats, n_test=500))
-        # Folds, candidates and repeats meet the same pictures again and again.
+        # Folds, candidates and repeats meet the same images again and again.
         with tempfile.TemporaryDirectory() as memory:
             return compare(X, y, strategies({**shared, "memory": memory}), cv)
 
@@ -198,7 +198,7 @@ def main() -> None:
     best = max(means, key=lambda name: means[name])
     print(
         f"\nBest here: {best}.\nOn photographs penultimate features are often enough; "
-        "the further pictures are from\nthem, the lower the stage that helps, and the "
+        "the further images are from\nthem, the lower the stage that helps, and the "
         "more it matters to keep where things are."
     )
     if arguments.plot:

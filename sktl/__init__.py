@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sktl._backbones import list_backbones, register_backbone
-    from sktl._feature_store import FeatureStore
+    from sktl._backbones.registry import list_backbones, register_backbone
     from sktl._fine_tuned_cnn_classifier import FineTunedCNNClassifier
-    from sktl._preprocessing import Preprocessing
+    from sktl._images.preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
     from sktl._pretrained_features import PretrainedFeatures
+    from sktl._store.feature_store import FeatureStore
 
 __version__ = "0.1.0"
 
@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FeatureStore": "sktl._feature_store",
+    "FeatureStore": "sktl._store.feature_store",
     "FineTunedCNNClassifier": "sktl._fine_tuned_cnn_classifier",
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
-    "Preprocessing": "sktl._preprocessing",
-    "list_backbones": "sktl._backbones",
-    "register_backbone": "sktl._backbones",
+    "Preprocessing": "sktl._images.preprocessing",
+    "list_backbones": "sktl._backbones.registry",
+    "register_backbone": "sktl._backbones.registry",
 }
 
 

@@ -15,26 +15,32 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from sktl import _saved_classifier
-from sktl._augmentation import NAMES
-from sktl._checkpoint import Checkpoint, identity_of, seed_of
-from sktl._decode import PixelRange
-from sktl._engines import prepared
-from sktl._execution import ENGINES, Execution
-from sktl._feature_store import FeatureStore
-from sktl._images import ImageShape, Pictures, as_pictures, take_features
-from sktl._inference import forward
-from sktl._labels import Labelled, labelled, rows_held_out
-from sktl._memory import Memory
-from sktl._one_fit import activations_of, solve_head_of, start_of, training_of
-from sktl._sklearn_compat import Documented, Interval, StrOptions, fit_context
-from sktl._start import Start
-from sktl._steps import LR_SCHEDULES, OPTIMIZERS, restore_optimizer
-from sktl._trainable import network_digest
-from sktl._training import Progress, Training
+from sktl._images.augmentation import NAMES
+from sktl._images.decode import PixelRange
+from sktl._images.sequence import ImageSequence
+from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
+from sktl._inference.cached_forward import Memory
+from sktl._inference.engines import get_compiled_model
+from sktl._inference.execution import ENGINES, Execution
+from sktl._inference.forward import forward
+from sktl._store.feature_store import FeatureStore
+from sktl._training import serialization
+from sktl._training.build import (
+    build_frozen_activations,
+    build_initial_model,
+    build_trainer,
+    initialize_head,
+)
+from sktl._training.checkpoint import Checkpoint, checkpoint_seed, run_fingerprint
+from sktl._training.initial_model import InitialModel
+from sktl._training.network import network_digest
+from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS, load_optimizer_state
+from sktl._training.targets import EncodedTargets, encode_targets, validation_mask
+from sktl._training.trainer import Trainer, TrainerState
+from sktl._utils.sklearn_compat import DocLinkMixin, Interval, StrOptions, fit_context
 
 
-class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
+class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     """Fine-tune a pretrained convolutional network.
 
     The network gets a new head, which starts as the logistic regression on its
@@ -74,16 +80,16 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
     lr_schedule : {"constant", "cosine", "onecycle"}, default="cosine"
         Course of the rate. ``"cosine"`` warms up in the first tenth of the steps.
     max_epochs : int, default=10
-        Number of times each picture is seen. 0 leaves the head as it starts.
+        Number of times each image is seen. 0 leaves the head as it starts.
     augmentation : {"flip", "standard", "trivial"}, callable or None, default=None
-        How pictures vary from epoch to epoch. ``"flip"``: left and right.
+        How images vary from epoch to epoch. ``"flip"``: left and right.
         ``"standard"``: a random crop of 35 to 100 % of the area, flip, colour.
         ``"trivial"``: crop, flip and TrivialAugment [2]_. A callable turns a PIL image
         into another.
     augmentation_views : int or None, default=None
-        If given, each picture has so many views, the same in each epoch, and one of
+        If given, each image has so many views, the same in each epoch, and one of
         them, drawn at random, is seen. Frozen stages then see each view only once, see
-        the notes; fewer views than epochs save time. None varies a picture anew each
+        the notes; fewer views than epochs save time. None varies an image anew each
         time. Without effect without `augmentation`.
     label_smoothing : float, default=0.0
         Share of the target that is spread over all classes.
@@ -119,13 +125,13 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         Side in pixels to resize and crop to, instead of what the weights were trained
         with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened picture, as in `PretrainedFeatures`.
+        For 2-D `X`, how a row is a flattened image, as in `PretrainedFeatures`.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input, as in `PretrainedFeatures`.
     reducing_gap : float or None, default=None
         How large JPEG files are decoded, as in `PretrainedFeatures`.
     batch_size : int, default=32
-        Number of pictures of a step, and of those that go through at a time.
+        Number of images of a step, and of those that go through at a time.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
     precision : {"float32", "bfloat16", "auto"}, default="float32"
@@ -136,16 +142,16 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         What computes the network where it does not train: in `predict`, and the
         features for the linear probe. As in `PretrainedFeatures`.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means as many
+        Number of threads that decode images ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors. Where that context chose a backend of processes, such as
         Dask or Ray, any number but None lets its workers compute, in `fit`, what frozen
-        pretrained stages say of the pictures.
+        pretrained stages say of the images.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        Where it is remembered what the frozen stages give of each picture, as in
+        Where it is remembered what the frozen stages give of each image, as in
         `PretrainedFeatures`, and shared with it; see the notes.
     random_state : int, RandomState instance or None, default=None
-        Decides the order of the pictures, their variation, dropout, what is held out,
+        Decides the order of the images, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
         1 shows a progress bar on anything that takes longer than a second.
@@ -161,7 +167,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
     net_ : skorch.NeuralNet
         What trained it, with its history and optimizer. Not in a pickle.
     preprocessing_ : Preprocessing
-        What pictures go through before `module_`.
+        What images go through before `module_`.
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
@@ -187,10 +193,10 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
     Notes
     -----
     `X` has the forms described in the notes of `PretrainedFeatures`. Weights of samples
-    and classes multiply the loss of each picture; samples of weight 0 are left out.
+    and classes multiply the loss of each image; samples of weight 0 are left out.
     The accuracy of early stopping is weighted likewise.
 
-    Without `augmentation`, the frozen stages say the same of a picture in every epoch;
+    Without `augmentation`, the frozen stages say the same of an image in every epoch;
     with `augmentation_views`, of each of its views. It is computed once and kept in
     memory, up to a gigabyte; with a `memory` it is remembered there (of views only if
     `augmentation` is a name and `random_state` an int, which say what they show), and
@@ -355,12 +361,12 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             See the notes of `PretrainedFeatures`.
         y : array-like of shape (n_samples,)
             Labels: str, int or bool, of at least two classes.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each picture counts. None is 1 for each.
+            How much each image counts. None is 1 for each.
 
         Returns
         -------
@@ -370,7 +376,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter, `X`, `y` or `sample_weight` is not as it must be, a picture
+            If a parameter, `X`, `y` or `sample_weight` is not as it must be, an image
             cannot be read, the checkpoint is of another run, or the loss is no number.
         KeyboardInterrupt
             On Ctrl-C. The estimator is as it was before; the last whole epoch is in
@@ -382,35 +388,37 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         """
         goes_on = self.warm_start and hasattr(self, "module_")
         checked = copy.copy(self)  # a fit that is stopped changes nothing here
-        pictures = checked._as_pictures(X, reset=not goes_on)
-        given = self._labelled(pictures, y, sample_weight).rescaled()
-        pictures = pictures.at(given.rows.tolist())
+        images = checked._as_images(X, reset=not goes_on)
+        given = self._labelled(images, y, sample_weight).rescaled()
+        images = images.subset(given.rows.tolist())
         seed = self._seed()
         if self.checkpoint is not None:
-            seed = seed_of(self.checkpoint, otherwise=seed)
+            seed = checkpoint_seed(self.checkpoint, otherwise=seed)
         if goes_on:
             self._check_classes(given.classes, "warm_start")
-            start = Start.of_fitted(self)
+            start = InitialModel.from_fitted(self)
         else:
-            start = start_of(self, len(given.classes), seed)
-        pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
-        activations = activations_of(
-            self, start.network, pictures, start.preprocessing, start.pretrained
+            start = build_initial_model(self, len(given.classes), seed)
+        images = images.with_min_decode_size(
+            start.preprocessing.min_decode_size(self.reducing_gap)
+        )
+        activations = build_frozen_activations(
+            self, start.network, images, start.preprocessing, start.pretrained
         )
         fraction = self.validation_fraction if self.early_stopping else None
-        held_out = rows_held_out(given, fraction, seed)
-        training = training_of(
-            self, start, pictures, activations, given, held_out, Progress(seed)
+        held_out = validation_mask(given, fraction, seed)
+        training = build_trainer(
+            self, start, images, activations, given, held_out, TrainerState(seed)
         )
         checkpoint = None
         if self.checkpoint is not None:
-            identity = identity_of(self.get_params(), pictures, given, start.digest)
+            identity = run_fingerprint(self.get_params(), images, given, start.digest)
             checkpoint = Checkpoint(self.checkpoint, identity)
         if checkpoint is None or not checkpoint.resume(training):
             if self.head_init == "linear_probe" and not goes_on:
-                solve_head_of(training, start, activations, given, held_out)
+                initialize_head(training, start, activations, given, held_out)
         training.run(None if checkpoint is None else checkpoint.save)
-        take_features(self, checked)
+        copy_feature_metadata(self, checked)
         return self._keep(training, start, given.classes)
 
     @fit_context(prefer_skip_nested_validation=True)
@@ -418,11 +426,11 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> Self:
-        """Train for one epoch on some pictures, at a constant rate.
+        """Train for one epoch on some images, at a constant rate.
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
         y : array-like of shape (n_samples,)
             Labels.
@@ -430,7 +438,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
             All classes there will be; needed in the first call only. If all of them
             are among its labels, the head starts as `head_init` says, else at random.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each picture counts. None is 1 for each.
+            How much each image counts. None is 1 for each.
 
         Returns
         -------
@@ -456,28 +464,30 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
                 "classes must be passed to the first call of partial_fit. Got None. "
                 "Pass all labels that there will be."
             )
-        pictures = self._as_pictures(X, reset=first)
+        images = self._as_images(X, reset=first)
         given = self._labelled(
-            pictures, y, sample_weight, self.classes_ if classes is None else classes
+            images, y, sample_weight, self.classes_ if classes is None else classes
         )
-        pictures = pictures.at(given.rows.tolist())
+        images = images.subset(given.rows.tolist())
         seed = self._seed()
         if first:
-            start = start_of(self, len(given.classes), seed)
-            progress = Progress(seed)
+            start = build_initial_model(self, len(given.classes), seed)
+            progress = TrainerState(seed)
         else:
             self._check_classes(given.classes, "partial_fit")
-            start = Start.of_fitted(self)
-            progress = Progress(seed, self.n_iter_, list(self.history_))
-        pictures = pictures.reduced(start.preprocessing.least_side(self.reducing_gap))
-        activations = activations_of(
-            self, start.network, pictures, start.preprocessing, start.pretrained
+            start = InitialModel.from_fitted(self)
+            progress = TrainerState(seed, self.n_iter_, list(self.history_))
+        images = images.with_min_decode_size(
+            start.preprocessing.min_decode_size(self.reducing_gap)
         )
-        held_out = rows_held_out(given, None, seed)
-        training = training_of(
+        activations = build_frozen_activations(
+            self, start.network, images, start.preprocessing, start.pretrained
+        )
+        held_out = validation_mask(given, None, seed)
+        training = build_trainer(
             self,
             start,
-            pictures,
+            images,
             activations,
             given,
             held_out,
@@ -493,19 +503,19 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
                 # Of fewer stages, if `trainable` was more: the head is first.
                 n_trained = sum(len(group["params"]) for group in now.param_groups)
                 state = before.state_dict()["state"].items()
-                restore_optimizer(now, {n: v for n, v in state if n < n_trained})
+                load_optimizer_state(now, {n: v for n, v in state if n < n_trained})
         complete = len(np.unique(given.label)) == len(given.classes)
         if first and complete and self.head_init == "linear_probe":
-            solve_head_of(training, start, activations, given, held_out)
+            initialize_head(training, start, activations, given, held_out)
         training.run()
         return self._keep(training, start, given.classes)
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Name the class of pictures.
+        """Name the class of images.
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -516,7 +526,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a picture cannot be read; the message names its row, its path and the
+            If an image cannot be read; the message names its row, its path and the
             reason.
         """
         logits = self._logits(X)
@@ -527,7 +537,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -548,7 +558,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -582,7 +592,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
             If the labels are neither str, int, float nor bool.
         """
         check_is_fitted(self)
-        _saved_classifier.save(self, path)
+        serialization.save(self, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -605,7 +615,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         ValueError
             If the file is anything else, is damaged, or its backbone is not known.
         """
-        return _saved_classifier.load(cls, path)
+        return serialization.load(cls, path)
 
     def plot_history(self, ax: Any = None) -> Any:
         """Plot loss, and accuracy under early stopping, against epochs.
@@ -637,7 +647,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         return ax
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that blobs are no pictures."""
+        """Say that blobs are no images."""
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.classifier_tags.poor_score = True
@@ -653,8 +663,8 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         state.pop("net_", None)
         return state
 
-    def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
-        return as_pictures(
+    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        return validate_images(
             X,
             estimator=self,
             reset=reset,
@@ -663,10 +673,10 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         )
 
     def _labelled(
-        self, pictures: Pictures, y: Any, sample_weight: Any, classes: Any = None
-    ) -> Labelled:
-        return labelled(
-            pictures,
+        self, images: ImageSequence, y: Any, sample_weight: Any, classes: Any = None
+    ) -> EncodedTargets:
+        return encode_targets(
+            images,
             y,
             sample_weight,
             class_weight=self.class_weight,
@@ -684,7 +694,9 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
                 f"Got {classes.tolist()}."
             )
 
-    def _keep(self, training: Training, start: Start, classes: NDArray[Any]) -> Self:
+    def _keep(
+        self, training: Trainer, start: InitialModel, classes: NDArray[Any]
+    ) -> Self:
         """Set what is left behind; until here the fitted network has not changed."""
         progress = training.progress
         rows = [row for row in progress.history if row["epoch"] > 0]
@@ -699,7 +711,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         self.validation_scores_ = (
             [row["valid_score"] for row in rows] if self.early_stopping else None
         )
-        self._built_as = start.built_as
+        self._model_config = start.model_config
         self._n_frozen = training.n_frozen
         n_pretrained, reference = start.pretrained
         self._pretrained = min(n_pretrained, training.n_frozen), reference
@@ -710,22 +722,24 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         """Run the trained network: ``(n_samples, n_classes)``."""
         check_is_fitted(self)
         self._validate_params()
-        pictures = self._as_pictures(X, reset=False)
-        pictures = pictures.reduced(self.preprocessing_.least_side(self.reducing_gap))
+        images = self._as_images(X, reset=False)
+        images = images.with_min_decode_size(
+            self.preprocessing_.min_decode_size(self.reducing_gap)
+        )
         if self._n_frozen and self.memory is not None:
             network = copy.deepcopy(self.module_)
             # What somebody has done to the network since is not to be remembered.
             if network_digest(network) == self._digest:
-                activations = activations_of(
+                activations = build_frozen_activations(
                     self,
                     network,
-                    pictures,
+                    images,
                     self.preprocessing_,
                     self._pretrained,
                     spread=False,  # the network is here, its weights file perhaps not
                 )
                 return activations.logits(self._n_frozen)
-        whole = prepared(
+        whole = get_compiled_model(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),
             self.preprocessing_,
@@ -734,7 +748,7 @@ class FineTunedCNNClassifier(Documented, ClassifierMixin, BaseEstimator):
         )
         return forward(
             whole,
-            pictures,
+            images,
             self.preprocessing_,
             batch_size=self.batch_size,
             n_jobs=self.n_jobs,

@@ -19,16 +19,17 @@ from sklearn.utils import Tags, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
-from sktl._backbone import Backbone
-from sktl._backbones import Reference, load_backbone
-from sktl._decode import PixelRange
-from sktl._execution import ENGINES, PRECISIONS, Execution
-from sktl._feature_store import FeatureStore
-from sktl._frozen_features import frozen_features
-from sktl._images import ImageShape, Pictures, as_pictures, take_features
-from sktl._memory import Memory
-from sktl._sklearn_compat import (
-    Documented,
+from sktl._backbones.backbone import Backbone
+from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._images.decode import PixelRange
+from sktl._images.sequence import ImageSequence
+from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
+from sktl._inference.cached_forward import Memory
+from sktl._inference.execution import ENGINES, PRECISIONS, Execution
+from sktl._inference.extract_features import extract_features
+from sktl._store.feature_store import FeatureStore
+from sktl._utils.sklearn_compat import (
+    DocLinkMixin,
     Interval,
     StrOptions,
     check_sample_weight,
@@ -37,8 +38,8 @@ from sktl._sklearn_compat import (
 )
 
 
-class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
-    """Say what is in pictures with a pretrained network, as it is.
+class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
+    """Say what is in images with a pretrained network, as it is.
 
     Nothing in the network is trained. Its categories are the labels, or are led to
     labels of your own: by a `label_map` that you write down, or by one that `fit`
@@ -59,14 +60,14 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         Side in pixels to resize and crop to, instead of what the weights were trained
         with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened picture, as in `PretrainedFeatures`.
+        For 2-D `X`, how a row is a flattened image, as in `PretrainedFeatures`.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input, as in `PretrainedFeatures`.
     reducing_gap : float or None, default=None
         How large JPEG files are decoded, as in `PretrainedFeatures`.
     batch_size : int, default=32
-        Number of pictures that go through the network at a time. In calls with fewer
-        pictures they go one by one.
+        Number of images that go through the network at a time. In calls with fewer
+        images they go one by one.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
     precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
@@ -75,12 +76,12 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
         What computes the network, as in `PretrainedFeatures`.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means as many
+        Number of threads that decode images ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None sends the pictures to its workers.
+        Dask or Ray, any number but None sends the images to its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        A directory in which the output for every picture is remembered, so that each
+        A directory in which the output for every image is remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it
         turns up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
         used. None remembers nothing.
@@ -91,7 +92,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
     ----------
     classes_ : ndarray of shape (n_classes,)
         The labels, sorted: names of categories, or labels of your own.
-    label_given_category_ : array or sparse array of shape (n_categories, n_classes)
+    class_proba_given_category_ : array of shape (n_categories, n_classes), maybe sparse
         Probability of each label in each category of the network, in its own order.
     weights_digest_ : str
         SHA-256 of the weights at the time of `fit`.
@@ -108,16 +109,16 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
     Notes
     -----
     With labels `y` and without a `label_map`, `fit` counts how often each label comes
-    with each category, every picture spread over the categories as the network's
+    with each category, every image spread over the categories as the network's
     probabilities are, and adds one to each count (Laplace). The probability of a label
-    is then the sum over categories of p(label | category) p(category | picture).
+    is then the sum over categories of p(label | category) p(category | image).
 
     Where a network has two categories of one name, their numbers are added to the
     names, such as ``"crane (134)"`` and ``"crane (517)"``.
 
     Examples
     --------
-    A network for small pictures comes with the library:
+    A network for small images comes with the library:
 
     >>> from sklearn.datasets import load_sample_images
     >>> from sktl import PretrainedClassifier
@@ -186,7 +187,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `PretrainedFeatures.fit`. They are looked at only where labels are
             learned from `y`.
         y : array-like of shape (n_samples,), default=None
@@ -194,7 +195,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
             categories are the labels. With a `label_map` it is only checked that it
             leads to all of them.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each picture counts where labels are learned. None is 1 for each.
+            How much each image counts where labels are learned. None is 1 for each.
 
         Returns
         -------
@@ -210,13 +211,13 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
             If weights have to be downloaded and cannot be.
         """
         checked = copy.copy(self)
-        pictures = checked._as_pictures(X, reset=True)
+        images = checked._as_images(X, reset=True)
         backbone = self._load_backbone()
         categories = _categories(backbone, self.weights)
         if y is not None:
             y = check_y(y, estimator=self)
             check_classification_targets(y)
-            check_consistent_length(pictures, y)
+            check_consistent_length(images, y)
         if self.label_map is not None:
             classes, given = _mapped(self.label_map, categories, y)
         elif y is None:
@@ -227,20 +228,20 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
             classes, label = np.unique(y, return_inverse=True)
             indicator = weight[:, None] * (label[:, None] == range(len(classes)))
             # (n_categories, n_samples) @ (n_samples, n_classes)
-            counts = 1 + self._category_proba(backbone, pictures).T @ indicator
+            counts = 1 + self._category_proba(backbone, images).T @ indicator
             given = counts / counts.sum(axis=1, keepdims=True)
-        # At the end: what a bad picture or Ctrl-C stops leaves the last fit whole.
-        take_features(self, checked)
-        self.classes_, self.label_given_category_ = classes, given
+        # At the end: what a bad image or Ctrl-C stops leaves the last fit whole.
+        copy_feature_metadata(self, checked)
+        self.classes_, self.class_proba_given_category_ = classes, given
         self.weights_digest_ = backbone.digest
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Name what is in pictures.
+        """Name what is in images.
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -251,7 +252,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a picture cannot be read (the message names its row, its path and the
+            If an image cannot be read (the message names its row, its path and the
             reason), or backbone or weights changed since `fit`.
         """
         proba = self.predict_proba(X)
@@ -262,7 +263,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -277,7 +278,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         self._validate_params()
-        pictures = self._as_pictures(X, reset=False)
+        images = self._as_images(X, reset=False)
         backbone = self._load_backbone()
         if backbone.digest != self.weights_digest_:
             raise ValueError(
@@ -287,7 +288,9 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
                 "Call fit again."
             )
         # (n_samples, n_categories) @ (n_categories, n_classes)
-        proba = self._category_proba(backbone, pictures) @ self.label_given_category_
+        proba = (
+            self._category_proba(backbone, images) @ self.class_proba_given_category_
+        )
         return proba / proba.sum(axis=1, keepdims=True)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
@@ -295,7 +298,7 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
@@ -313,11 +316,11 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def top_k(self, X: Any, k: int = 5) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """Give the k most probable labels of each picture.
+        """Give the k most probable labels of each image.
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
         k : int, default=5
             How many, at most the number of labels.
@@ -345,15 +348,15 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         return self.classes_[best], np.take_along_axis(proba, best, axis=1)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that labels are not required, and that blobs are no pictures."""
+        """Say that labels are not required, and that blobs are no images."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = False
         tags.input_tags.three_d_array = True
         tags.classifier_tags.poor_score = True
         return tags
 
-    def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
-        return as_pictures(
+    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        return validate_images(
             X,
             estimator=self,
             reset=reset,
@@ -365,16 +368,18 @@ class PretrainedClassifier(Documented, ClassifierMixin, BaseEstimator):
         return load_backbone(self.backbone, self.weights, progress=self.verbose > 0)
 
     def _category_proba(
-        self, backbone: Backbone, pictures: Pictures
+        self, backbone: Backbone, images: ImageSequence
     ) -> NDArray[np.float64]:
         """Run the network: ``(n_samples, n_categories)``, in its own order."""
         execution = Execution.of(self)
         preprocessing = backbone.preprocessing_at(self.image_size)
-        logits = frozen_features(
-            Reference.to(backbone, self.weights),
+        logits = extract_features(
+            BackboneSpec.to(backbone, self.weights),
             (),
             "avg",
-            pictures.reduced(preprocessing.least_side(self.reducing_gap)),
+            images.with_min_decode_size(
+                preprocessing.min_decode_size(self.reducing_gap)
+            ),
             preprocessing,
             execution,
             memory=self.memory,

@@ -13,18 +13,19 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
-from sktl._backbone import Backbone
-from sktl._backbones import Reference, load_backbone
-from sktl._decode import PixelRange
-from sktl._engines import Prepared
-from sktl._execution import ENGINES, PRECISIONS, Execution
-from sktl._extractors import feature_extractor
-from sktl._feature_store import FeatureStore
-from sktl._frozen_features import frozen_features
-from sktl._images import ImageShape, Pictures, as_pictures
-from sktl._memory import Memory
-from sktl._sklearn_compat import (
-    Documented,
+from sktl._backbones.backbone import Backbone
+from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._images.decode import PixelRange
+from sktl._images.sequence import ImageSequence
+from sktl._images.validation import ImageShape, validate_images
+from sktl._inference.cached_forward import Memory
+from sktl._inference.engines import CompiledModel
+from sktl._inference.execution import ENGINES, PRECISIONS, Execution
+from sktl._inference.extract_features import extract_features
+from sktl._inference.model_spec import get_feature_extractor
+from sktl._store.feature_store import FeatureStore
+from sktl._utils.sklearn_compat import (
+    DocLinkMixin,
     Interval,
     StrOptions,
     check_feature_names_in,
@@ -35,13 +36,13 @@ from sktl._sklearn_compat import (
 _valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
 
 
-class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
-    """Turn pictures into columns with a pretrained network.
+class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
+    """Turn images into columns with a pretrained network.
 
-    The network is cut open at a layer, and what the layer says about a picture,
+    The network is cut open at a layer, and what the layer says about an image,
     averaged over positions, becomes a row of numbers for any scikit-learn model. The
     network itself is never trained. This is the strategy called *fixed feature
-    extractor* [1]_, and with a linear model on top the one to try first. For pictures
+    extractor* [1]_, and with a linear model on top the one to try first. For images
     that are not photographs, try the lower stages too.
 
     Parameters
@@ -62,7 +63,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
 
         - ``"penultimate"``: what the network's own last linear layer sees.
         - The name of a stage: ``"stem"``, ``"stage1"``, and so on. A stage ends where
-          the resolution halves; lower ones suit pictures far from photographs.
+          the resolution halves; lower ones suit images far from photographs.
         - The name of any module of the network, as
           ``dict(torchvision.models.get_model("resnet18").named_modules())`` has it; of
           one that runs several times, its last output.
@@ -76,7 +77,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         Side in pixels to resize and crop to, instead of what the weights were trained
         with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened picture. ``"auto"``: a square, else three
+        For 2-D `X`, how a row is a flattened image. ``"auto"``: a square, else three
         squares with channels last, else a strip one pixel high, with a warning.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input. ``"auto"``: the full range of an
@@ -88,8 +89,8 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         wants is left. 2 or 3 is common; it moves the features a little. None decodes
         all pixels.
     batch_size : int, default=32
-        Number of pictures that go through the network at a time. In calls with fewer
-        pictures they go one by one, so choose it no larger than the machine needs.
+        Number of images that go through the network at a time. In calls with fewer
+        images they go one by one, so choose it no larger than the machine needs.
     device : str or torch.device, default="auto"
         ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
     precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
@@ -110,12 +111,12 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         The answers are the same up to rounding. A network that an engine cannot take is
         computed by torch, with a warning.
     n_jobs : int or None, default=None
-        Number of threads that decode pictures ahead of the network. None means as many
+        Number of threads that decode images ahead of the network. None means as many
         as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
         means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None sends the pictures to its workers.
+        Dask or Ray, any number but None sends the images to its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        A directory in which the features of every picture are remembered, so that each
+        A directory in which the features of every image are remembered, so that each
         goes through the network once, whatever folds, candidates and sessions it turns
         up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
         used. None remembers nothing.
@@ -137,7 +138,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
     FeatureStore : What `memory` keeps, and how to look after it.
     list_backbones : Names of the networks there are.
     register_backbone : Add a network of one's own.
-    sklearn.datasets.load_files : Paths and labels of pictures sorted into folders.
+    sklearn.datasets.load_files : Paths and labels of images sorted into folders.
 
     Notes
     -----
@@ -152,14 +153,14 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
     polars) in which each element is a path (`str` or path-like), `bytes` (the content
     of a file), a PIL image, or an array or tensor of shape (h, w) or (h, w, c); or one
     array of shape (n_samples, h, w), (n_samples, h, w, c) or (n_samples, n_features).
-    Channels come last; there are 1, 3 or 4 of them. Pictures may differ in size.
+    Channels come last; there are 1, 3 or 4 of them. Images may differ in size.
 
-    A picture is resized, cropped and normalized as the weights ask for, so that its
+    An image is resized, cropped and normalized as the weights ask for, so that its
     features equal those of torchvision's network on ``weights.transforms()``. The same
-    picture has the same features as a path, as bytes, as a PIL image and as an array.
+    image has the same features as a path, as bytes, as a PIL image and as an array.
 
     A row does not depend on its neighbours. In calls with at least `batch_size`
-    pictures it has the same bits whatever the order and the number of threads; between
+    images it has the same bits whatever the order and the number of threads; between
     batch sizes, and in smaller calls, it moves by less than 1e-5 of the largest
     feature in float32.
 
@@ -185,7 +186,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
     >>> features.fit_transform(photographs).shape
     (2, 512)
 
-    Where things are in the picture, on a grid of 2 x 2:
+    Where things are in the image, on a grid of 2 x 2:
 
     >>> features.set_params(layer="stage2", pooling=2).fit_transform(photographs).shape
     (2, 1024)
@@ -255,7 +256,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             See the notes of the class.
         y : Ignored
             Present for API consistency by convention.
@@ -269,13 +270,13 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         ------
         ValueError
             If a parameter or `X` is not as it must be, or the weights do not belong
-            to the backbone. Pictures that are files are not read yet.
+            to the backbone. Images that are files are not read yet.
         TypeError
-            If `X` is a single picture, or has no order.
+            If `X` is a single image, or has no order.
         ConnectionError
             If weights have to be downloaded and cannot be.
         """
-        self._as_pictures(X, reset=True)
+        self._as_images(X, reset=True)
         backbone = self._load_backbone()
         self._network(backbone)  # what is wrong with layer or device shows here
         self.weights_digest_ = backbone.digest
@@ -283,39 +284,41 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
-        """Compute the features of pictures.
+        """Compute the features of images.
 
         Parameters
         ----------
-        X : array-like of pictures
+        X : array-like of images
             As in `fit`.
 
         Returns
         -------
         X_new : ndarray of shape (n_samples, n_features_out), float32
-            One row per picture, in the order of `X`.
+            One row per image, in the order of `X`.
 
         Raises
         ------
         ValueError
-            If a picture cannot be read (the message names its row, its path and the
+            If an image cannot be read (the message names its row, its path and the
             reason), or the weights changed since `fit`.
         TypeError
-            If `X` is a single picture, or has no order.
+            If `X` is a single image, or has no order.
         ConnectionError
             If weights have to be downloaded and cannot be.
         MemoryError
             If a batch does not fit into memory.
         """
         self._validate_params()
-        pictures = self._as_pictures(X, reset=False)
+        images = self._as_images(X, reset=False)
         backbone = self._backbone_of_fit()
         preprocessing = backbone.preprocessing_at(self.image_size)
-        return frozen_features(
-            Reference.to(backbone, self.weights),
+        return extract_features(
+            BackboneSpec.to(backbone, self.weights),
             self._layers(),
             self._pooling(),
-            pictures.reduced(preprocessing.least_side(self.reducing_gap)),
+            images.with_min_decode_size(
+                preprocessing.min_decode_size(self.reducing_gap)
+            ),
             preprocessing,
             Execution.of(self),
             memory=self.memory,
@@ -340,7 +343,7 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         check_is_fitted(self, "weights_digest_")
         check_feature_names_in(self, input_features, generate_names=False)
         widths = self._network(self._backbone_of_fit()).widths
-        assert widths is not None  # of a LayerExtractor
+        assert widths is not None  # of a FeatureExtractor
         names = [
             f"{self.backbone}_{layer}_{i}"
             for layer, width in zip(self._layers(), widths, strict=True)
@@ -368,8 +371,8 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
             super()._validate_params()
             _valid[type(self)] = parameters
 
-    def _as_pictures(self, X: Any, *, reset: bool) -> Pictures:
-        return as_pictures(
+    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        return validate_images(
             X,
             estimator=self,
             reset=reset,
@@ -409,8 +412,8 @@ class PretrainedFeatures(Documented, TransformerMixin, BaseEstimator):
         # NumPy's integers are integers too, and a grid may hold them.
         return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
 
-    def _network(self, backbone: Backbone) -> Prepared:
-        return feature_extractor(
+    def _network(self, backbone: Backbone) -> CompiledModel:
+        return get_feature_extractor(
             backbone,
             self._layers(),
             self._pooling(),

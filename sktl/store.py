@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 
-from sktl._feature_store import FeatureStore
+from sktl._store.feature_store import FeatureStore
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from rows_of_a_store import KEYS, SPACE, rows_of
 from sklearn.datasets import load_sample_images
+from store_rows import KEYS, SPACE, rows_of
 from torch import Tensor, nn
 
 from sktl import FeatureStore, Preprocessing, register_backbone
@@ -54,7 +54,7 @@ register_backbone(
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder of real pictures and weights; the tests that ask for it skip without it.
+    """Folder of real images and weights; the tests that ask for it skip without it.
 
     Set the environment variable ``SKTL_TEST_DATA`` to say where it is.
     """
@@ -66,8 +66,8 @@ def test_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures() -> NDArray[np.uint8]:
-    """Forty pictures of 24 x 32 pixels, cut from two photographs."""
+def images() -> NDArray[np.uint8]:
+    """Forty images of 24 x 32 pixels, cut from two photographs."""
     china, flower = load_sample_images().images  # (427, 640, 3) each
     tiles = [
         photograph[y : y + 24, x : x + 32]
@@ -79,12 +79,12 @@ def pictures() -> NDArray[np.uint8]:
 
 
 @pytest.fixture(scope="session")
-def paths(pictures: NDArray[np.uint8], tmp_path_factory) -> list[str]:
-    """Write the same pictures to files, without loss."""
-    folder = tmp_path_factory.mktemp("pictures")
-    names = [str(folder / f"{i:02}.png") for i in range(len(pictures))]
-    for name, picture in zip(names, pictures, strict=True):
-        Image.fromarray(picture).save(name)
+def paths(images: NDArray[np.uint8], tmp_path_factory) -> list[str]:
+    """Write the same images to files, without loss."""
+    folder = tmp_path_factory.mktemp("images")
+    names = [str(folder / f"{i:02}.png") for i in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(name)
     return names
 
 

@@ -22,10 +22,10 @@ from skorch.callbacks import Callback
 from sktl import FineTunedCNNClassifier
 
 
-def vary(picture):
+def vary(image):
     """Draw from the global generators of NumPy and of Python."""
     n = random.randrange(2) + int(check_random_state(None).randint(3))
-    return picture.rotate(90 * n)
+    return image.rotate(90 * n)
 
 
 KINDS = {
@@ -46,7 +46,7 @@ N_EPOCHS = 6
 
 
 def data():
-    """Forty pictures of 24 x 24, and labels that are hard to tell from them."""
+    """Forty images of 24 x 24, and labels that are hard to tell from them."""
     china, flower = load_sample_images().images
     X = [
         photograph[y : y + 24, x : x + 24]

@@ -1,6 +1,6 @@
-"""The contract of every estimator: scikit-learn's checks, and ours for pictures.
+"""The contract of every estimator: scikit-learn's checks, and ours for images.
 
-scikit-learn's checks feed rows of numbers. For the other forms of pictures those that
+scikit-learn's checks feed rows of numbers. For the other forms of images those that
 mean something are repeated here, so that a green run says something about paths too.
 """
 
@@ -34,7 +34,7 @@ TRANSFORMERS = ESTIMATORS[2:]
 # What cannot hold, and why.
 EXPECTED_FAILURES = {
     (FineTunedCNNClassifier, "check_sample_weight_equivalence_on_dense_data"): (
-        "a picture of weight 2 is in one batch, two copies of it are in two"
+        "an image of weight 2 is in one batch, two copies of it are in two"
     ),
 }
 
@@ -53,16 +53,16 @@ KEPT_BACK = [
     "check_transformer_get_feature_names_out_pandas",
 ]
 
-# What the checks feed is no picture: rows of 2 or 5 numbers, most of them outside the
+# What the checks feed is no image: rows of 2 or 5 numbers, most of them outside the
 # range of floats. That we say so is right; it is not what is checked there.
-NO_PICTURES = [
+NO_IMAGES = [
     "ignore:X has .* neither a square nor three squares:UserWarning",
     "ignore:.* what is beyond the values of black and white is clipped:UserWarning",
     "ignore:.* takes its full range from black to white:UserWarning",
     # Some fit on a frame and transform an array on purpose, or the other way round.
     "ignore:X (has|does not have valid) feature names:UserWarning",
 ]
-ignore_no_pictures = [pytest.mark.filterwarnings(entry) for entry in NO_PICTURES]
+ignore_no_images = [pytest.mark.filterwarnings(entry) for entry in NO_IMAGES]
 
 
 def checks_of(estimator):
@@ -81,7 +81,7 @@ def name_of(check):
 
 
 class TestScikitLearn:
-    pytestmark = ignore_no_pictures
+    pytestmark = ignore_no_images
 
     @pytest.mark.parametrize(
         ("estimator", "check"),
@@ -159,20 +159,20 @@ def fitted(estimator, X):
 
 
 def output_of(estimator, X):
-    """Numbers that an estimator gives for pictures, one row each."""
+    """Numbers that an estimator gives for images, one row each."""
     method = "transform" if hasattr(estimator, "transform") else "predict_proba"
     return getattr(estimator, method)(X)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-class TestPictures:
+class TestImages:
     @pytest.fixture
     def X(self, kind, paths):
         return KINDS[kind](paths)
 
-    def test_same_output_as_of_the_array(self, estimator, X, pictures):
-        expected = output_of(fitted(estimator, pictures), pictures)
+    def test_same_output_as_of_the_array(self, estimator, X, images):
+        expected = output_of(fitted(estimator, images), images)
         np.testing.assert_array_equal(output_of(fitted(estimator, X), X), expected)
 
     def test_fit_returns_self_and_changes_nothing_given(self, estimator, X):
@@ -215,7 +215,7 @@ class TestPictures:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", TRANSFORMERS)
-class TestTransformersOfPictures:
+class TestTransformersOfImages:
     @pytest.fixture
     def X(self, kind, paths):
         return KINDS[kind](paths)

@@ -88,10 +88,10 @@ def test_public_methods_say_what_they_raise():
 
 
 @pytest.fixture
-def readers_folder(tmp_path, monkeypatch, pictures):
+def readers_folder(tmp_path, monkeypatch, images):
     """Folder with what the README starts from: photos and a table of observations."""
     rows = []
-    for name, tiles in (("ants", pictures[:20]), ("bees", pictures[20:])):
+    for name, tiles in (("ants", images[:20]), ("bees", images[20:])):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for i, tile in enumerate(tiles):
             path = f"photos/{name}/{i}.png"
@@ -117,7 +117,7 @@ def test_readme_code_runs(capsys):
         exec(compile(block, str(README), "exec"), names)
     out = capsys.readouterr().out
     assert len(re.findall(r"^\[[01. \d]+\]$", out, flags=re.MULTILINE)) == 3
-    assert "picture__tiny_penultimate_0" in out
+    assert "image__tiny_penultimate_0" in out
     assert "{'features__layer': " in out
 
 
@@ -144,7 +144,7 @@ def run_blocks(page, blocks):
 
 @pytest.fixture(scope="module")
 def folder_of_digits(tmp_path_factory):
-    """Follow Getting started up to its folder of pictures."""
+    """Follow Getting started up to its folder of images."""
     folder = tmp_path_factory.mktemp("docs")
     page = DOCS / "getting_started.md"
     with contextlib.chdir(folder):
@@ -178,7 +178,7 @@ def test_every_public_name_is_in_the_api_page():
 
 
 @pytest.mark.parametrize("name", ["PretrainedFeatures", "FineTunedCNNClassifier"])
-def test_the_picture_of_an_estimator_links_to_its_page(name):
+def test_the_image_of_an_estimator_links_to_its_page(name):
     address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
     html = getattr(sktl, name)()._repr_html_()
     assert f'href="{address["Documentation"]}/en/stable/api/sktl.{name}.html"' in html

@@ -34,13 +34,13 @@ def run(monkeypatch):
 
 
 @pytest.fixture
-def folder(pictures, tmp_path):
-    """Write the pictures to a folder per class, 15 to learn from and 5 to score."""
-    for i, picture in enumerate(pictures):
+def folder(images, tmp_path):
+    """Write the images to a folder per class, 15 to learn from and 5 to score."""
+    for i, image in enumerate(images):
         part = "val" if i % 4 == 0 else "train"
         path = tmp_path / part / ("china", "flower")[i // 20] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+        Image.fromarray(image).save(path)
     return tmp_path
 
 
@@ -110,18 +110,18 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     assert "the last search chose layer=" in out
 
 
-def test_choosing_a_backbone_computes_each_picture_once(run, capsys):
+def test_choosing_a_backbone_computes_each_image_once(run, capsys):
     run("choose_a_backbone_by_grid_search", "--labels", 3)
     lines = capsys.readouterr().out.splitlines()
     counts = [int(line.split()[-2].replace(",", "")) for line in lines[2:5]]
-    # 18 candidates and 3 folds each see 30 pictures; then once more for the best.
+    # 18 candidates and 3 folds each see 30 images; then once more for the best.
     assert counts == [18 * 3 * 30 + 30, 2 * 3 * 30, 0]
     assert "rows remembered: 180" in lines[5]
 
 
 @pytest.fixture
 def tiny_imagenet(tmp_path):
-    """Write two files of 600 and 10 random pictures in 4 categories."""
+    """Write two files of 600 and 10 random images in 4 categories."""
     rng = np.random.default_rng(0)
     for part, n in (("train", 600), ("val", 10)):
         files = []

@@ -29,7 +29,7 @@ from sktl import (
     PretrainedFeatures,
     register_backbone,
 )
-from sktl._linear_probe import STRENGTHS
+from sktl._training.linear_probe import C_GRID
 
 
 @pytest.fixture
@@ -42,28 +42,28 @@ def tuned(**parameters):
     return FineTunedCNNClassifier("tiny", **{**defaults, **parameters})
 
 
-def test_epoch_0_is_the_logistic_regression_on_frozen_features(pictures, y):
-    classifier = tuned(max_epochs=0).fit(pictures, y)
+def test_epoch_0_is_the_logistic_regression_on_frozen_features(images, y):
+    classifier = tuned(max_epochs=0).fit(images, y)
     candidates = [
         make_pipeline(
             PretrainedFeatures("tiny"), StandardScaler(), LogisticRegression(C=C)
-        ).fit(pictures, y)
-        for C in STRENGTHS
+        ).fit(images, y)
+        for C in C_GRID
     ]
-    proba = classifier.predict_proba(pictures)
-    gaps = [np.abs(c.predict_proba(pictures) - proba).max() for c in candidates]
+    proba = classifier.predict_proba(images)
+    gaps = [np.abs(c.predict_proba(images) - proba).max() for c in candidates]
     probe = candidates[int(np.argmin(gaps))]
     assert min(gaps) < 1e-4
-    assert classifier.score(pictures, y) == probe.score(pictures, y)
+    assert classifier.score(images, y) == probe.score(images, y)
     assert classifier.n_iter_ == classifier.best_epoch_ == 0
     assert classifier.loss_curve_ == []
     assert [row["epoch"] for row in classifier.history_] == [0]
 
 
-def test_module_is_what_predicts_and_needs_nothing_of_ours(pictures, y):
-    classifier = tuned().fit(pictures, y)
+def test_module_is_what_predicts_and_needs_nothing_of_ours(images, y):
+    classifier = tuned().fit(images, y)
     preprocessing = classifier.preprocessing_
-    x = np.stack([preprocessing(picture) for picture in _images(pictures)])
+    x = np.stack([preprocessing(image) for image in _images(images)])
     x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
     mean, std = (
         torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std)
@@ -72,82 +72,80 @@ def test_module_is_what_predicts_and_needs_nothing_of_ours(pictures, y):
     with torch.inference_mode():
         logits = classifier.module_((x - mean) / std)
     proba = F.softmax(logits, dim=1).numpy()
-    np.testing.assert_allclose(classifier.predict_proba(pictures), proba, atol=1e-5)
+    np.testing.assert_allclose(classifier.predict_proba(images), proba, atol=1e-5)
     scores = (logits[:, 1] - logits[:, 0]).numpy()
-    np.testing.assert_allclose(
-        classifier.decision_function(pictures), scores, atol=1e-4
-    )
+    np.testing.assert_allclose(classifier.decision_function(images), scores, atol=1e-4)
 
 
-def _images(pictures):
+def _images(images):
     from PIL import Image
 
-    return [Image.fromarray(picture) for picture in pictures]
+    return [Image.fromarray(image) for image in images]
 
 
 @pytest.mark.parametrize("trainable", ["head", 1, "stage1", "all"])
-def test_training_learns(pictures, y, trainable):
+def test_training_learns(images, y, trainable):
     classifier = tuned(
         trainable=trainable, head_init="random", max_epochs=30, lr=1e-2
-    ).fit(pictures, y)
+    ).fit(images, y)
     assert len(classifier.loss_curve_) == classifier.n_iter_ == 30
     assert classifier.loss_curve_[-1] < 0.8 * classifier.loss_curve_[0]
-    assert classifier.score(pictures, y) > 0.7  # of two classes of one size
+    assert classifier.score(images, y) > 0.7  # of two classes of one size
 
 
 @pytest.mark.parametrize(
     "labels", [[3, 7], ["b", "a"], [False, True], [2.0, 1.0], [-1, 1]]
 )
-def test_labels_come_back_as_they_were(pictures, labels):
+def test_labels_come_back_as_they_were(images, labels):
     y = np.repeat(labels, 20)
-    classifier = tuned(max_epochs=0).fit(pictures, y)
+    classifier = tuned(max_epochs=0).fit(images, y)
     np.testing.assert_array_equal(classifier.classes_, np.unique(y))
-    assert classifier.predict(pictures).dtype == y.dtype
-    assert accuracy_score(y, classifier.predict(pictures)) > 0.8
+    assert classifier.predict(images).dtype == y.dtype
+    assert accuracy_score(y, classifier.predict(images)) > 0.8
 
 
-def test_class_weight_is_sample_weight(pictures, y):
+def test_class_weight_is_sample_weight(images, y):
     weights = {"china": 3.0, "flower": 1.0}
     sample_weight = np.array([weights[label] for label in y])
-    by_class = tuned(class_weight=weights).fit(pictures, y)
-    by_sample = tuned().fit(pictures, y, sample_weight=sample_weight)
-    proba = by_sample.predict_proba(pictures)
-    np.testing.assert_array_equal(by_class.predict_proba(pictures), proba)
-    assert by_class.score(pictures, y, sample_weight=sample_weight) == accuracy_score(
-        y, by_sample.predict(pictures), sample_weight=sample_weight
+    by_class = tuned(class_weight=weights).fit(images, y)
+    by_sample = tuned().fit(images, y, sample_weight=sample_weight)
+    proba = by_sample.predict_proba(images)
+    np.testing.assert_array_equal(by_class.predict_proba(images), proba)
+    assert by_class.score(images, y, sample_weight=sample_weight) == accuracy_score(
+        y, by_sample.predict(images), sample_weight=sample_weight
     )
 
 
-def test_weights_are_routed_through_a_cross_validation(pictures, y):
+def test_weights_are_routed_through_a_cross_validation(images, y):
     weight = np.where(np.arange(40) % 20 < 15, 1.0, 0.0)
     with sklearn.config_context(enable_metadata_routing=True):
         classifier = tuned(max_epochs=0)
         classifier.set_fit_request(sample_weight=True)
         classifier.set_score_request(sample_weight=True)
         found = cross_validate(
-            classifier, pictures, y, cv=2, params={"sample_weight": weight}
+            classifier, images, y, cv=2, params={"sample_weight": weight}
         )
     assert found["test_score"].shape == (2,)
 
 
-def test_a_picture_of_weight_0_is_not_there(pictures, y):
+def test_a_image_of_weight_0_is_not_there(images, y):
     weight = np.ones(40)
     weight[[3, 30]] = 0
-    mine = tuned().fit(pictures, y, sample_weight=weight)
-    without = tuned().fit(np.delete(pictures, [3, 30], 0), np.delete(y, [3, 30]))
+    mine = tuned().fit(images, y, sample_weight=weight)
+    without = tuned().fit(np.delete(images, [3, 30], 0), np.delete(y, [3, 30]))
     np.testing.assert_array_equal(
-        mine.predict_proba(pictures), without.predict_proba(pictures)
+        mine.predict_proba(images), without.predict_proba(images)
     )
     with pytest.raises(ValueError, match="at least one non-zero"):
-        tuned().fit(pictures, y, sample_weight=np.zeros(40))
+        tuned().fit(images, y, sample_weight=np.zeros(40))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
-def test_what_is_kept_lies_between_the_probe_and_the_trained(pictures, y, alpha):
+def test_what_is_kept_lies_between_the_probe_and_the_trained(images, y, alpha):
     model = FineTunedCNNClassifier("resnet_mini", lr=1e-3, trainable=2, random_state=0)
-    probe = clone(model).set_params(max_epochs=0).fit(pictures, y).module_.state_dict()
-    trained = clone(model).set_params(wise_ft_alpha=1.0).fit(pictures, y)
-    mixed = clone(model).set_params(wise_ft_alpha=alpha).fit(pictures, y)
+    probe = clone(model).set_params(max_epochs=0).fit(images, y).module_.state_dict()
+    trained = clone(model).set_params(wise_ft_alpha=1.0).fit(images, y)
+    mixed = clone(model).set_params(wise_ft_alpha=alpha).fit(images, y)
     assert mixed.loss_curve_ == trained.loss_curve_
     for name, end in trained.module_.state_dict().items():
         expected = (1 - alpha) * probe[name].double() + alpha * end.double()
@@ -155,7 +153,7 @@ def test_what_is_kept_lies_between_the_probe_and_the_trained(pictures, y, alpha)
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_picture_of_weight_0_is_not_even_read(paths, y, tmp_path):
+def test_a_image_of_weight_0_is_not_even_read(paths, y, tmp_path):
     weight = np.ones(40)
     weight[5] = 0
     rows = [*paths[:5], str(tmp_path / "gone.png"), *paths[6:]]
@@ -166,7 +164,7 @@ def test_a_picture_of_weight_0_is_not_even_read(paths, y, tmp_path):
         tuned().fit(rows, y, sample_weight=weight)
 
 
-def test_numpy_scalars_are_numbers(pictures, y, tmp_path):
+def test_numpy_scalars_are_numbers(images, y, tmp_path):
     mine = tuned(
         lr=np.float32(1e-3),
         max_epochs=np.int64(2),
@@ -174,14 +172,14 @@ def test_numpy_scalars_are_numbers(pictures, y, tmp_path):
         image_size=np.int64(20),
         hidden_layer_sizes=np.array([4]),
         checkpoint=tmp_path / "run",
-    ).fit(pictures, y)
-    again = clone(mine).set_params(max_epochs=2, unfreeze_every=1).fit(pictures, y)
+    ).fit(images, y)
+    again = clone(mine).set_params(max_epochs=2, unfreeze_every=1).fit(images, y)
     assert again.history_ == mine.history_
     mine.save(tmp_path / "mine.safetensors")
     assert FineTunedCNNClassifier.load(tmp_path / "mine.safetensors").image_size == 20
 
 
-def test_networks_of_the_same_weights_are_told_apart(pictures, y):
+def test_networks_of_the_same_weights_are_told_apart(images, y):
     def strided(stride):
         network = TinyNet()
         network.stages["stage1"][0].stride = stride
@@ -197,14 +195,14 @@ def test_networks_of_the_same_weights_are_told_apart(pictures, y):
         FineTunedCNNClassifier(
             f"tiny{stride}", head_init="random", max_epochs=0, random_state=0
         )
-        .fit(pictures, y)
-        .predict_proba(pictures)
+        .fit(images, y)
+        .predict_proba(images)
         for stride in (1, 2)
     ]
     assert not np.allclose(*proba, atol=1e-4)
 
 
-def test_halving_on_epochs(pictures, y):
+def test_halving_on_epochs(images, y):
     search = HalvingGridSearchCV(
         tuned(head_init="random"),
         {"lr": [1e-4, 1e-2]},
@@ -214,7 +212,7 @@ def test_halving_on_epochs(pictures, y):
         factor=2,
         cv=2,
         random_state=0,
-    ).fit(pictures, y)
+    ).fit(images, y)
     assert search.n_resources_ == [2, 4]
     assert search.best_estimator_.n_iter_ == 4
 
@@ -229,7 +227,7 @@ def test_two_workers_find_what_one_finds(paths, y, tmp_path):
     np.testing.assert_allclose(
         one.cv_results_["mean_test_score"],
         two.cv_results_["mean_test_score"],
-        atol=0.051,  # one picture; sums over one thread round otherwise than over two
+        atol=0.051,  # one image; sums over one thread round otherwise than over two
     )
 
 
@@ -238,23 +236,25 @@ def test_the_linear_probe_shares_rows_with_pretrained_features(
 ):
     PretrainedFeatures("tiny", memory=tmp_path).fit_transform(paths)
     computed = []
-    monkeypatch.setattr("sktl._memory.batches", lambda *a, **k: computed.append(a))
+    monkeypatch.setattr(
+        "sktl._inference.cached_forward.batches", lambda *a, **k: computed.append(a)
+    )
     classifier = tuned(memory=tmp_path, max_epochs=0).fit(paths, y)
     assert computed == []
     assert classifier.history_[0]["train_loss"] > 0
 
 
-def test_partial_fit_goes_on_where_it_stopped(pictures, y):
+def test_partial_fit_goes_on_where_it_stopped(images, y):
     classes = ["china", "flower"]
     classifier = tuned(lr=1e-3, trainable="head")
     for epoch in range(1, 4):
-        assert classifier.partial_fit(pictures, y, classes=classes) is classifier
+        assert classifier.partial_fit(images, y, classes=classes) is classifier
         assert classifier.n_iter_ == epoch
     once = tuned(lr=1e-3, trainable="head", max_epochs=3, lr_schedule="constant")
-    once.set_params(wise_ft_alpha=1.0).fit(pictures, y)
+    once.set_params(wise_ft_alpha=1.0).fit(images, y)
     assert once.loss_curve_ == classifier.loss_curve_
     np.testing.assert_array_equal(
-        once.predict_proba(pictures), classifier.predict_proba(pictures)
+        once.predict_proba(images), classifier.predict_proba(images)
     )
 
 
@@ -263,47 +263,47 @@ ALL = {"stem", "stage1", "head"}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_partial_fit_of_more_and_of_fewer_stages_than_before(pictures, y, optimizer):
-    classifier = tuned(optimizer=optimizer).partial_fit(pictures, y, classes=LABELS)
+def test_partial_fit_of_more_and_of_fewer_stages_than_before(images, y, optimizer):
+    classifier = tuned(optimizer=optimizer).partial_fit(images, y, classes=LABELS)
     for trainable, moved in (("head", {"head"}), ("all", ALL), (1, {"stage1", "head"})):
         before = copy.deepcopy(classifier.module_)
-        classifier.set_params(trainable=trainable).partial_fit(pictures, y)
+        classifier.set_params(trainable=trainable).partial_fit(images, y)
         after = dict(classifier.module_.named_parameters())
         changed = [n for n, p in before.named_parameters() if not p.equal(after[n])]
         assert {name.split(".")[0] for name in changed} == moved
 
 
-def test_partial_fit_on_some_classes(pictures, y):
+def test_partial_fit_on_some_classes(images, y):
     classifier = tuned()
     with pytest.raises(ValueError, match="first call of partial_fit"):
-        classifier.partial_fit(pictures, y)
-    classifier.partial_fit(pictures[:8], y[:8], classes=["bird", "china", "flower"])
+        classifier.partial_fit(images, y)
+    classifier.partial_fit(images[:8], y[:8], classes=["bird", "china", "flower"])
     assert list(classifier.classes_) == ["bird", "china", "flower"]
-    classifier.partial_fit(pictures, y)
+    classifier.partial_fit(images, y)
     with pytest.raises(ValueError, match=r"only\. Got \['cat'\]"):
-        classifier.partial_fit(pictures, np.repeat(["cat", "china"], 20))
+        classifier.partial_fit(images, np.repeat(["cat", "china"], 20))
     with pytest.raises(ValueError, match="classes it began with"):
-        classifier.partial_fit(pictures, y, classes=["china", "flower"])
+        classifier.partial_fit(images, y, classes=["china", "flower"])
     with pytest.raises(ValueError, match="early_stopping must be False"):
-        tuned(early_stopping=True).partial_fit(pictures, y, classes=np.unique(y))
+        tuned(early_stopping=True).partial_fit(images, y, classes=np.unique(y))
 
 
-def test_warm_start_goes_on_from_the_last_weights(pictures, y):
-    classifier = tuned(warm_start=True, head_init="random", lr=1e-2).fit(pictures, y)
+def test_warm_start_goes_on_from_the_last_weights(images, y):
+    classifier = tuned(warm_start=True, head_init="random", lr=1e-2).fit(images, y)
     first = classifier.loss_curve_
     before = classifier.module_
-    again = classifier.fit(pictures, y).loss_curve_
+    again = classifier.fit(images, y).loss_curve_
     assert len(again) == 2
     assert again[0] < first[0]
     assert classifier.module_ is not before
     with pytest.raises(ValueError, match="warm_start needs the classes"):
-        classifier.fit(pictures, np.repeat(["a", "b"], 20))
+        classifier.fit(images, np.repeat(["a", "b"], 20))
 
 
-def test_early_stopping_keeps_the_best_epoch(pictures, y):
+def test_early_stopping_keeps_the_best_epoch(images, y):
     classifier = tuned(
         early_stopping=True, validation_fraction=0.25, max_epochs=30, n_iter_no_change=3
-    ).fit(pictures, y)
+    ).fit(images, y)
     rows = [(row["valid_score"], -row["valid_loss"]) for row in classifier.history_]
     assert classifier.best_epoch_ == int(np.argmax([s for s, _ in rows])) or (
         rows[classifier.best_epoch_][0] == max(rows)[0]
@@ -313,31 +313,31 @@ def test_early_stopping_keeps_the_best_epoch(pictures, y):
     assert len(classifier.validation_scores_) == classifier.n_iter_
 
 
-def test_hidden_layers_start_as_a_perceptron(pictures, y):
-    classifier = tuned(hidden_layer_sizes=(8, 4), max_epochs=0).fit(pictures, y)
+def test_hidden_layers_start_as_a_perceptron(images, y):
+    classifier = tuned(hidden_layer_sizes=(8, 4), max_epochs=0).fit(images, y)
     widths = [m.out_features for m in classifier.module_[-1] if hasattr(m, "weight")]
     assert widths == [8, 4, 2]
-    assert classifier.score(pictures, y) > 0.9
-    assert clone(classifier).set_params(hidden_layer_sizes=8).fit(pictures, y)
+    assert classifier.score(images, y) > 0.9
+    assert clone(classifier).set_params(hidden_layer_sizes=8).fit(images, y)
     for wrong in ([0], [2.5], ["3"]):
         with pytest.raises(ValueError, match="'hidden_layer_sizes' parameter must be"):
-            tuned(hidden_layer_sizes=wrong).fit(pictures, y)
+            tuned(hidden_layer_sizes=wrong).fit(images, y)
 
 
-def test_saved_and_loaded_predicts_the_same_bits(pictures, y, tmp_path):
-    classifier = tuned(image_size=20, class_weight={"china": 2.0}).fit(pictures, y)
+def test_saved_and_loaded_predicts_the_same_bits(images, y, tmp_path):
+    classifier = tuned(image_size=20, class_weight={"china": 2.0}).fit(images, y)
     classifier.save(tmp_path / "mine.safetensors")
     loaded = FineTunedCNNClassifier.load(tmp_path / "mine.safetensors")
     np.testing.assert_array_equal(
-        loaded.predict_proba(pictures), classifier.predict_proba(pictures)
+        loaded.predict_proba(images), classifier.predict_proba(images)
     )
     assert loaded.get_params() == classifier.get_params()
     assert loaded.history_ == classifier.history_
-    assert loaded.partial_fit(pictures, y).n_iter_ == 3
+    assert loaded.partial_fit(images, y).n_iter_ == 3
 
 
-def test_pickles_hold_weights_and_no_optimizer(pictures, y):
-    classifier = tuned(max_epochs=1).fit(pictures, y)
+def test_pickles_hold_weights_and_no_optimizer(images, y):
+    classifier = tuned(max_epochs=1).fit(images, y)
     content = pickle.dumps(classifier)
     n_values = sum(v.numel() for v in classifier.module_.state_dict().values())
     assert b"optim" not in content.replace(b"optimizer", b"", 2)
@@ -345,9 +345,9 @@ def test_pickles_hold_weights_and_no_optimizer(pictures, y):
     assert not hasattr(pickle.loads(content), "net_")
 
 
-def test_plot_history(pictures, y):
+def test_plot_history(images, y):
     plt = pytest.importorskip("matplotlib.pyplot")
-    classifier = tuned(early_stopping=True, max_epochs=3).fit(pictures, y)
+    classifier = tuned(early_stopping=True, max_epochs=3).fit(images, y)
     ax = classifier.plot_history()
     drawn = {line.get_label(): line.get_ydata() for line in ax.lines}
     np.testing.assert_array_equal(drawn["train_loss"][1:], classifier.loss_curve_)
@@ -356,11 +356,11 @@ def test_plot_history(pictures, y):
     plt.close(ax.figure)
 
 
-def test_a_bar_is_shown_under_verbose(pictures, y, monkeypatch):
+def test_a_bar_is_shown_under_verbose(images, y, monkeypatch):
     steps = []
-    monkeypatch.setattr("sktl._training.tqdm", lambda **kw: _Bar(kw, steps))
-    tuned(verbose=1, max_epochs=3).fit(pictures, y)
-    assert steps == [15] + [1] * 15  # 40 pictures in batches of 8, 3 times
+    monkeypatch.setattr("sktl._training.trainer.tqdm", lambda **kw: _Bar(kw, steps))
+    tuned(verbose=1, max_epochs=3).fit(images, y)
+    assert steps == [15] + [1] * 15  # 40 images in batches of 8, 3 times
 
 
 class _Bar:
@@ -386,17 +386,17 @@ class _Bar:
         ({"lr": 0}, "'lr' parameter"),
         ({"augmentation": "blur"}, "'augmentation' parameter"),
         ({"precision": "float16"}, "'precision' parameter"),
-        ({"augmentation": lambda picture: None}, "PIL image"),
+        ({"augmentation": lambda image: None}, "PIL image"),
     ],
 )
-def test_wrong_parameters_are_said(pictures, y, parameters, reason):
+def test_wrong_parameters_are_said(images, y, parameters, reason):
     with pytest.raises((ValueError, TypeError), match=reason):
-        tuned(**parameters).fit(pictures, y)
+        tuned(**parameters).fit(images, y)
 
 
-def test_a_bad_picture_names_its_row(paths, y, tmp_path):
+def test_a_bad_image_names_its_row(paths, y, tmp_path):
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     rows = [*paths[:5], str(bad), *paths[6:]]
     for head_init in ("random", "linear_probe"):
         with pytest.raises(ValueError, match=r"X\[5\].*bad\.png"):

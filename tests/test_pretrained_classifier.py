@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 from sktl import Preprocessing, PretrainedClassifier, register_backbone
-from sktl._backbones import load_backbone
+from sktl._backbones.registry import load_backbone
 
 CATEGORIES = ("zebra", "ant", "crane", "bee", "crane")
 
@@ -34,10 +34,10 @@ def named():
 
 
 @pytest.fixture
-def raw(pictures):
+def raw(images):
     """Probabilities of the plain network, in its own order."""
     backbone = load_backbone("named")
-    x = np.stack([backbone.preprocessing(Image.fromarray(p)) for p in pictures])
+    x = np.stack([backbone.preprocessing(Image.fromarray(p)) for p in images])
     x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
@@ -46,27 +46,27 @@ def raw(pictures):
 
 
 @pytest.fixture
-def y(raw, pictures):
+def y(raw, images):
     """Labels that are mostly, not always, what the plain network says."""
     guess = raw.argmax(1)
     guess[:10] = np.arange(10) % 5
     return np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])[guess]
 
 
-def test_categories_are_sorted_and_columns_moved_along(pictures, raw):
-    mine = PretrainedClassifier("named").fit(pictures)
+def test_categories_are_sorted_and_columns_moved_along(images, raw):
+    mine = PretrainedClassifier("named").fit(images)
     assert list(mine.classes_) == ["ant", "bee", "crane (2)", "crane (4)", "zebra"]
-    proba = mine.predict_proba(pictures)
+    proba = mine.predict_proba(images)
     np.testing.assert_allclose(proba, raw[:, [1, 3, 2, 4, 0]], atol=1e-5)
     own = np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])
-    np.testing.assert_array_equal(mine.predict(pictures), own[raw.argmax(1)])
+    np.testing.assert_array_equal(mine.predict(images), own[raw.argmax(1)])
 
 
-def test_scorers_agree_with_the_network_in_its_own_order(pictures, raw, y):
-    mine = PretrainedClassifier("named").fit(pictures)
+def test_scorers_agree_with_the_network_in_its_own_order(images, raw, y):
+    mine = PretrainedClassifier("named").fit(images)
     own = np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])
     truth = np.argmax(own == y[:, None], axis=1)
-    proba = mine.predict_proba(pictures)
+    proba = mine.predict_proba(images)
     raw = raw.astype(np.float64) / raw.sum(1, keepdims=True, dtype=np.float64)
     for ours, theirs in (
         (
@@ -75,65 +75,65 @@ def test_scorers_agree_with_the_network_in_its_own_order(pictures, raw, y):
         ),
         (log_loss(y, proba), log_loss(truth, raw)),
         (top_k_accuracy_score(y, proba), top_k_accuracy_score(truth, raw)),
-        (mine.score(pictures, y), (raw.argmax(1) == truth).mean()),
+        (mine.score(images, y), (raw.argmax(1) == truth).mean()),
     ):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_label_map_adds_up_probabilities(pictures, raw):
+def test_label_map_adds_up_probabilities(images, raw):
     label_map = {"ant": "insect", "bee": "insect", "zebra": "other"}
-    mine = PretrainedClassifier("named", label_map=label_map).fit(pictures)
+    mine = PretrainedClassifier("named", label_map=label_map).fit(images)
     assert list(mine.classes_) == ["insect", "other"]
     insect, other = raw[:, 1] + raw[:, 3], raw[:, 0]
     expected = np.stack([insect, other], axis=1) / (insect + other)[:, None]
-    np.testing.assert_allclose(mine.predict_proba(pictures), expected, atol=1e-5)
+    np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("labels", [(False, True), (10, 20), ("no", "yes")])
-def test_labels_of_any_type(pictures, raw, labels):
+def test_labels_of_any_type(images, raw, labels):
     label_map = {"ant": labels[1], "bee": labels[1], "zebra": labels[0]}
-    mine = PretrainedClassifier("named", label_map=label_map).fit(pictures)
-    got = mine.predict(pictures)
+    mine = PretrainedClassifier("named", label_map=label_map).fit(images)
+    got = mine.predict(images)
     assert got.dtype == np.asarray(labels).dtype
     y = np.where(raw[:, 1] + raw[:, 3] > raw[:, 0], labels[1], labels[0])
     np.testing.assert_array_equal(got, y)
-    learned = PretrainedClassifier("named").fit(pictures, y)
-    assert learned.predict(pictures).dtype == y.dtype
-    assert learned.score(pictures, y) > 0.9
+    learned = PretrainedClassifier("named").fit(images, y)
+    assert learned.predict(images).dtype == y.dtype
+    assert learned.score(images, y) > 0.9
 
 
-def test_learned_labels_are_counts_plus_one(pictures, raw):
+def test_learned_labels_are_counts_plus_one(images, raw):
     y = np.repeat(["china", "flower"], 20)
     weight = np.linspace(0, 2, 40)
-    mine = PretrainedClassifier("named").fit(pictures, y, weight)
+    mine = PretrainedClassifier("named").fit(images, y, weight)
     counts = np.ones((5, 2))
     for row, label, w in zip(raw, y, weight, strict=True):
         counts[:, int(label == "flower")] += w * row
     p_label = counts / counts.sum(1, keepdims=True)
-    np.testing.assert_allclose(mine.label_given_category_, p_label, rtol=1e-5)
-    np.testing.assert_allclose(mine.predict_proba(pictures), raw @ p_label, atol=1e-5)
+    np.testing.assert_allclose(mine.class_proba_given_category_, p_label, rtol=1e-5)
+    np.testing.assert_allclose(mine.predict_proba(images), raw @ p_label, atol=1e-5)
 
 
-def test_decision_function_is_the_logarithm(pictures):
-    mine = PretrainedClassifier("named").fit(pictures)
-    proba = mine.predict_proba(pictures)
-    scores = mine.decision_function(pictures)
+def test_decision_function_is_the_logarithm(images):
+    mine = PretrainedClassifier("named").fit(images)
+    proba = mine.predict_proba(images)
+    scores = mine.decision_function(images)
     np.testing.assert_allclose(np.exp(scores), proba, atol=1e-12)
-    two = PretrainedClassifier("named", label_map={"ant": 0, "bee": 1}).fit(pictures)
-    odds = two.predict_proba(pictures)[:, 1] / two.predict_proba(pictures)[:, 0]
-    np.testing.assert_allclose(two.decision_function(pictures), np.log(odds))
+    two = PretrainedClassifier("named", label_map={"ant": 0, "bee": 1}).fit(images)
+    odds = two.predict_proba(images)[:, 1] / two.predict_proba(images)[:, 0]
+    np.testing.assert_allclose(two.decision_function(images), np.log(odds))
 
 
-def test_top_k(pictures):
-    mine = PretrainedClassifier("named").fit(pictures)
-    labels, probabilities = mine.top_k(pictures, k=3)
+def test_top_k(images):
+    mine = PretrainedClassifier("named").fit(images)
+    labels, probabilities = mine.top_k(images, k=3)
     assert labels.shape == probabilities.shape == (40, 3)
-    np.testing.assert_array_equal(labels[:, 0], mine.predict(pictures))
-    proba = np.sort(mine.predict_proba(pictures), axis=1)
+    np.testing.assert_array_equal(labels[:, 0], mine.predict(images))
+    proba = np.sort(mine.predict_proba(images), axis=1)
     np.testing.assert_array_equal(probabilities, proba[:, :-4:-1])
     for k in (0, 6, 1.5):
         with pytest.raises(ValueError, match=r"'k' parameter of top_k .* Got"):
-            mine.top_k(pictures, k=k)
+            mine.top_k(images, k=k)
 
 
 def test_in_cross_validation_and_grid_search(paths, y):
@@ -153,26 +153,26 @@ def test_in_cross_validation_and_grid_search(paths, y):
         ({"ant": "x", "bee": "y"}, r"every label in y\. Got no category for \['zebra'"),
     ],
 )
-def test_label_maps_are_checked(pictures, label_map, message):
+def test_label_maps_are_checked(images, label_map, message):
     y = np.repeat(["x", "zebra"], 20)
     with pytest.raises(ValueError, match=message):
-        PretrainedClassifier("named", label_map=label_map).fit(pictures, y)
+        PretrainedClassifier("named", label_map=label_map).fit(images, y)
 
 
-def test_weights_without_categories_are_refused_by_name(pictures, tmp_path):
+def test_weights_without_categories_are_refused_by_name(images, tmp_path):
     file = tmp_path / "ten.pth"
     torch.save(models.squeezenet1_1(num_classes=10).state_dict(), file)
     for backbone, weights in (("squeezenet1_1", file), ("resnet_mini", None)):
         mine = PretrainedClassifier(backbone, weights=weights)
         with pytest.raises(ValueError, match=f"weights='.*{weights}' of '{backbone}'"):
-            mine.fit(pictures)
+            mine.fit(images)
 
 
-def test_what_changed_since_fit_is_refused(pictures):
-    mine = PretrainedClassifier("named").fit(pictures)
+def test_what_changed_since_fit_is_refused(images):
+    mine = PretrainedClassifier("named").fit(images)
     mine.set_params(backbone="resnet_mini")
     with pytest.raises(ValueError, match=r"those seen in fit.* Call fit again"):
-        mine.predict(pictures)
+        mine.predict(images)
 
 
 def test_real_labels_are_those_of_torchvision(test_data):
@@ -192,10 +192,10 @@ def test_real_labels_are_those_of_torchvision(test_data):
     np.testing.assert_allclose(proba, expected[:, np.argsort(names)], atol=1e-5)
 
 
-def test_a_fit_that_is_stopped_leaves_the_last_one_whole(pictures, y, tmp_path):
-    mine = PretrainedClassifier("named").fit(pictures, y)
-    expected = mine.predict(pictures)
-    bad = [*pictures[:39], tmp_path / "gone.png"]
+def test_a_fit_that_is_stopped_leaves_the_last_one_whole(images, y, tmp_path):
+    mine = PretrainedClassifier("named").fit(images, y)
+    expected = mine.predict(images)
+    bad = [*images[:39], tmp_path / "gone.png"]
     with pytest.raises(ValueError, match=r"X\[39\]"):
         mine.fit(bad, np.arange(40) % 5)
-    np.testing.assert_array_equal(mine.predict(pictures), expected)
+    np.testing.assert_array_equal(mine.predict(images), expected)

@@ -44,7 +44,7 @@ def y():
 def test_column_transformer_in_cross_validation(table, y, column):
     columns = ColumnTransformer(
         [
-            ("picture", PretrainedFeatures("tiny"), column),
+            ("image", PretrainedFeatures("tiny"), column),
             ("number", StandardScaler(), ["altitude"]),
             ("category", OneHotEncoder(sparse_output=False), ["site"]),
         ]
@@ -53,7 +53,7 @@ def test_column_transformer_in_cross_validation(table, y, column):
     assert cross_val_score(model, table, y, cv=4).mean() > 0.8
     frame = columns.fit_transform(table)
     pd.testing.assert_index_equal(frame.index, table.index)
-    assert frame.columns[0] == "picture__tiny_penultimate_0"
+    assert frame.columns[0] == "image__tiny_penultimate_0"
     assert frame.shape == (40, 16 + 1 + 4)
 
 
@@ -82,12 +82,12 @@ def test_grid_search_over_networks_layers_and_pooling(paths, y):
     assert search.best_score_ > 0.7
 
 
-def test_grid_search_in_other_processes(pictures, y):
+def test_grid_search_in_other_processes(images, y):
     estimator = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
     model = make_pipeline(estimator, LogisticRegression())
     alone, spread = (
         GridSearchCV(model, {"logisticregression__C": [0.1, 1]}, cv=2, n_jobs=n_jobs)
-        .fit(pictures, y)
+        .fit(images, y)
         .cv_results_["mean_test_score"]
         for n_jobs in (1, 2)
     )
@@ -144,7 +144,9 @@ def test_one_network_serves_all_clones(paths, monkeypatch):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=48)
     mine.fit(paths)
     built = []
-    monkeypatch.setattr("sktl._extractors.LayerExtractor", lambda *_: built.append(1))
+    monkeypatch.setattr(
+        "sktl._inference.model_spec.FeatureExtractor", lambda *_: built.append(1)
+    )
     clone(mine).fit(paths).transform(paths[:2])
     assert not built
 
@@ -190,13 +192,13 @@ def test_parameters_are_validated_again_only_if_they_change(paths, monkeypatch):
         mine.transform(paths[:2])
 
 
-def test_too_small_pictures_for_a_network(paths):
+def test_too_small_images_for_a_network(paths):
     mine = PretrainedFeatures("alexnet", weights=None, image_size=40)
     with pytest.raises(ValueError, match="image_size must be at least 63"):
         mine.fit(paths)
 
 
-def test_a_bad_picture_is_named(paths, tmp_path):
+def test_a_bad_image_is_named(paths, tmp_path):
     bad = tmp_path / "broken.png"
     bad.write_bytes(Path(paths[0]).read_bytes()[:200])
     mine = PretrainedFeatures("tiny").fit([*paths, bad])  # files are not read yet
@@ -204,11 +206,11 @@ def test_a_bad_picture_is_named(paths, tmp_path):
         mine.transform([*paths, bad])
 
 
-def test_a_read_only_array_is_left_alone(pictures):
-    X = pictures.copy()
+def test_a_read_only_array_is_left_alone(images):
+    X = images.copy()
     X.flags.writeable = False
     PretrainedFeatures("tiny").fit(X).transform(X)
-    np.testing.assert_array_equal(X, pictures)
+    np.testing.assert_array_equal(X, images)
 
 
 def test_integers_of_numpy_are_integers(paths):
@@ -240,10 +242,10 @@ def test_a_name_registered_again_is_the_new_network(paths):
     np.testing.assert_array_equal(rows[0], -rows[1])
 
 
-def test_pictures_too_small_for_a_network_of_ones_own(paths):
+def test_images_too_small_for_a_network_of_ones_own(paths):
     size = Preprocessing(resize_size=64, crop_size=64)
     register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
-    with pytest.raises(ValueError, match=r"pictures of 32 pixels a side, and does not"):
+    with pytest.raises(ValueError, match=r"images of 32 pixels a side, and does not"):
         PretrainedFeatures("own", image_size=32).fit(paths)
 
 
@@ -270,8 +272,8 @@ def plain_features(photographs, weights):
     rows = []
     with torch.inference_mode():
         for path in photographs:
-            with Image.open(path) as picture:
-                x = transform(picture.convert("RGB"))
+            with Image.open(path) as image:
+                x = transform(image.convert("RGB"))
             rows.append(net.eval().features(x[None]).mean((2, 3)))
     return torch.cat(rows).numpy()
 
@@ -360,7 +362,7 @@ def test_large_jpeg_files_may_be_decoded_smaller(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Preprocessing,
         "__call__",
-        lambda self, picture: sizes.append(picture.size) or resized(self, picture),
+        lambda self, image: sizes.append(image.size) or resized(self, image),
     )
     mine = PretrainedFeatures("resnet_mini", memory=tmp_path / "store")
     whole = mine.transform([path])

@@ -5,7 +5,7 @@ What an epoch of FineTunedCNNClassifier costs
 
 The same work, done by three: `FineTunedCNNClassifier`, a skorch script as its
 documentation has it, and a plain PyTorch loop, each with the same network, trainable
-part, batch size, optimizer and precision, on pictures already decoded to uint8 in
+part, batch size, optimizer and precision, on images already decoded to uint8 in
 memory. The scripts freeze as scripts do: ``requires_grad = False`` below, everything in
 training mode. Measured is an epoch of a run of three, in turns, without the first.
 
@@ -36,32 +36,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sktl import FineTunedCNNClassifier
-from sktl._backbones import load_backbone
-from sktl._trainable import n_open_stages, new_network
+from sktl._backbones.registry import load_backbone
+from sktl._training.network import n_trainable_stages, replace_head
 
 LR, WEIGHT_DECAY = 1e-4, 1e-2
 
 
 def decoded(paths: list[str], backbone: Any) -> np.ndarray:
     """Decode, resize and crop as the network asks for: ``(n, side, side, 3)``."""
-    pictures = []
+    images = []
     for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(backbone.preprocessing(picture.convert("RGB")))
-    return np.stack(pictures)
+        with Image.open(path) as image:
+            images.append(backbone.preprocessing(image.convert("RGB")))
+    return np.stack(images)
 
 
 class Script(nn.Module):
-    """What a script trains: a network on normalized pictures, lower stages frozen."""
+    """What a script trains: a network on normalized images, lower stages frozen."""
 
     def __init__(self, backbone: Any, trainable: Any, precision: str, careful: bool):
         super().__init__()
-        self.network = new_network(backbone, 2)
+        self.network = replace_head(backbone, 2)
         self.network.to(memory_format=torch.channels_last)
         names = [name for name, _ in self.network.named_children()]
-        n_open = n_open_stages(trainable, names[:-2])
+        n_trainable = n_trainable_stages(trainable, names[:-2])
         # With the head alone, what leads to it is frozen too.
-        self.n_frozen = len(names) - 2 - n_open if n_open else len(names) - 1
+        self.n_frozen = len(names) - 2 - n_trainable if n_trainable else len(names) - 1
         for part in self.network[: self.n_frozen]:
             part.requires_grad_(False)
         self.careful = careful
@@ -173,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What does an epoch cost?")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--pictures", type=int, default=128)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
@@ -181,14 +181,14 @@ def main() -> None:
 
     backbone = load_backbone(arguments.backbone, None)
     files = load_files(arguments.data, load_content=False, random_state=0)
-    X = decoded(list(files.filenames[: arguments.pictures]), backbone)
-    y = files.target[: arguments.pictures]
+    X = decoded(list(files.filenames[: arguments.images]), backbone)
+    y = files.target[: arguments.images]
     tensors = torch.from_numpy(X), torch.from_numpy(y)
     size, precision = arguments.batch_size, arguments.precision
     print(
         f"{arguments.backbone}, {platform.machine()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}, skorch {skorch.__version__}, {precision},"
-        f" {len(X)} pictures, batches of {size}, median of {2 * arguments.repeats}"
+        f" {len(X)} images, batches of {size}, median of {2 * arguments.repeats}"
     )
     for trainable in ("all", 1, "head"):
         scripts = [

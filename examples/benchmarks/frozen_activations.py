@@ -7,10 +7,10 @@ Three measurements of `FineTunedCNNClassifier` with lower stages frozen:
 
 - A grid search over learning rates and heads, from files, with ``memory``; against the
   same search by a skorch script as its documentation has it, which freezes the same
-  layers, and computes them in every epoch. The script gets its pictures decoded.
+  layers, and computes them in every epoch. The script gets its images decoded.
 - An epoch, against one of what trains alone, by a plain loop and by skorch, on
   activations that are in memory already.
-- With ``--capped N``: one epoch on N pictures in a process that may have 2 GB of
+- With ``--capped N``: one epoch on N images in a process that may have 2 GB of
   memory, which their activations exceed. (The photographs are repeated, each time with
   another byte behind their end, so that no two files are the same.)
 
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sktl import FeatureStore, FineTunedCNNClassifier
-from sktl._backbones import load_backbone
-from sktl._trainable import n_frozen_parts, n_open_stages, new_network
+from sktl._backbones.registry import load_backbone
+from sktl._training.network import n_frozen_parts, n_trainable_stages, replace_head
 
 RATES, HEADS, DECAYS = [1e-3, 1e-4, 1e-5], [(), (64,)], [1e-2]
 GIGABYTE = 2**30
@@ -51,22 +51,24 @@ GIGABYTE = 2**30
 
 def decoded(paths: list[str], backbone: Any) -> np.ndarray:
     """Decode, resize and crop as the network asks for: ``(n, side, side, 3)``."""
-    pictures = []
+    images = []
     for path in paths:
-        with Image.open(path) as picture:
-            pictures.append(backbone.preprocessing(picture.convert("RGB")))
-    return np.stack(pictures)
+        with Image.open(path) as image:
+            images.append(backbone.preprocessing(image.convert("RGB")))
+    return np.stack(images)
 
 
 class Script(nn.Module):
-    """What a script trains: a network on normalized pictures, lower stages frozen."""
+    """What a script trains: a network on normalized images, lower stages frozen."""
 
     def __init__(self, backbone: Any, trainable: Any, hidden: tuple[int, ...] = ()):
         super().__init__()
-        self.network = new_network(backbone, 2, hidden_layer_sizes=hidden)
+        self.network = replace_head(backbone, 2, hidden_layer_sizes=hidden)
         self.network.to(memory_format=torch.channels_last)
         stages = [name for name, _ in self.network.named_children()][:-2]
-        self.n_frozen = n_frozen_parts(self.network, n_open_stages(trainable, stages))
+        self.n_frozen = n_frozen_parts(
+            self.network, n_trainable_stages(trainable, stages)
+        )
         for part in self.network[: self.n_frozen]:
             part.requires_grad_(False)
         preprocessing = backbone.preprocessing
@@ -253,7 +255,7 @@ def capped(arguments: Any, paths: list[str], y: Any) -> None:
         size = FeatureStore(Path(folder) / "memory").info()["bytes"]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         print(
-            f"{n} pictures, {size / 1e9:.2f} GB of activations, at most "
+            f"{n} images, {size / 1e9:.2f} GB of activations, at most "
             f"{limit / 1e9:.1f} GB of data: an epoch in {first:.0f} s, with all "
             f"activations on disk in {time.perf_counter() - start:.0f} s; resident "
             f"{peak / 1e9:.2f} GB at the peak",
@@ -280,7 +282,7 @@ def main() -> None:
     print(
         f"{arguments.backbone}, {platform.machine()}, {torch.get_num_threads()} "
         f"threads, torch {torch.__version__}, skorch {skorch.__version__}, "
-        f"engine={arguments.engine!r}, {len(paths)} pictures, {arguments.epochs} "
+        f"engine={arguments.engine!r}, {len(paths)} images, {arguments.epochs} "
         f"epochs, batches of {arguments.batch_size}",
         flush=True,
     )

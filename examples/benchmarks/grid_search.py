@@ -1,9 +1,9 @@
 """
 ======================================================
-What remembering pictures saves in a grid search, and costs
+What remembering images saves in a grid search, and costs
 ======================================================
 
-A search over 10 values of C in 5 folds, three ways in one run: every picture through
+A search over 10 values of C in 5 folds, three ways in one run: every image through
 the network each time, with scikit-learn's ``Pipeline(memory=...)``, and with ``memory``
 of `PretrainedFeatures`; then the last again, when everything is known, with the share
 of its time that is spent in sktl. After that the store on its own.
@@ -108,7 +108,7 @@ def main() -> None:
     photos = load_files(arguments.data, load_content=False)
     X, y = photos.filenames, photos.target
     print(
-        f"{arguments.backbone}, {len(X)} pictures, {platform.machine()}, "
+        f"{arguments.backbone}, {len(X)} images, {platform.machine()}, "
         f"{torch.get_num_threads()} threads, torch {torch.__version__}, scikit-learn "
         f"{sklearn.__version__}"
     )

@@ -3,10 +3,10 @@
 Two workers against one
 =======================
 
-``transform`` of the same pictures by one worker process of a cluster on this machine,
+``transform`` of the same images by one worker process of a cluster on this machine,
 and by two, each with one thread and one processor, on Dask and on Ray. That the network
 is loaded is not in it; that Ray starts its workers anew for each call of joblib is.
-What a call costs however few its pictures are is measured by one of 256, and told
+What a call costs however few its images are is measured by one of 256, and told
 apart.
 
 ::
@@ -72,7 +72,7 @@ def on_ray(n_workers: int) -> Iterator[Transform]:
 
 
 def by_joblib(backend: str, features: PretrainedFeatures, X: list[str]) -> np.ndarray:
-    """Spread pictures over two workers."""
+    """Spread images over two workers."""
     with joblib.parallel_config(backend):
         return clone(features).set_params(n_jobs=2).transform(X)
 
@@ -82,18 +82,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Two workers against one")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--pictures", type=int, default=2000)
+    parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--engines", nargs="+", default=["dask", "ray"])
     arguments = parser.parse_args()
     files = sorted(map(str, arguments.data.rglob("*.jpg")))
-    paths = np.resize(files, arguments.pictures).tolist()
+    paths = np.resize(files, arguments.images).tolist()
     features = PretrainedFeatures(
         arguments.backbone, weights=None, precision=arguments.precision
     )
     expected = features.transform(paths[:64])
     print(
-        f"{arguments.backbone}, {arguments.precision}, {len(paths)} pictures, "
+        f"{arguments.backbone}, {arguments.precision}, {len(paths)} images, "
         f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}"
     )
     for name in arguments.engines:
@@ -115,8 +115,8 @@ def main() -> None:
             assert np.array_equal(rows[:64], expected)
         one, two = rates
         print(
-            f"{name}: one worker {one:.1f} pictures a second, two {two:.1f}: "
-            f"{two / one:.2f} times as many; each picture beyond the first 256, "
+            f"{name}: one worker {one:.1f} images a second, two {two:.1f}: "
+            f"{two / one:.2f} times as many; each image beyond the first 256, "
             f"{rates_of_more[1] / rates_of_more[0]:.2f} times",
             flush=True,
         )

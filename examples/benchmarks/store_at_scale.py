@@ -1,6 +1,6 @@
 """
 =======================================
-A feature store with ten million pictures
+A feature store with ten million images
 =======================================
 
 Fills a store on one disk as a fleet of workers would, a few hundred rows at a time,
@@ -34,7 +34,7 @@ MILLION = 10**6
 
 
 def keys_of(start: int, stop: int) -> list[bytes]:
-    """Give the keys of pictures that do not exist."""
+    """Give the keys of images that do not exist."""
     return [hashlib.sha256(i.to_bytes(8, "big")).digest() for i in range(start, stop)]
 
 
@@ -75,7 +75,7 @@ def memory() -> float:
     return psutil.Process().memory_info().rss / 1e9
 
 
-def look(directory: str, n: int) -> None:
+def lookup(directory: str, n: int) -> None:
     """Open a full store in a process that has not seen it, and read."""
     before = memory()
     store = FeatureStore(directory)
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--look", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.look:
-        look(arguments.look, arguments.rows)
+        lookup(arguments.look, arguments.rows)
         return
     print(
         f"{arguments.rows:,} rows of {arguments.width} float32, {arguments.chunk} at a "

@@ -1,13 +1,13 @@
 """
 ===========================================
-How many pictures a second become features
+How many images a second become features
 ===========================================
 
 JPEG files to features on the CPU, measured in turns in one run, on the same photographs
 with the same network:
 
-- torchvision's network, one picture at a time;
-- the plain loop, which decodes and stacks 32 pictures and runs the network: what the
+- torchvision's network, one image at a time;
+- the plain loop, which decodes and stacks 32 images and runs the network: what the
   others are compared with;
 - the same with a ``DataLoader`` of two workers that are running already;
 - `PretrainedFeatures`, with every engine and precision there is;
@@ -16,13 +16,13 @@ with the same network:
 
 None can be faster for long than decoding on all threads, then the network on ready
 pixels: both are measured too, and 1 / (1 / decoding + 1 / network) is the limit. At the
-end, how long one picture takes.
+end, how long one image takes.
 
 ::
 
     python examples/benchmarks/throughput.py --data FOLDER --backbone resnet18
 
-With ``--scale ENGINE PRECISION`` instead: time and memory of 1,000 to 20,000 pictures.
+With ``--scale ENGINE PRECISION`` instead: time and memory of 1,000 to 20,000 images.
 Weights are random: they do not change the time, and nothing is downloaded.
 """
 
@@ -56,13 +56,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import models
 
 import sktl
-from sktl import PretrainedFeatures, _execution
-from sktl._backbones import load_backbone
-from sktl._images import Pictures
-from sktl._inference import in_threads
+from sktl import PretrainedFeatures
+from sktl._backbones.registry import load_backbone
+from sktl._images.sequence import ImageSequence
+from sktl._inference import execution
+from sktl._inference.forward import map_in_threads
 
 BATCH_SIZE = 32
-N_CALLS = 50  # with one picture
+N_CALLS = 50  # with one image
 BASE = "plain loop"
 DECODING = "decoding alone"
 PLAIN = ("torch", "float32")
@@ -74,7 +75,7 @@ TIMM_NAMES = {
     "vit_b_16": "vit_base_patch16_224",
 }
 
-Way = Callable[[], Any]  # gives one row for each picture
+Way = Callable[[], Any]  # gives one row for each image
 Builder = Callable[[], Way]
 Setting = tuple[str, str]  # engine and precision
 
@@ -92,8 +93,8 @@ class Photographs(Dataset):
 
     def __getitem__(self, i: int) -> torch.Tensor:
         """Decode, resize, crop and normalize one."""
-        with Image.open(self.paths[i]) as picture:
-            return self.transform(picture.convert("RGB"))
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB"))
 
 
 def torchvision_network(backbone: str) -> nn.Module:
@@ -166,7 +167,7 @@ def quiet() -> Iterator[None]:
 def embetter(backbone: str, paths: list[str], directory: str) -> Way:
     """Its documentation: a pipeline of ImageLoader and TimmEncoder.
 
-    There is no batch size: the network gets one picture at a time (and, as it is
+    There is no batch size: the network gets one image at a time (and, as it is
     never told to evaluate, normalizes it by its own statistics).
     """
     import timm
@@ -201,8 +202,8 @@ def img2vec_pytorch(backbone: str, paths: list[str], directory: str) -> Way:
         rows = []
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
-            pictures = [Image.open(path).convert("RGB") for path in batch]
-            rows.append(img2vec.get_vec(pictures))
+            images = [Image.open(path).convert("RGB") for path in batch]
+            rows.append(img2vec.get_vec(images))
         return np.concatenate(rows)
 
     return way
@@ -263,15 +264,17 @@ def peer(name: str, *arguments: Any) -> Way:
 def decoding(backbone: str, paths: list[str]) -> Way:
     """Decode, resize and crop as sktl does, on as many threads as torch has."""
     preprocessing = load_backbone(backbone, None).preprocessing
-    pictures = Pictures(paths, "auto")
+    images = ImageSequence(paths, "auto")
 
     def load(i: int) -> np.ndarray:
-        return preprocessing(pictures[i])
+        return preprocessing(images[i])
 
     def way() -> list[np.ndarray]:
         n_threads = torch.get_num_threads()
         order = range(len(paths))
-        return list(in_threads(load, order, n_threads=n_threads, ahead=2 * BATCH_SIZE))
+        return list(
+            map_in_threads(load, order, n_threads=n_threads, ahead=2 * BATCH_SIZE)
+        )
 
     return way
 
@@ -291,7 +294,7 @@ def network_alone(
 
 def keep_all_networks() -> contextlib.AbstractContextManager[Any]:
     """Let sktl keep as many networks as there are ways: it keeps the last few."""
-    return mock.patch("sktl._engines._MAX_PREPARED", 100)
+    return mock.patch("sktl._inference.engines._MAX_PREPARED", 100)
 
 
 def in_turns(
@@ -393,7 +396,7 @@ def rates(
         seconds, reasons = in_turns(builders, arguments.rounds, n)
 
     rate = {name: n / float(np.median(times)) for name, times in seconds.items()}
-    print("| way | pictures/s | slowest and fastest round | of plain loop | of limit |")
+    print("| way | images/s | slowest and fastest round | of plain loop | of limit |")
     print("|---|---|---|---|---|")
     for name, times in seconds.items():
         cells = [f"{rate[name]:.1f}", f"{n / max(times):.1f}, {n / min(times):.1f}"]
@@ -407,14 +410,14 @@ def rates(
 
 
 def latency(arguments: argparse.Namespace, path: str, settings: list[Setting]) -> None:
-    """Time one picture: transform, its two parts, and torchvision's own network.
+    """Time one image: transform, its two parts, and torchvision's own network.
 
     The first call prepares the network; these are the calls after it.
     """
     backbone = arguments.backbone
     pixels = np.stack(decoding(backbone, [path])())
     print(
-        "\n| one picture | transform, ms | decoding + network, ms | ratio | "
+        "\n| one image | transform, ms | decoding + network, ms | ratio | "
         "torchvision, ms | ratio |\n|---|---|---|---|---|---|"
     )
     for setting in settings:
@@ -454,9 +457,9 @@ def scaled(
 
 
 def scale(arguments: argparse.Namespace, paths: list[str]) -> None:
-    """Transform more and more pictures, each number of them in a fresh process."""
+    """Transform more and more images, each number of them in a fresh process."""
     engine, precision = arguments.scale
-    print(f"\n| pictures, {engine} {precision} | s per 1,000 | peak without rows, MB |")
+    print(f"\n| images, {engine} {precision} | s per 1,000 | peak without rows, MB |")
     print("|---|---|---|")
     spawn = multiprocessing.get_context("spawn")
     for n in arguments.sizes:
@@ -486,10 +489,10 @@ def version(name: str) -> str:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Pictures per second")
+    parser = argparse.ArgumentParser(description="Images per second")
     parser.add_argument("--data", type=Path, required=True, help="folder with JPEGs")
     parser.add_argument("--backbone", default="resnet18", help="of torchvision")
-    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="engine 'compile' too")
     parser.add_argument("--precisions", nargs="+", help="default: float32 and 'auto'")
@@ -503,12 +506,12 @@ def main() -> None:
         for path in arguments.data.rglob("*")
         if path.suffix.lower() in {".jpg", ".jpeg"}
     )
-    n = min(arguments.pictures, len(found)) // BATCH_SIZE * BATCH_SIZE
+    n = min(arguments.images, len(found)) // BATCH_SIZE * BATCH_SIZE
     if not n:
-        parser.error(f"at least {BATCH_SIZE} pictures are needed, for a batch")
+        parser.error(f"at least {BATCH_SIZE} images are needed, for a batch")
     paths = found[:n]
     print(
-        f"{arguments.backbone}, {n} pictures, batches of {BATCH_SIZE}, "
+        f"{arguments.backbone}, {n} images, batches of {BATCH_SIZE}, "
         f"{arguments.rounds} rounds\n{processor()}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads\nPython {platform.python_version()}, "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
@@ -525,7 +528,7 @@ def main() -> None:
         engines.append("openvino")
     if arguments.compile:
         engines.append("compile")
-    best = _execution.resolve_precision("auto", torch.device("cpu"))
+    best = execution.resolve_precision("auto", torch.device("cpu"))
     precisions = arguments.precisions or list(dict.fromkeys(["float32", best]))
     settings = [
         setting

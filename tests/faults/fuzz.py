@@ -2,7 +2,7 @@
 
 ``python tests/faults/fuzz.py KIND --cases 10000 --seed 0``
 
-KIND is pictures, weights, shards, models or checkpoints. Whatever is in a file, it is
+KIND is images, weights, shards, models or checkpoints. Whatever is in a file, it is
 refused with the documented exception, or read and then right. It never ends the
 process, runs for ever, takes the memory of the machine, leaves a file open, or is
 executed. Where it does, this program says which case it was, keeps its input, and
@@ -49,7 +49,7 @@ def subject_of(kind, folder):
     import fuzz_training
 
     kinds = {
-        "pictures": fuzz_files.Pictures,
+        "images": fuzz_files.ImageSequence,
         "weights": fuzz_files.WeightsFiles,
         "shards": fuzz_shards.Shards,
         "models": fuzz_training.Models,
@@ -107,16 +107,16 @@ def run(given, subject_of):
     gc.freeze()  # what is here stays: collecting looks at the rest only
     _limit_memory()
     with open(given.inside / "number", "w") as number:
-        n_open, began = _n_open(), time.perf_counter()
+        n_trainable, began = _n_trainable(), time.perf_counter()
         for case in range(given.first, given.cases):
             os.pwrite(number.fileno(), b"%012d" % case, 0)
             faulthandler.dump_traceback_later(given.hangs, exit=True)
             outcomes[subject.case(random.Random(f"{given.seed} {case}"))] += 1
             if broken:
                 raise AssertionError(f"Something was executed: {broken}")
-            if _n_open() > n_open:
+            if _n_trainable() > n_trainable:
                 gc.collect()  # what an exception held
-                if _n_open() > n_open:
+                if _n_trainable() > n_trainable:
                     raise AssertionError("A file was left open.")
     faulthandler.cancel_dump_traceback_later()
     seconds = time.perf_counter() - began
@@ -142,7 +142,7 @@ def _watch():
     return broken
 
 
-def _n_open():
+def _n_trainable():
     return len(os.listdir("/dev/fd"))
 
 

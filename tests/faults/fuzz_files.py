@@ -1,4 +1,4 @@
-"""What `fuzz.py` damages: pictures, and weights files."""
+"""What `fuzz.py` damages: images, and weights files."""
 
 import io
 import os
@@ -25,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TinyNet
 
 from sktl import PretrainedFeatures
-from sktl._images import as_pictures
-from sktl._weights import content_digest, fill, load_weights
+from sktl._backbones.weights import load_weights, load_weights_into
+from sktl._images.validation import validate_images
+from sktl._utils.tensor_file import state_dict_digest
 
 
-class Pictures:
-    """Picture files of all formats, as a row of X."""
+class ImageSequence:
+    """Image files of all formats, as a row of X."""
 
     def __init__(self, folder):
-        self.path = folder / "input" / "picture"
-        self.seeds = [file for _, file in sorted(picture_files().items())]
+        self.path = folder / "input" / "image"
+        self.seeds = [file for _, file in sorted(image_files().items())]
         self.estimator = PretrainedFeatures("resnet_mini")
 
     def case(self, rng):
@@ -47,20 +48,20 @@ class Pictures:
         self.path.write_bytes(content)
         X = [rng.choice([str(self.path), content or str(self.path)])]
         pixel_range = rng.choice(["auto", "auto", (0, 4095)])
-        pictures = as_pictures(
+        images = validate_images(
             X, estimator=self.estimator, reset=True, pixel_range=pixel_range
-        ).reduced(rng.choice([None, 4]))
+        ).with_min_decode_size(rng.choice([None, 4]))
         try:
-            picture = pictures.keyed(0)[1] if rng.random() < 0.5 else pictures[0]
+            image = images.decode_and_hash(0)[1] if rng.random() < 0.5 else images[0]
         except ValueError as error:
             named = "X[0] (bytes)" if X == [content] else f"X[0] ({X[0]!r})"
             return refused(error, named)
-        assert picture.mode == "RGB"
-        assert np.asarray(picture).shape == (*picture.size[::-1], 3)
+        assert image.mode == "RGB"
+        assert np.asarray(image).shape == (*image.size[::-1], 3)
         return "read"
 
 
-def picture_files():
+def image_files():
     """One small file of each format and mode, by name."""
     colour = np.random.default_rng(0).integers(0, 256, (11, 14, 3), np.uint8)
     rgb = Image.fromarray(np.kron(colour, np.ones((2, 2, 1), np.uint8)))
@@ -163,11 +164,11 @@ class WeightsFiles:
     def _filled(self, state_dict):
         network = TinyNet()
         try:
-            fill(network, state_dict, "It")
+            load_weights_into(network, state_dict, "It")
         except ValueError as error:
             outcome = refused(error, "Weights must have the names and shapes")
             return f"read; then, as of another network, {outcome}"
-        content_digest(network.state_dict())
+        state_dict_digest(network.state_dict())
         return "read"
 
     def _damaged(self, rng):

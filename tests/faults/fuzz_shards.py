@@ -7,8 +7,9 @@ import numpy as np
 import safetensors.numpy
 from mutations import bytes_damaged, header_damaged, text_damaged
 
-from sktl import FeatureStore, _feature_store
-from sktl._shard_index import ShardIndex
+from sktl import FeatureStore
+from sktl._store import feature_store
+from sktl._store.shard_index import ShardIndex
 
 SPACE = {"backbone": "tiny", "layer": "stage1"}
 
@@ -41,7 +42,7 @@ class Shards:
 
     def case(self, rng):
         """Damage one or two files of a store, and use it."""
-        _feature_store._indexes.clear()
+        feature_store._indexes.clear()
         for path, content in self.files.items():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_bytes(content)

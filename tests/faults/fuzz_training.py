@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from interrupted_training import a_classifier, data
 
 from sktl import FineTunedCNNClassifier
-from sktl._checkpoint import Checkpoint, seed_of
-from sktl._tensor_file import _digest
+from sktl._training.checkpoint import Checkpoint, checkpoint_seed
+from sktl._utils.tensor_file import _digest
 
 
 def again(rng, content):
@@ -161,7 +161,7 @@ class Checkpoints:
         self.file.write_bytes(changed)
         written = " (sha256 made anew)" if right else ""
         try:
-            seed_of(self.folder, otherwise=0)
+            checkpoint_seed(self.folder, otherwise=0)
             captured["checkpoint"].resume(captured["training"])
         except ValueError as error:
             return refused(error, self.file) + written

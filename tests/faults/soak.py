@@ -1,6 +1,6 @@
 """Soak: the same work for a long time, after which nothing may have grown.
 
-``python tests/faults/soak.py pictures`` (or ``fits``, or ``searches``) runs as many as
+``python tests/faults/soak.py images`` (or ``fits``, or ``searches``) runs as many as
 `NUMBERS` says, or as many as a number that follows; some minutes each. It prints what
 this process and its workers hold, and fails if the last third of the run holds more of
 anything than the third before. The first third is for caches to fill.
@@ -9,7 +9,7 @@ anything than the third before. The first third is for caches to fill.
 held         may grow from the median of one third to that of the next by
 ===========  =======================================================================
 memory       16 MB: so much does the allocator move between equal runs. A leak of
-             0.5 kB a picture, 250 kB a fit or 1 MB a search exceeds it
+             0.5 kB an image, 250 kB a fit or 1 MB a search exceeds it
 files        nothing: open descriptors
 threads      nothing
 temporary    nothing: what is left in the folder for temporary files, and in shared
@@ -44,9 +44,9 @@ from conftest import TinyNet  # which registers "tiny" too
 
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 
-NUMBERS = {"pictures": 100_000, "fits": 200, "searches": 50}
-PICTURES_AT_ONCE = 500
-N_NAMES = 1000  # of picture files; each is written again and again
+NUMBERS = {"images": 100_000, "fits": 200, "searches": 50}
+IMAGES_AT_ONCE = 500
+N_NAMES = 1000  # of image files; each is written again and again
 STORE_BYTES = 2**20  # room for some thousand rows: most are evicted on the way
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -84,7 +84,7 @@ def held() -> Held:
 
 
 def paths(folder: Path, number: int) -> Iterator[str]:
-    """Write pictures that differ, under names that come again, and name them."""
+    """Write images that differ, under names that come again, and name them."""
     rng = np.random.default_rng(0)
     for i in range(number):
         path = folder / f"{i % N_NAMES}.png"
@@ -92,12 +92,12 @@ def paths(folder: Path, number: int) -> Iterator[str]:
         yield str(path)
 
 
-def pictures(number: int, folder: Path, memory: FeatureStore | None) -> Iterator[int]:
-    """Let pictures through a network, some hundred at a time."""
+def images(number: int, folder: Path, memory: FeatureStore | None) -> Iterator[int]:
+    """Let images through a network, some hundred at a time."""
     features = PretrainedFeatures("tiny", weights=None, memory=memory)
     coming = paths(folder, number)
     done = 0
-    while some := list(itertools.islice(coming, PICTURES_AT_ONCE)):
+    while some := list(itertools.islice(coming, IMAGES_AT_ONCE)):
         rows = features.transform(some)
         assert rows.shape[0] == len(some)
         done += len(some)
@@ -177,10 +177,10 @@ def main(what: str, number: str = "") -> None:
         # Workers take it from the environment.
         os.environ["TMPDIR"] = os.environ["JOBLIB_TEMP_FOLDER"] = tempfile.tempdir = own
         where = Path(folder)
-        if what == "pictures":
-            grown = soak("without memory", pictures(n, where, None))
+        if what == "images":
+            grown = soak("without memory", images(n, where, None))
             store = FeatureStore(where / "store", max_bytes=STORE_BYTES)
-            grown += soak("with memory", pictures(n, where, store))
+            grown += soak("with memory", images(n, where, store))
         else:
             grown = soak(what, {"fits": fits, "searches": searches}[what](n, where))
     sys.exit("\n".join(grown) or 0)

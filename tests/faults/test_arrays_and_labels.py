@@ -50,7 +50,7 @@ def test_pixels_that_are_no_numbers(estimator, shape, value):
 
 @each_estimator
 @pytest.mark.parametrize("n_channels", [2, 5, 0])
-def test_channels_that_no_picture_has(estimator, n_channels):
+def test_channels_that_no_image_has(estimator, n_channels):
     X = np.zeros((12, 8, 8, n_channels))
     with pytest.raises(ValueError, match=r"\(12, 8, 8, \d\).*(channels last|no pixel)"):
         clone(estimator).fit(X, Y)
@@ -89,7 +89,7 @@ def test_ragged_lists_of_numbers(estimator):
 
 @each_estimator
 @pytest.mark.parametrize("n", [1, 2])
-def test_very_few_pictures(estimator, n):
+def test_very_few_images(estimator, n):
     fitted = clone(estimator).fit(STACK, Y)
     few = output_of(fitted, STACK[:n])
     most = np.abs(few).max()
@@ -102,7 +102,7 @@ def test_very_few_pictures(estimator, n):
     "estimator", [FineTunedCNNClassifier("tiny", max_epochs=2, random_state=0)]
 )
 @pytest.mark.parametrize("counts", [[1, 1], [1, 11], [2, 1, 1]])
-def test_one_picture_of_a_class(estimator, counts):
+def test_one_image_of_a_class(estimator, counts):
     y = np.repeat(list("abc")[: len(counts)], counts)
     fitted = clone(estimator).fit(STACK[: len(y)], y)
     assert fitted.classes_.tolist() == sorted(set(y))
@@ -190,7 +190,7 @@ def test_weights_of_classes_that_are_not_there(class_weight):
     assert said[0] == said[1]
 
 
-def test_a_class_all_of_whose_pictures_weigh_nothing():
+def test_a_class_all_of_whose_images_weigh_nothing():
     y = np.repeat(list("abc"), 4)
     weight = np.where(y == "b", 0.0, 1.0)
     mine, without = (
@@ -215,10 +215,10 @@ def test_weight_zero_in_a_network_as_it_is():
     np.testing.assert_allclose(mine.predict_proba(STACK), some.predict_proba(STACK))
 
 
-# Copies of a picture, and groups of them
+# Copies of an image, and groups of them
 
 
-def test_copies_of_a_picture_are_one_row_of_the_store(tmp_path):
+def test_copies_of_a_image_are_one_row_of_the_store(tmp_path):
     mine = PretrainedFeatures("tiny", memory=tmp_path, engine="torch")
     X = resample(STACK, n_samples=200, random_state=0)
     rows = mine.transform(X)
@@ -255,7 +255,7 @@ def test_groups_come_to_the_splitter_of_a_search(paths, routing):
 
 FORKED = """
 import os, sys
-from rows_of_a_store import KEYS, SPACE, check, rows_of
+from store_rows import KEYS, SPACE, check, rows_of
 from sktl import FeatureStore
 mine = FeatureStore(sys.argv[1])
 mine.put(SPACE, KEYS[:20], rows_of(KEYS[:20]))

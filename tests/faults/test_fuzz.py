@@ -8,7 +8,7 @@ import pytest
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 CASES = {
-    "pictures": 1500,
+    "images": 1500,
     "weights": 1500,
     "shards": 300,
     "models": 250,

@@ -1,4 +1,4 @@
-"""Files that are no pictures, and files with odd names, given to each estimator.
+"""Files that are no images, and files with odd names, given to each estimator.
 
 What becomes of each kind of file is tested in `tests/test_decode.py`; here is what is
 left of it when a user calls an estimator.
@@ -55,7 +55,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("name", BAD_FILES)
 def test_it_is_named_wherever_it_stands(estimator, name, memory, paths, tmp_path):
-    bad = tmp_path / "bad picture"
+    bad = tmp_path / "bad image"
     BAD_FILES[name](bad)
     store = tmp_path / "store"
     mine = clone(estimator).set_params(memory=store if memory else None, n_jobs=2)
@@ -63,10 +63,10 @@ def test_it_is_named_wherever_it_stands(estimator, name, memory, paths, tmp_path
     expected, threads = output_of(mine, paths), threading.active_count()
     for row in (0, 33):
         X = [*paths[:row], bad, *paths[row + 1 :]]
-        with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad picture'\)"):
+        with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad image'\)"):
             output_of(mine, X)
         if not isinstance(mine, PretrainedFeatures):  # which reads nothing in fit
-            with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad picture'\)"):
+            with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad image'\)"):
                 clone(mine).fit(X, Y)
     assert threading.active_count() <= threads
     np.testing.assert_array_equal(output_of(mine, paths), expected)
@@ -99,7 +99,7 @@ NAMES = [
     "http:",
     "~",
     "x" * 250,
-    "picture.txt",
+    "image.txt",
     "NUL.png",
     "*?[a].png",
     "back\\slash.png",
@@ -123,7 +123,7 @@ def test_names_are_taken_as_they_are(name, tmp_path, monkeypatch):
 
 def test_bytes_are_content_and_never_a_name(tmp_path):
     (tmp_path / "a.png").write_bytes(whole())
-    with pytest.raises(ValueError, match=r"X\[0\] \(bytes\) is not a picture"):
+    with pytest.raises(ValueError, match=r"X\[0\] \(bytes\) is not an image"):
         PretrainedFeatures("tiny").transform([os.fsencode(tmp_path / "a.png")])
 
 
@@ -133,7 +133,7 @@ import numpy as np
 from sktl import PretrainedFeatures
 warnings.simplefilter("error")
 good, bad, store = sys.argv[1:]
-n_open = lambda: len(os.listdir("/proc/self/fd"))
+n_trainable = lambda: len(os.listdir("/proc/self/fd"))
 for memory in (None, store):
     mine = PretrainedFeatures("resnet_mini", memory=memory, engine="torch", n_jobs=2)
     counts = []
@@ -142,7 +142,7 @@ for memory in (None, store):
         try:
             mine.transform([good, bad])
         except ValueError:
-            counts.append(n_open())
+            counts.append(n_trainable())
     assert len(counts) == 40 and counts[-1] <= counts[1], counts
 """
 

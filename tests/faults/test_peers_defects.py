@@ -26,7 +26,7 @@ from sktl import (
     PretrainedFeatures,
     register_backbone,
 )
-from sktl._backbones import load_backbone
+from sktl._backbones.registry import load_backbone
 
 SMALL = Preprocessing(resize_size=16, crop_size=16)
 
@@ -44,7 +44,7 @@ def tuned(**options):
 
 def same(one, other):
     """Check that two state dicts have equal bits."""
-    assert one.keys() == other.keys()
+    assert one.content_hashes() == other.content_hashes()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
@@ -53,7 +53,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_network_never_put_into_evaluation_mode(pictures, tmp_path, memory):
+def test_a_network_never_put_into_evaluation_mode(images, tmp_path, memory):
     made = []
 
     def build():
@@ -68,10 +68,8 @@ def test_a_network_never_put_into_evaluation_mode(pictures, tmp_path, memory):
     mine = PretrainedFeatures("in training mode", engine="torch")
     mine.set_params(memory=tmp_path if memory else None)
     before = copy.deepcopy(load_backbone("in training mode").network.state_dict())
-    rows = mine.fit(pictures).transform(pictures)
-    np.testing.assert_array_equal(
-        mine.set_params(memory=None).transform(pictures), rows
-    )
+    rows = mine.fit(images).transform(images)
+    np.testing.assert_array_equal(mine.set_params(memory=None).transform(images), rows)
     for network in (load_backbone("in training mode").network, *made):
         same(network.state_dict(), before)  # the statistics of BatchNorm, too
     assert not any(
@@ -79,8 +77,8 @@ def test_a_network_never_put_into_evaluation_mode(pictures, tmp_path, memory):
     )
 
 
-def test_a_search_that_scores_the_same_network_every_time(pictures):
-    y = pictures.mean((1, 2, 3)) > np.median(pictures.mean((1, 2, 3)))
+def test_a_search_that_scores_the_same_network_every_time(images):
+    y = images.mean((1, 2, 3)) > np.median(images.mean((1, 2, 3)))
     networks = ["tiny", "always the same"]
     register_backbone(
         "always the same",
@@ -92,13 +90,13 @@ def test_a_search_that_scores_the_same_network_every_time(pictures):
     model = make_pipeline(PretrainedFeatures(engine="torch"), LogisticRegression())
     grid = {"pretrainedfeatures__backbone": networks}
     scoring = "neg_log_loss"
-    found = GridSearchCV(model, grid, cv=2, scoring=scoring).fit(pictures, y)
+    found = GridSearchCV(model, grid, cv=2, scoring=scoring).fit(images, y)
     alone = [
         cross_val_score(
             make_pipeline(
                 PretrainedFeatures(name, engine="torch"), LogisticRegression()
             ),
-            pictures,
+            images,
             y,
             cv=2,
             scoring=scoring,
@@ -109,7 +107,7 @@ def test_a_search_that_scores_the_same_network_every_time(pictures):
     np.testing.assert_allclose(found.cv_results_["mean_test_score"], alone)
 
 
-def test_a_cache_that_knows_the_picture_but_not_the_network(pictures, tmp_path):
+def test_a_cache_that_knows_the_image_but_not_the_network(images, tmp_path):
     seeds = iter([1, 2])
 
     def build():
@@ -120,46 +118,48 @@ def test_a_cache_that_knows_the_picture_but_not_the_network(pictures, tmp_path):
     for _ in range(2):  # the same name, and not the same network
         register_backbone("changing", build, preprocessing=SMALL)
         mine = PretrainedFeatures("changing", engine="torch", memory=tmp_path)
-        rows.append(mine.transform(pictures))
-        plain = clone(mine).set_params(memory=None).transform(pictures)
+        rows.append(mine.transform(images))
+        plain = clone(mine).set_params(memory=None).transform(images)
         np.testing.assert_array_equal(rows[-1], plain)
     assert not np.allclose(*rows)
 
 
-def test_a_cache_that_is_lost_with_clone_and_pickle(pictures, tmp_path, monkeypatch):
-    mine = PretrainedFeatures("tiny", memory=tmp_path).fit(pictures)
-    expected = mine.transform(pictures)
-    monkeypatch.setattr("sktl._memory.batches", None)  # nothing may be computed again
+def test_a_cache_that_is_lost_with_clone_and_pickle(images, tmp_path, monkeypatch):
+    mine = PretrainedFeatures("tiny", memory=tmp_path).fit(images)
+    expected = mine.transform(images)
+    monkeypatch.setattr(
+        "sktl._inference.cached_forward.batches", None
+    )  # nothing may be computed again
     for copied in (
         clone(mine),
         copy.deepcopy(mine),
         pickle.loads(pickle.dumps(mine)),
         make_pipeline(clone(mine)),
     ):
-        np.testing.assert_array_equal(copied.transform(pictures), expected)
+        np.testing.assert_array_equal(copied.transform(images), expected)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "squeezenet1_1"])
-def test_one_picture_gives_a_corner_where_many_give_the_mean(pictures, name):
+def test_one_image_gives_a_corner_where_many_give_the_mean(images, name):
     mine = PretrainedFeatures(
         name, weights=None, image_size=64, batch_size=2, engine="torch"
     )
-    many = mine.transform(pictures[:3])
-    alone = np.vstack([mine.transform(pictures[i : i + 1]) for i in range(3)])
+    many = mine.transform(images[:3])
+    alone = np.vstack([mine.transform(images[i : i + 1]) for i in range(3)])
     np.testing.assert_allclose(alone, many, rtol=0, atol=1e-5 * np.abs(many).max())
 
 
-def test_features_of_densenet_from_before_the_last_relu(pictures):
+def test_features_of_densenet_from_before_the_last_relu(images):
     mine = PretrainedFeatures(
         "densenet121", weights=None, image_size=64, engine="torch"
     )
-    rows = mine.transform(pictures[:2])
+    rows = mine.transform(images[:2])
     assert rows.min() >= 0  # what comes before it goes far below
     network = load_backbone("densenet121", None).network
     backbone = load_backbone("densenet121", None)
     x = torch.from_numpy(
         np.stack(
-            [backbone.preprocessing_at(64)(image) for image in images(pictures[:2])]
+            [backbone.preprocessing_at(64)(image) for image in pil_images(images[:2])]
         )
     )
     x = x.permute(0, 3, 1, 2) / 255
@@ -174,40 +174,38 @@ def test_features_of_densenet_from_before_the_last_relu(pictures):
     np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * expected.max())
 
 
-def images(pictures):
-    return [Image.fromarray(picture) for picture in pictures]
+def pil_images(images):
+    return [Image.fromarray(image) for image in images]
 
 
 # Training that others see, and training that is forgotten
 
 
-def test_fit_trains_the_network_that_others_use(pictures, y):
+def test_fit_trains_the_network_that_others_use(images, y):
     features = PretrainedFeatures("tiny", engine="torch")
-    before = features.transform(pictures)
-    first = tuned(lr=0.1, wise_ft_alpha=1.0).fit(pictures, y)
-    np.testing.assert_array_equal(features.transform(pictures), before)
+    before = features.transform(images)
+    first = tuned(lr=0.1, wise_ft_alpha=1.0).fit(images, y)
+    np.testing.assert_array_equal(features.transform(images), before)
     # A clone begins where the first one did, not where it ended.
-    again = clone(first).fit(pictures, y)
+    again = clone(first).fit(images, y)
     same(again.module_.state_dict(), first.module_.state_dict())
     assert again.loss_curve_ == first.loss_curve_
 
 
-def test_a_clone_that_has_lost_the_pretrained_weights(pictures, y, tmp_path):
+def test_a_clone_that_has_lost_the_pretrained_weights(images, y, tmp_path):
     torch.manual_seed(5)
     network = TinyNet()
     torch.save(network.state_dict(), tmp_path / "mine.pth")
     model = tuned(weights=tmp_path / "mine.pth", max_epochs=0, head_init="random")
-    found = cross_validate(clone(model), pictures, y, cv=2, return_estimator=True)
-    for fitted in (*found["estimator"], clone(model.fit(pictures, y)).fit(pictures, y)):
+    found = cross_validate(clone(model), images, y, cv=2, return_estimator=True)
+    for fitted in (*found["estimator"], clone(model.fit(images, y)).fit(images, y)):
         stem, stage1, *_ = fitted.module_
         same(stem.state_dict(), network.stages["stem"].state_dict())
         same(stage1.state_dict(), network.stages["stage1"].state_dict())
 
 
-def test_a_cross_validation_that_forgets_the_number_of_epochs(pictures, y):
-    found = cross_validate(
-        tuned(max_epochs=3), pictures, y, cv=2, return_estimator=True
-    )
+def test_a_cross_validation_that_forgets_the_number_of_epochs(images, y):
+    found = cross_validate(tuned(max_epochs=3), images, y, cv=2, return_estimator=True)
     assert [fitted.n_iter_ for fitted in found["estimator"]] == [3, 3]
 
 
@@ -220,35 +218,35 @@ def test_a_request_for_fit_that_lands_in_score():
     assert requests.score.requests == {"sample_weight": None}
 
 
-def test_a_parameter_that_fit_changes(pictures, y):
+def test_a_parameter_that_fit_changes(images, y):
     weights, sizes = {"china": 2.0, "flower": 1.0}, [4]
     mine = tuned(class_weight=weights, hidden_layer_sizes=sizes)
-    mine.fit(pictures, y)
+    mine.fit(images, y)
     assert (weights, sizes) == ({"china": 2.0, "flower": 1.0}, [4])
     assert mine.class_weight is weights
     assert mine.hidden_layer_sizes is sizes
 
 
-def test_what_comes_out_of_a_search_cannot_be_copied(pictures, y, tmp_path):
-    search = GridSearchCV(tuned(), {"lr": [1e-3, 1e-2]}, cv=2).fit(pictures, y)
-    expected = search.predict_proba(pictures)
+def test_what_comes_out_of_a_search_cannot_be_copied(images, y, tmp_path):
+    search = GridSearchCV(tuned(), {"lr": [1e-3, 1e-2]}, cv=2).fit(images, y)
+    expected = search.predict_proba(images)
     joblib.dump(search, tmp_path / "search.joblib", compress=3)
     for copied in (
         copy.deepcopy(search),
         pickle.loads(pickle.dumps(search)),
         joblib.load(tmp_path / "search.joblib"),
     ):
-        np.testing.assert_array_equal(copied.predict_proba(pictures), expected)
-        clone(copied).fit(pictures, y)
+        np.testing.assert_array_equal(copied.predict_proba(images), expected)
+        clone(copied).fit(images, y)
 
 
 # Rows that go missing
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_rows_of_bad_pictures_that_are_dropped(paths, tmp_path, memory):
+def test_rows_of_bad_images_that_are_dropped(paths, tmp_path, memory):
     bad = tmp_path / "bad.png"
-    bad.write_bytes(b"no picture")
+    bad.write_bytes(b"no image")
     mine = PretrainedFeatures("tiny", memory=tmp_path / "store" if memory else None)
     for row in (0, 5, 39, 40):
         X = [*paths[:row], str(bad), *paths[row:]]

@@ -1,4 +1,4 @@
-"""What must hold of any pictures, labels and parameters: drawn, not chosen.
+"""What must hold of any images, labels and parameters: drawn, not chosen.
 
 hypothesis draws the same cases in every run.
 """
@@ -27,7 +27,7 @@ from sktl import (
     PretrainedFeatures,
     register_backbone,
 )
-from sktl._backbones import load_backbone
+from sktl._backbones.registry import load_backbone
 
 drawn = settings(
     derandomize=True,
@@ -62,13 +62,13 @@ register_backbone(
 )
 
 
-# Pictures of any kind, in calls of any kind
+# Images of any kind, in calls of any kind
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.float64, np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class RandomImage:
     """Pixels as a user has them, and the same as RGB, worked out here."""
 
     pixels: np.ndarray
@@ -90,7 +90,7 @@ class Picture:
         return Image.fromarray(self.pixels[..., 0] if one else self.pixels)
 
 
-def a_picture(seed, height, width, n_channels, dtype):
+def a_image(seed, height, width, n_channels, dtype):
     """Draw pixels from a seed; whatever is transparent is so entirely."""
     shape = (height, width, n_channels) if n_channels else (height, width)
     unit = np.random.default_rng(seed).random(shape)
@@ -103,11 +103,13 @@ def a_picture(seed, height, width, n_channels, dtype):
     rgb = rgb if n_channels else rgb[..., None]
     if n_channels == 4:
         rgb = np.where(rgb[..., 3:] == 0, 255, rgb[..., :3])
-    return Picture(pixels, np.broadcast_to(rgb, (height, width, 3)).astype(np.uint8))
+    return RandomImage(
+        pixels, np.broadcast_to(rgb, (height, width, 3)).astype(np.uint8)
+    )
 
 
-pictures_drawn = st.builds(
-    a_picture,
+images_drawn = st.builds(
+    a_image,
     st.integers(0, 2**32 - 1),
     st.integers(1, 40),
     st.integers(1, 40),
@@ -116,35 +118,35 @@ pictures_drawn = st.builds(
 )
 
 FORMS = {
-    "path": lambda picture, folder: str(saved(picture, folder)),
-    "Path": lambda picture, folder: saved(picture, folder),
-    "bytes": lambda picture, folder: picture.file(),
-    "PIL": lambda picture, folder: picture.image(),
-    "array": lambda picture, folder: picture.pixels,
-    "tensor": lambda picture, folder: torch.from_numpy(picture.pixels),
+    "path": lambda image, folder: str(saved(image, folder)),
+    "Path": lambda image, folder: saved(image, folder),
+    "bytes": lambda image, folder: image.file(),
+    "PIL": lambda image, folder: image.image(),
+    "array": lambda image, folder: image.pixels,
+    "tensor": lambda image, folder: torch.from_numpy(image.pixels),
 }
 
 
-def forms_of(picture):
-    """Name the forms there are of a picture."""
-    if picture.file() is not None:
+def forms_of(image):
+    """Name the forms there are of an image."""
+    if image.file() is not None:
         return list(FORMS)
     return ["array", "tensor"]
 
 
-def saved(picture, folder):
-    """Write a picture to a file that is called after it, once."""
-    path = folder / f"{id(picture)}.png"
+def saved(image, folder):
+    """Write an image to a file that is called after it, once."""
+    path = folder / f"{id(image)}.png"
     if not path.exists():
-        path.write_bytes(picture.file())
+        path.write_bytes(image.file())
     return path
 
 
-def key_of(form, row, picture):
-    """Say which rows are remembered as the same picture."""
+def key_of(form, row, image):
+    """Say which rows are remembered as the same image."""
     if form in ("path", "Path", "bytes"):
-        return picture.file()
-    pixels = picture.rgb if form == "PIL" else picture.pixels
+        return image.file()
+    pixels = image.rgb if form == "PIL" else image.pixels
     return pixels.dtype.str, pixels.shape, pixels.tobytes()
 
 
@@ -164,13 +166,13 @@ def held_by(kind, rows):
             return list(rows)
         if len({type(row) for row in rows}) > 1:
             return list(rows)
-        series = pl.Series("picture", rows)
+        series = pl.Series("image", rows)
         return series if kind == "polars Series" else series.to_frame()
     if kind == "stack":
         if not all(isinstance(row, np.ndarray) for row in rows):
             return list(rows)
         alike = len({(row.shape, row.dtype) for row in rows}) == 1
-        # (n, h, 3) looks like one colour picture, and is refused as that.
+        # (n, h, 3) looks like one colour image, and is refused as that.
         if not alike or (rows[0].ndim == 2 and rows[0].shape[1] in (3, 4)):
             return list(rows)
         return np.stack(rows)
@@ -182,7 +184,7 @@ def held_by(kind, rows):
         "pandas Series": lambda rows: pd.Series(
             object_array(rows), index=range(7, 7 + len(rows))
         ),
-        "pandas frame": lambda rows: pd.DataFrame({"picture": object_array(rows)}),
+        "pandas frame": lambda rows: pd.DataFrame({"image": object_array(rows)}),
     }[kind](rows)
 
 
@@ -199,10 +201,10 @@ CONTAINERS = [
 ]
 
 
-def plain_row(picture, layer):
-    """Compute a picture alone, by a plain pass of torch."""
+def plain_row(image, layer):
+    """Compute an image alone, by a plain pass of torch."""
     backbone = load_backbone("rounding")
-    x = backbone.preprocessing(Image.fromarray(picture.rgb))
+    x = backbone.preprocessing(Image.fromarray(image.rgb))
     x = torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None] / 255
     mean = torch.tensor(backbone.preprocessing.mean)[:, None, None]
     std = torch.tensor(backbone.preprocessing.std)[:, None, None]
@@ -227,13 +229,13 @@ def folders(tmp_path_factory):
 
 @settings(drawn, max_examples=200)
 @given(st.data())
-def test_a_row_is_that_of_the_picture_alone(folders, data):
+def test_a_row_is_that_of_the_image_alone(folders, data):
     draw, folder = data.draw, folders()
-    pool = draw(st.lists(pictures_drawn, min_size=1, max_size=5))
+    pool = draw(st.lists(images_drawn, min_size=1, max_size=5))
     if draw(st.booleans()):  # all alike, so that they can be a stack
         one = pool[0].pixels
         pool = [
-            a_picture(i, *one.shape[:2], (*one.shape, 0)[2], one.dtype.type)
+            a_image(i, *one.shape[:2], (*one.shape, 0)[2], one.dtype.type)
             for i in range(len(pool))
         ]
     chosen = draw(st.lists(st.sampled_from(range(len(pool))), min_size=1, max_size=14))
@@ -253,8 +255,8 @@ def test_a_row_is_that_of_the_picture_alone(folders, data):
     plain = PretrainedFeatures("rounding", engine="torch", layer=layer)
     plain.set_params(batch_size=draw(st.sampled_from([1, 3, 8])))
     expected = np.stack([plain_row(pool[i], layer) for i in chosen])
-    # In a call of many, each distinct picture has bits of its own.
-    many = plain.transform([picture.pixels for picture in pool] * 8)
+    # In a call of many, each distinct image has bits of its own.
+    many = plain.transform([image.pixels for image in pool] * 8)
     padded = many[: len(pool)][chosen]
     close(padded, expected)
     remembered = {}
@@ -328,7 +330,7 @@ CONTAINERS_OF_LABELS = {
 
 @st.composite
 def labels(draw, n=10):
-    """Draw labels of n pictures, of two to four classes that all are there."""
+    """Draw labels of n images, of two to four classes that all are there."""
     kind = draw(st.sampled_from(sorted(KINDS_OF_LABELS)))
     classes = draw(st.lists(KINDS_OF_LABELS[kind], min_size=2, max_size=4, unique=True))
     more = draw(

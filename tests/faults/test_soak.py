@@ -14,7 +14,7 @@ PROGRAM = Path(soak.__file__)
 
 
 @pytest.mark.parametrize(
-    ("what", "number"), [("pictures", 2000), ("fits", 6), ("searches", 6)]
+    ("what", "number"), [("images", 2000), ("fits", 6), ("searches", 6)]
 )
 def test_nothing_grows(what, number):
     command = [sys.executable, PROGRAM, what, str(number)]

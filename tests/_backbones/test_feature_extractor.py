@@ -1,0 +1,186 @@
+"""Layers are compared with what torchvision's network computes on its own."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from sktl._backbones.feature_extractor import FeatureExtractor, pool
+from sktl._backbones.registry import load_backbone
+
+# One of each way a layer can be reached, in the words of sktl and of torchvision.
+RESNET18 = {
+    "stem": "relu",
+    "stage1": "layer1",
+    "stage3": "layer3",
+    "layer2.0.conv1": "layer2.0.conv1",
+    "bn1": "bn1",
+}
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def extract(backbone, layers, pooling, x):
+    with torch.inference_mode():
+        return FeatureExtractor(backbone, layers, pooling).eval()(x.clone())
+
+
+@pytest.mark.parametrize("layer", RESNET18)
+def test_a_layer_is_what_torchvision_computes(layer, noise):
+    backbone = load_backbone("resnet18", None)
+    # An extractor of torchvision runs a traced copy, in which nothing is in place.
+    reference = create_feature_extractor(backbone.network, [RESNET18[layer]])
+    with torch.inference_mode():
+        expected = reference(noise)[RESNET18[layer]]
+    if layer == "bn1":  # torchvision's copy too goes on to overwrite it
+        with torch.inference_mode():
+            expected = backbone.network.bn1(backbone.network.conv1(noise))
+    got = extract(backbone, [layer], "flatten", noise)
+    torch.testing.assert_close(got, expected.flatten(1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "vgg11", "densenet121"])
+def test_penultimate_and_last_linear_make_the_logits(name, noise):
+    backbone = load_backbone(name, None)
+    features = extract(backbone, ["penultimate"], "flatten", noise)
+    last = backbone.last_linear
+    with torch.inference_mode():
+        if isinstance(last, torch.nn.Conv2d):  # SqueezeNet: (n, 512, 3, 3)
+            maps = last(features.unflatten(1, (512, 3, 3)))
+            logits = maps.relu().mean((2, 3))
+        else:
+            logits = last(features)
+        torch.testing.assert_close(logits, backbone.network(noise))
+
+
+def test_several_layers_stand_side_by_side(noise):
+    backbone = load_backbone("squeezenet1_1", None)
+    layers = ["stage2", "penultimate", "stem", "classifier.1"]
+    together = extract(backbone, layers, "max", noise)
+    alone = [extract(backbone, [layer], "max", noise) for layer in layers]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1))
+
+
+def test_stages_stop_where_they_are_asked_to():
+    backbone = load_backbone("resnet18", None)
+    extractor = FeatureExtractor(backbone, ["stage1"], "avg")
+    kept = sum(parameter.numel() for parameter in extractor.parameters())
+    below = [backbone.network.conv1, backbone.network.bn1, backbone.network.layer1]
+    assert kept == sum(p.numel() for part in below for p in part.parameters())
+
+
+def test_the_shared_network_is_left_alone(noise):
+    backbone = load_backbone("resnet18", None)
+    extract(backbone, ["layer1", "penultimate"], "avg", noise)
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks
+        for module in backbone.network.modules()
+    )
+
+
+def test_pooling():
+    x = torch.rand(2, 3, 4, 6)
+    values = x.numpy().astype(np.float64)
+    expected = {
+        "avg": values.mean((2, 3)),
+        "max": values.max((2, 3)),
+        "gem": (values**3).mean((2, 3)) ** (1 / 3),
+        "flatten": values.reshape(2, -1),
+        1: values.mean((2, 3)),
+        2: values.reshape(2, 3, 2, 2, 2, 3).mean((3, 5)).reshape(2, -1),
+    }
+    for pooling, rows in expected.items():
+        got = pool(x, pooling, "a").numpy()
+        assert got.dtype == np.float32
+        np.testing.assert_allclose(got, rows, rtol=1e-5, err_msg=str(pooling))
+
+
+def test_pooling_of_tokens_is_over_the_tokens():
+    x = torch.rand(2, 7, 5)  # (n, tokens, channels)
+    torch.testing.assert_close(pool(x, "avg", "a"), x.mean(1))
+    with pytest.raises(ValueError, match=r"pooling=2 needs .* rows and columns"):
+        pool(x, 2, "encoder")
+
+
+def test_pooled_rows_do_not_change_with_the_network():
+    x = torch.rand(2, 5)
+    rows = pool(x, "avg", "a")
+    x.zero_()
+    assert rows.abs().sum() > 0
+
+
+def test_a_transformer_has_features_and_no_stages():
+    backbone = load_backbone("vit_b_16", None)
+    x = torch.randn(1, 3, 224, 224)
+    features = extract(backbone, ["penultimate"], "avg", x)
+    tokens = extract(backbone, ["encoder"], "avg", x)
+    assert features.shape == tokens.shape == (1, 768)
+    with torch.inference_mode():
+        logits = backbone.network.heads(features)
+        torch.testing.assert_close(logits, backbone.network(x))
+    with pytest.raises(ValueError, match="'vit_b_16' has no stages: a VisionTrans"):
+        FeatureExtractor(backbone, ["stage1"], "avg")
+
+
+def test_swin_maps_are_turned_to_channels_first():
+    swin = load_backbone("swin_t", None)
+    x = torch.randn(1, 3, 64, 64)
+    by_module = extract(swin, ["features.1"], 2, x)
+    torch.testing.assert_close(by_module, extract(swin, ["stage1"], 2, x))
+    assert by_module.shape == (1, 96 * 2 * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "channels"),
+    [
+        ("convnext_tiny", "features.1.0.block.0", 96),
+        ("convnext_tiny", "features.1.0.block.3", 384),
+        ("convnext_tiny", "features.1.0.block.6", 96),
+        ("convnext_tiny", "features.2.0", 96),
+        ("swin_t", "features.0.0", 96),
+        ("swin_t", "features.0.2", 96),
+        ("swin_t", "features.3.1.mlp", 192),
+        ("swin_t", "norm", 768),
+        ("swin_t", "permute", 768),
+    ],
+)
+def test_channels_are_found_where_a_network_moves_them(name, layer, channels, noise):
+    backbone = load_backbone(name, None)
+    assert extract(backbone, [layer], "avg", noise).shape == (2, channels)
+
+
+def test_names_of_depth_mean_stages(noise):
+    # torchvision's ShuffleNet has modules stage2 to stage4; our stages end at stage3.
+    backbone = load_backbone("shufflenet_v2_x0_5", None)
+    with torch.inference_mode():
+        expected = noise
+        for stage in list(backbone.stages.values())[:3]:
+            expected = stage(expected)
+    got = extract(backbone, ["stage2"], "flatten", noise)
+    torch.testing.assert_close(got, expected.flatten(1))
+    with pytest.raises(ValueError, match=r"\(stem, stage1, stage2, stage3\)"):
+        FeatureExtractor(backbone, ["stage4"], "avg")
+
+
+def test_what_has_no_row_per_image_is_refused(noise):
+    backbone = load_backbone("swin_v2_t", None)
+    with pytest.raises(ValueError, match=r"gives \d+ rows for 2 images"):
+        extract(backbone, ["features.1.0.attn.cpb_mlp"], "flatten", noise)
+    maxvit = load_backbone("maxvit_t", None)
+    inside = "blocks.0.layers.0.layers.window_attention.mlp_layer"
+    with pytest.raises(ValueError, match=r"windows, positions and channels"):
+        FeatureExtractor(maxvit, [inside], "avg")
+
+
+def test_errors_say_what_there_is(noise):
+    backbone = load_backbone("squeezenet1_1", None)
+    with pytest.raises(ValueError, match=r"Got 'clasifier' .* closest: classifier"):
+        FeatureExtractor(backbone, ["clasifier"], "avg")
+    with pytest.raises(ValueError, match=r"\(stem, stage1, stage2, stage3\)"):
+        FeatureExtractor(backbone, ["stage9"], "avg")
+    # The stages run block by block, so the container of the blocks never does.
+    with pytest.raises(ValueError, match=r"'features' does not run .* FeatureUnion"):
+        extract(backbone, ["features", "stage1"], "avg", noise)

@@ -1,0 +1,434 @@
+"""Tests of sktl._backbones.registry."""
+
+import copy
+import hashlib
+import pickle
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models.resnet import BasicBlock
+
+import sktl._backbones.registry
+from sktl._backbones.registry import (
+    BackboneSpec,
+    list_backbones,
+    load_backbone,
+    register_backbone,
+)
+from sktl._images.preprocessing import Preprocessing
+
+_SMALL = Preprocessing(resize_size=32, crop_size=32)
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test see what another one loaded or registered."""
+    monkeypatch.setattr(sktl._backbones.registry, "_registered", {})
+    monkeypatch.setattr(
+        sktl._backbones.registry, "_kept", type(sktl._backbones.registry._kept)()
+    )
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Path]:
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path / "hub")
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+def _resnet10(num_classes: int = 10) -> models.ResNet:
+    return models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
+
+
+def _noise(side: int = 64) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _saved(folder: Path, network: nn.Module, name: str = "net.pth") -> Path:
+    torch.save(network.state_dict(), folder / name)
+    return folder / name
+
+
+def test_a_backbone_is_torchvisions_network_and_transform(test_data: Path) -> None:
+    path = test_data / "weights" / "squeezenet1_1-imagenet.pth"
+    photo = next((test_data / "hymenoptera" / "val").rglob("*.jpg"))
+    image = Image.open(photo).convert("RGB")
+    expected = models.squeezenet1_1()
+    expected.load_state_dict(torch.load(path, weights_only=True))
+    weights = models.SqueezeNet1_1_Weights.DEFAULT
+    x = weights.transforms()(image)[None]  # (1, 3, 224, 224)
+
+    backbone = load_backbone("squeezenet1_1", path)
+
+    own = backbone.preprocessing
+    pixels = torch.from_numpy(own(image)).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (own.mean, own.std))
+    torch.testing.assert_close(((pixels - mean) / std)[None], x)
+    with torch.inference_mode():
+        assert torch.equal(backbone.network(x), expected.eval()(x))
+        assert torch.equal(backbone.staged_model(x), expected(x))  # type: ignore[misc]
+    assert backbone.categories == tuple(weights.meta["categories"])
+    assert backbone.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert backbone.min_size == 17
+    assert (backbone.penultimate, backbone.reason_without_stages) == (
+        "classifier.1",
+        None,
+    )
+    assert backbone.last_linear is backbone.network.classifier[1]
+
+
+def test_what_is_loaded_is_frozen() -> None:
+    backbone = load_backbone("mnasnet0_5", None)
+    assert not backbone.network.training
+    for value in backbone.network.state_dict().values():
+        assert value.device.type == "cpu"
+        assert value.dtype in (torch.float32, torch.int64)
+    assert not any(p.requires_grad for p in backbone.network.parameters())
+
+
+def test_random_weights_are_seeded_and_those_of_torchvision() -> None:
+    torch.manual_seed(3)
+    expected = models.shufflenet_v2_x0_5()
+    before = torch.get_rng_state()
+
+    one, same, other = (
+        load_backbone("shufflenet_v2_x0_5", None, random_state=seed)
+        for seed in (3, 3, 4)
+    )
+
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one is same
+    assert one.digest != other.digest
+    assert one.categories is None
+    assert torch.equal(one.network.fc.weight, expected.fc.weight)
+    assert not torch.equal(other.network.fc.weight, expected.fc.weight)
+
+
+def test_equal_content_is_loaded_once(tmp_path: Path) -> None:
+    first = _saved(tmp_path, _resnet10())
+    second = tmp_path / "copy.pth"
+    second.write_bytes(first.read_bytes())
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    one = load_backbone("mine", first)
+    assert load_backbone("mine", str(second)) is one
+    # Another content under the same path is another backbone.
+    _saved(tmp_path, _resnet10())
+    other = load_backbone("mine", first)
+    assert other.digest != one.digest
+    assert not torch.equal(other.network.fc.weight, one.network.fc.weight)
+
+
+def test_threads_share_one_network() -> None:
+    built, loaded = [], []
+
+    def build() -> nn.Module:
+        built.append(1)
+        return _resnet10()
+
+    register_backbone("mine", build, preprocessing=_SMALL)
+    threads = [
+        threading.Thread(target=lambda: loaded.append(load_backbone("mine")))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert len(loaded) == 8
+    assert len(set(map(id, loaded))) == 1
+
+
+def test_only_the_last_used_networks_are_kept() -> None:
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    first = load_backbone("mine", random_state=0)
+    second = load_backbone("mine", random_state=1)
+    for seed in range(2, 9):
+        load_backbone("mine", random_state=seed)
+        assert load_backbone("mine", random_state=0) is first
+    assert load_backbone("mine", random_state=1) is not second
+
+
+def test_a_copy_can_be_trained_and_its_stages_are_its_own() -> None:
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    shared = load_backbone("mine")
+    private = copy.deepcopy(shared)
+    private.stages["stage4"].requires_grad_(True)
+    trained = {n for n, p in private.network.named_parameters() if p.requires_grad}
+    assert {name.split(".")[0] for name in trained} == {"layer4"}
+    assert not any(p.requires_grad for p in shared.network.parameters())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: models.googlenet(init_weights=False, transform_input=True),
+        lambda: models.inception_v3(init_weights=False, transform_input=True),
+        lambda: models.inception_v3(
+            init_weights=False, transform_input=True, aux_logits=False
+        ),
+    ],
+    ids=["googlenet", "inception_v3", "inception_v3 without aux"],
+)
+def test_auxiliary_heads_may_be_in_the_file(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    expected = build().eval()
+    name = "googlenet" if isinstance(expected, models.GoogLeNet) else "inception_v3"
+    backbone = load_backbone(name, _saved(tmp_path, expected))
+    with torch.inference_mode():
+        x = _noise(96)
+        assert torch.equal(backbone.network(x), expected(x))
+        assert torch.equal(backbone.staged_model(x), expected(x))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1"])
+def test_the_head_takes_the_width_of_the_file(name: str, tmp_path: Path) -> None:
+    tuned = models.get_model(name, num_classes=7).eval()
+    backbone = load_backbone(name, _saved(tmp_path, tuned))
+    with torch.inference_mode():
+        assert torch.equal(backbone.network(_noise()), tuned(_noise()))
+    assert backbone.categories is None
+
+
+def test_half_precision_and_safetensors_are_read(tmp_path: Path) -> None:
+    source = models.mnasnet0_5().half()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "net.safetensors")
+    backbone = load_backbone("mnasnet0_5", tmp_path / "net.safetensors")
+    got, expected = backbone.network.classifier[1], source.classifier[1]
+    assert got.weight.dtype == torch.float32
+    assert torch.equal(got.weight, expected.weight.float())
+
+
+def test_weights_of_features_only_work_below_the_head(tmp_path: Path) -> None:
+    source = models.squeezenet1_1()
+    nn.init.constant_(source.classifier[1].weight, float("nan"))
+    backbone = load_backbone("squeezenet1_1", _saved(tmp_path, source))
+    x = _noise()
+    for stage in backbone.stages.values():
+        x = stage(x)
+    assert x.isfinite().all()
+
+
+def test_names_of_weights_and_of_their_files_mean_the_same(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = _saved(tmp_path, models.mobilenet_v2())
+    name = f"mobilenet_v2-{hashlib.sha256(saved.read_bytes()).hexdigest()[:8]}.pth"
+    (hub / name).write_bytes(saved.read_bytes())
+    weights = models.MobileNet_V2_Weights.IMAGENET1K_V1
+    monkeypatch.setattr(weights.value, "url", f"https://example.invalid/{name}")
+
+    by_name = load_backbone("mobilenet_v2", "IMAGENET1K_V1")
+
+    assert (
+        load_backbone("mobilenet_v2", "MobileNet_V2_Weights.IMAGENET1K_V1") is by_name
+    )
+    assert load_backbone("mobilenet_v2", hub / name) is by_name
+    assert by_name.preprocessing.resize_size == 256
+    assert by_name.categories == tuple(weights.meta["categories"])
+    # Under another name it is anybody's, and goes with the default weights.
+    assert load_backbone("mobilenet_v2", saved).preprocessing.resize_size == 232
+
+
+def test_without_network_the_error_says_what_to_fetch(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    url = "http://127.0.0.1:9/resnet18-f37072fd.pth"
+    monkeypatch.setattr(models.ResNet18_Weights.DEFAULT.value, "url", url)
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9") as caught:
+        load_backbone("resnet18")
+    assert str(hub) in str(caught.value)
+
+
+def test_a_vision_transformer_has_no_stages_but_a_penultimate_layer() -> None:
+    backbone = load_backbone("vit_b_32", None)
+    with pytest.raises(ValueError, match="'vit_b_32' has no stages: a VisionTransf"):
+        _ = backbone.stages
+    with pytest.raises(ValueError, match="'vit_b_32' has no stages"):
+        _ = backbone.head
+    assert backbone.staged_model is None
+    assert backbone.penultimate == "heads.head"
+    assert backbone.last_linear.in_features == 768
+    assert backbone.preprocessing_at(224) == Preprocessing(224, 224)
+    with pytest.raises(ValueError, match="takes images of 224 pixels a side only"):
+        backbone.preprocessing_at(256)
+
+
+def test_images_may_have_another_size_within_limits() -> None:
+    backbone = load_backbone("squeezenet1_1", None)
+    assert backbone.preprocessing_at(None) == Preprocessing(256, 224)
+    assert backbone.preprocessing_at(64) == Preprocessing(64, 64)
+    assert backbone.preprocessing_at(17).crop_size == 17
+    with pytest.raises(ValueError, match="image_size must be at least 17"):
+        backbone.preprocessing_at(16)
+
+
+def test_a_registered_network_is_a_backbone() -> None:
+    mine = _resnet10().eval()
+    preset = models.ResNet18_Weights.DEFAULT.transforms()
+    register_backbone(
+        "mine", lambda: mine, preprocessing=preset, categories=list("abcdefghij")
+    )
+    assert "mine" in list_backbones()
+    others = {"resnet_mini", *models.list_models(module=models)}
+    assert list_backbones() == sorted({"mine", *others})
+    backbone = load_backbone("mine")
+    with torch.inference_mode():
+        assert torch.equal(backbone.network(_noise()), mine(_noise()))
+    assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    assert backbone.categories == tuple("abcdefghij")
+    assert backbone.preprocessing == Preprocessing(256, 224)
+    # The user's own network is left as it was.
+    assert all(p.requires_grad for p in mine.parameters())
+
+
+def test_a_registered_network_is_built_from_a_seed_or_a_file(tmp_path: Path) -> None:
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    torch.manual_seed(5)
+    expected = _resnet10()
+    before = torch.get_rng_state()
+    backbone = load_backbone("mine", None, random_state=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(backbone.network.fc.weight, expected.fc.weight)
+    assert backbone is load_backbone("mine", "DEFAULT", random_state=5)
+
+    path = _saved(tmp_path, _resnet10())
+    stored = torch.load(path, weights_only=True)
+    assert torch.equal(
+        load_backbone("mine", path).network.fc.weight, stored["fc.weight"]
+    )
+    with pytest.raises(ValueError, match=r"net\.pth' for the backbone 'mine' differ"):
+        load_backbone("mine", _saved(tmp_path, _resnet10(num_classes=3)))
+
+
+def test_registering_again_replaces() -> None:
+    register_backbone("mine", lambda: _resnet10(3), preprocessing=_SMALL)
+    first = load_backbone("mine")
+    register_backbone("mine", lambda: _resnet10(4), preprocessing=_SMALL)
+    second = load_backbone("mine")
+    assert (first.last_linear.out_features, second.last_linear.out_features) == (3, 4)
+
+
+def test_the_digest_of_a_registered_network_sees_its_architecture() -> None:
+    digests = set()
+    for stride in (1, 2):
+        build = lambda s=stride: nn.Sequential(nn.Conv2d(3, 4, 3, stride=s))  # noqa: E731
+        register_backbone("mine", build, preprocessing=_SMALL)
+        digests.add(load_backbone("mine").digest)
+    assert len(digests) == 2
+
+
+def test_a_network_without_stages_or_linear_layer_says_so() -> None:
+    register_backbone(
+        "mine", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), preprocessing=_SMALL
+    )
+    backbone = load_backbone("mine")
+    with pytest.raises(ValueError, match=r"'mine' has no stages: a Sequential is not"):
+        _ = backbone.stages
+    with pytest.raises(ValueError, match=r"The backbone 'mine' has none"):
+        _ = backbone.penultimate
+
+
+class _Cheating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 4, 3)])
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            x = stage(x)
+        return -self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": 3}, TypeError, "must be a str. Got 3"),
+        ({"name": ""}, ValueError, "must not be empty"),
+        ({"name": "resnet18"}, ValueError, "nor that of the bundled network"),
+        ({"builder": _resnet10()}, TypeError, "a function that gives a network"),
+        ({"builder": "resnet"}, TypeError, "a function that gives a network. Got str"),
+        ({"builder": lambda: 3}, TypeError, "must give a torch.nn.Module. Got int"),
+        ({"categories": ["a"]}, ValueError, "has 10. Got 1"),
+        ({"builder": _Cheating}, ValueError, "_Cheating, run in order"),
+        ({"preprocessing": 32}, TypeError, "preprocessing must be a sktl.Preproc"),
+    ],
+)
+def test_refuses_what_is_no_backbone(
+    arguments: dict[str, object], error: type[Exception], message: str
+) -> None:
+    given = {"name": "mine", "builder": _resnet10, "preprocessing": _SMALL, **arguments}
+    with pytest.raises(error, match=message):  # noqa: PT012
+        register_backbone(**given)  # type: ignore[arg-type]
+        load_backbone("mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "error", "message"),
+    [
+        ("resnet-18", None, ValueError, "Do you mean resnet18"),
+        ("fcn_resnet50", None, ValueError, "There is no backbone 'fcn_resnet50'"),
+        ("resnet50", "V3", ValueError, "IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
+        ("resnet50", 3, TypeError, "must be a str, a path or None. Got 3"),
+        ("resnet50", "no/such.pth", FileNotFoundError, "There is no weights file"),
+        ("resnet50", "no/such", FileNotFoundError, "There is no weights file"),
+    ],
+)
+def test_refuses_names_nobody_knows(
+    name: str, weights: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        load_backbone(name, weights)  # type: ignore[arg-type]
+
+
+def test_refuses_weights_of_another_network(tmp_path: Path) -> None:
+    path = _saved(tmp_path, models.squeezenet1_0())
+    with pytest.raises(ValueError, match="'squeezenet1_1' differ in") as caught:
+        load_backbone("squeezenet1_1", path)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_reference_leads_to_the_same_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _saved(tmp_path, _resnet10(), "mine.pth")
+    register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
+    monkeypatch.chdir(tmp_path)
+    backbone = load_backbone("mine", "mine.pth")
+    reference = BackboneSpec.to(backbone, "mine.pth")
+    monkeypatch.chdir(tmp_path.parent)
+    assert pickle.loads(pickle.dumps(reference)).load() is backbone
+    assert BackboneSpec.to(load_backbone("resnet_mini"), "DEFAULT").weights == "DEFAULT"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        BackboneSpec.to(load_backbone("mine", "~/mine.pth"), "~/mine.pth") == reference
+    )
+    random = load_backbone("resnet18", None, random_state=3)
+    assert BackboneSpec.to(random, None, 3).load() is random
+
+
+def test_a_reference_names_what_a_machine_lacks(tmp_path: Path) -> None:
+    file = _saved(tmp_path, _resnet10())
+    register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
+    reference = BackboneSpec.to(load_backbone("mine", file), file)
+    _saved(tmp_path, _resnet10())
+    with pytest.raises(ValueError, match=rf"digest {reference.digest[:12]} .*, too"):
+        reference.load()
+    file.unlink()
+    name = re.escape(socket.gethostname())
+    with pytest.raises(FileNotFoundError, match=rf"net.*on the machine '{name}'"):
+        reference.load()

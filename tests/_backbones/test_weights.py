@@ -1,0 +1,387 @@
+"""Tests of sktl._backbones.weights."""
+
+import hashlib
+import os
+import pickle
+import tarfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torchvision import models
+
+from sktl._backbones import weights as weights_module
+from sktl._backbones.weights import (
+    fetch_weights,
+    file_digest,
+    load_weights,
+    load_weights_into,
+    skip_weight_allocation,
+)
+from sktl._utils.tensor_file import state_dict_digest
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Leave stderr to the tests."""
+
+
+@pytest.fixture
+def server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Path]]:
+    """Serve a folder; give its address and the folder."""
+    monkeypatch.setenv("no_proxy", "*")
+    folder = tmp_path / "served"
+    folder.mkdir()
+    handler = partial(_Quiet, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}", folder
+        http.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Path]:
+    """Give the folder into which torch.hub downloads."""
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(tmp_path / "hub")
+    yield tmp_path / "hub" / "checkpoints"
+    torch.hub.set_dir(before)
+
+
+@pytest.fixture
+def layer() -> nn.Linear:
+    return nn.Linear(3, 2)
+
+
+def _named_by_hash(folder: Path, stem: str, content: bytes) -> Path:
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder / f"{stem}-{digest[:8]}.pth"
+    path.write_bytes(content)
+    return path
+
+
+def _saved(layer: nn.Module, path: Path) -> bytes:
+    torch.save(layer.state_dict(), path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_loads_what_was_saved(tmp_path: Path, layer: nn.Linear, suffix: str) -> None:
+    path = tmp_path / f"net{suffix}"
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    save(layer.state_dict(), path)
+
+    weights = load_weights(str(path))
+
+    assert set(weights.state_dict) == {"weight", "bias"}
+    assert torch.equal(weights.state_dict["weight"], layer.weight)
+    assert weights.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert weights.digest == file_digest(path)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_unwraps_what_training_scripts_save(
+    tmp_path: Path, layer: nn.Linear, key: str, prefix: str
+) -> None:
+    state = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
+    torch.save({key: state, "epoch": 3}, tmp_path / "net.pth")
+    loaded = load_weights(tmp_path / "net.pth").state_dict
+    assert torch.equal(loaded["bias"], layer.bias)
+
+
+def test_unwraps_an_averaged_model(tmp_path: Path, layer: nn.Linear) -> None:
+    averaged = torch.optim.swa_utils.AveragedModel(layer)
+    torch.save(averaged.state_dict(), tmp_path / "net.pth")
+    loaded = load_weights(tmp_path / "net.pth").state_dict
+    assert set(loaded) == {"weight", "bias"}
+    assert torch.equal(loaded["bias"], layer.bias)
+
+
+def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
+    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
+    torch.save(state, tmp_path / "net.pth")
+    assert list(load_weights(tmp_path / "net.pth").state_dict) == ["module.a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ({"epoch": 3, "lr": 0.1}, "2 keys: 'epoch', 'lr'"),
+        ({}, "0 keys: none"),
+        ([torch.zeros(1)], "a list"),
+        ({0: torch.zeros(1)}, "1 keys: 0"),
+    ],
+)
+def test_refuses_what_is_no_state_dict(
+    tmp_path: Path, content: object, found: str
+) -> None:
+    torch.save(content, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=f"holds {found}"):
+        load_weights(tmp_path / "net.pth")
+
+
+class _Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_executes_nothing_from_a_file(tmp_path: Path) -> None:
+    path, touched = tmp_path / "net.pth", tmp_path / "touched"
+    torch.save({"weight": _Attack(touched)}, path)
+    with pytest.raises(ValueError, match=r"net\.pth.* Nothing in it was executed"):
+        load_weights(path)
+    assert not touched.exists()
+    # The attack does work on whoever unpickles without looking.
+    pickle.loads(pickle.dumps(_Attack(touched)))
+    assert touched.exists()
+
+
+def test_refuses_the_tar_files_of_the_first_torch(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "tar.pth", "w") as tar:
+        for name in ("sys_info", "pickle", "storages", "tensors"):
+            (tmp_path / name).write_bytes(b"")
+            tar.add(tmp_path / name, name)
+    with pytest.raises(ValueError, match=r"tar\.pth': it is damaged"):
+        load_weights(tmp_path / "tar.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 10, 300])
+def test_refuses_a_truncated_file(
+    tmp_path: Path, layer: nn.Linear, suffix: str, kept: int
+) -> None:
+    path = tmp_path / f"net{suffix}"
+    save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
+    save({"weight": torch.zeros(100)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=rf"net\{suffix}"):
+        load_weights(path)
+
+
+def test_verifies_the_name_at_every_load(tmp_path: Path, layer: nn.Linear) -> None:
+    path = _named_by_hash(tmp_path, "net", _saved(layer, tmp_path / "net.pth"))
+    assert torch.equal(load_weights(path).state_dict["bias"], layer.bias)
+
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+
+    for read in (load_weights, file_digest):
+        with pytest.raises(ValueError, match="delete it and it will be fetched again"):
+            read(path)
+
+
+@pytest.mark.parametrize("stem", ["net-imagenet", "net-1234567", "net-20240101x", "a"])
+def test_a_name_without_a_hash_promises_nothing(
+    tmp_path: Path, layer: nn.Linear, stem: str
+) -> None:
+    _saved(layer, tmp_path / f"{stem}.pth")
+    assert len(load_weights(tmp_path / f"{stem}.pth").state_dict) == 2
+
+
+def test_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no weights file .*net\.pth"):
+        load_weights(tmp_path / "net.pth")
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(ValueError, match=r"regular file.* a folder"):
+        load_weights(tmp_path / "folder.pth")
+    (tmp_path / "net.h5").touch()
+    with pytest.raises(ValueError, match=r"ends in \.pth.*net\.h5"):
+        load_weights(tmp_path / "net.h5")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(ValueError, match="regular file"):
+        load_weights(tmp_path / "pipe.pth")
+
+
+def test_digest_is_remembered_until_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.pth"
+    path.write_bytes(b"a" * 1000)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    time.sleep(0.15)
+    first = file_digest(path)
+    assert first == hashlib.sha256(b"a" * 1000).hexdigest()
+    with monkeypatch.context() as without_reading:
+        without_reading.delattr(hashlib, "file_digest")
+        assert file_digest(path) == first
+    # Equal size, and the time of modification put back.
+    path.write_bytes(b"b" * 1000)
+    os.utime(path, ns=times)
+    assert file_digest(path) == hashlib.sha256(b"b" * 1000).hexdigest()
+
+
+def test_digests_of_files_without_end_are_not_all_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights_module, "_digests", {})
+    monkeypatch.setattr(weights_module, "_MOST_DIGESTS", 3)
+    monkeypatch.setattr(
+        weights_module, "_TICK_NS", -(10**18)
+    )  # all were there long ago
+    for i in range(10):
+        path = tmp_path / str(i)
+        path.write_bytes(bytes([i]))
+        assert file_digest(path) == hashlib.sha256(bytes([i])).hexdigest()
+        assert 0 < len(weights_module._digests) <= 3
+
+
+def test_digest_sees_changes_that_follow_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "net.pth"
+    for i in range(50):
+        path.write_bytes(bytes([i]) * 1000)
+        assert file_digest(path) == hashlib.sha256(bytes([i]) * 1000).hexdigest()
+
+
+def test_fetches_once(
+    server: tuple[str, Path],
+    hub: Path,
+    layer: nn.Linear,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    address, folder = server
+    served = _named_by_hash(folder, "net", _saved(layer, tmp_path / "net.pth"))
+
+    path = fetch_weights(f"{address}/{served.name}", progress=False)
+
+    assert path == hub / served.name
+    assert path.read_bytes() == served.read_bytes()
+    served.unlink()
+    assert fetch_weights(f"{address}/{served.name}", progress=False) == path
+    assert capsys.readouterr() == ("", "")
+
+
+def test_keeps_nothing_that_is_not_what_its_name_promises(
+    server: tuple[str, Path], hub: Path
+) -> None:
+    address, folder = server
+    (folder / "net-00000000.pth").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="Nothing was kept"):
+        fetch_weights(f"{address}/net-00000000.pth", progress=False)
+    assert list(hub.iterdir()) == []
+
+
+def test_says_what_to_do_without_a_network(server: tuple[str, Path], hub: Path) -> None:
+    gone = f"{server[0]}/net-00000000.pth"
+    nobody = "http://127.0.0.1:9/net-00000000.pth"
+    for url in (gone, nobody):
+        with pytest.raises(ConnectionError, match="path/to/net-00000000") as caught:
+            fetch_weights(url, progress=False)
+        assert url in str(caught.value)
+        assert str(hub) in str(caught.value)
+        assert caught.value.__cause__ is not None
+    assert list(hub.iterdir()) == []
+
+
+def test_an_unfilled_network_costs_nothing_and_can_be_filled() -> None:
+    before = torch.get_rng_state()
+    with skip_weight_allocation():
+        network = models.regnet_y_400mf()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    source = models.regnet_y_400mf()
+    load_weights_into(network, source.state_dict(), "they")
+    for name, value in source.state_dict().items():
+        assert torch.equal(network.state_dict()[name], value), name
+
+
+def test_fill_keeps_the_types_of_the_network(layer: nn.Linear) -> None:
+    half = {name: value.half() for name, value in layer.state_dict().items()}
+    network = nn.Linear(3, 2)
+    load_weights_into(network, half, "they")
+    assert network.weight.dtype == torch.float32
+    assert torch.equal(network.weight, half["weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "they differ in 1: bias is missing"),
+        (
+            {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "c": torch.zeros(1)},
+            "they differ in 1: c is not known",
+        ),
+        (
+            {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)},
+            "they differ in 1: size mismatch for weight",
+        ),
+    ],
+)
+def test_fill_says_what_differs(
+    layer: nn.Linear, state: dict[str, torch.Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_weights_into(layer, state, "they")
+
+
+def test_fill_knows_the_old_names_of_densenet() -> None:
+    with skip_weight_allocation():
+        source, network = (models.DenseNet(4, (2, 1), 8, 2) for _ in range(2))
+    source.to_empty(device="cpu")
+    old = OrderedDict(
+        (name.replace("norm1", "norm.1").replace("conv2", "conv.2"), value)
+        for name, value in source.state_dict().items()
+    )
+    load_weights_into(network, old, "they")
+    name = "features.denseblock1.denselayer2.conv2.weight"
+    assert name not in old
+    assert (
+        network.get_parameter(name).data_ptr() == source.get_parameter(name).data_ptr()
+    )
+
+
+def test_fill_leaves_out_auxiliary_heads(layer: nn.Linear) -> None:
+    load_weights_into(
+        layer, {**nn.Linear(3, 2).state_dict(), "aux1.w": torch.zeros(1)}, "they"
+    )
+
+
+def test_fill_takes_an_mnasnet_without_version() -> None:
+    source = models.mnasnet0_5()
+    with skip_weight_allocation():
+        network = models.mnasnet0_5()
+    load_weights_into(network, dict(source.state_dict()), "they")
+    assert torch.equal(network.layers[0].weight, source.layers[0].weight)
+
+
+def test_content_digest_sees_names_types_shapes_and_bits() -> None:
+    digests = set()
+    for shape in [(2, 3), (3, 2)]:
+        for dtype in (torch.float32, torch.float64):
+            for number in (0, 1):
+                layer = nn.Linear(*shape, dtype=dtype)
+                nn.init.constant_(layer.weight, number)
+                nn.init.zeros_(layer.bias)
+                digests |= {
+                    state_dict_digest(layer.state_dict()),
+                    state_dict_digest(layer.state_dict()),
+                }
+                digests.add(state_dict_digest(nn.Sequential(layer).state_dict()))
+    assert len(digests) == 16
+
+
+def test_content_digest_of_one_number_is_that_of_the_number() -> None:
+    number = torch.tensor(3.0)
+    plain, spread = {"a": number.reshape(1)}, {"a": number.expand(1)}
+    assert state_dict_digest(spread) == state_dict_digest(plain)

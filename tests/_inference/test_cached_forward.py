@@ -1,0 +1,331 @@
+"""Each image goes through the network once, and the rows are what they were."""
+
+import errno
+import os
+import pickle
+import shutil
+import time
+from pathlib import Path
+from unittest import mock
+
+import joblib
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.linear_model import RidgeClassifier
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
+from sklearn.pipeline import make_pipeline
+from store_rows import shards
+
+import sktl._inference.cached_forward
+from sktl import FeatureStore, PretrainedClassifier, PretrainedFeatures
+from sktl._inference.forward import batches
+
+
+class Counting(PretrainedFeatures):
+    """Write down how many images go through the network, in any process."""
+
+    def __init__(
+        self,
+        backbone="resnet_mini",
+        *,
+        log=None,
+        batch_size=4,
+        memory=None,
+        layer="stem",
+    ):
+        super().__init__(backbone, batch_size=batch_size, memory=memory, layer=layer)
+        self.log = log
+
+    def transform(self, X):
+        def counted(*arguments, **options):
+            for positions, out in batches(*arguments, **options):
+                with open(self.log, "a") as log:
+                    print(f"{time.time()} {os.getpid()} {len(positions)}", file=log)
+                yield positions, out
+
+        with mock.patch("sktl._inference.cached_forward.batches", counted):
+            return super().transform(X)
+
+
+@pytest.fixture
+def counting(tmp_path):
+    (tmp_path / "log").touch()
+    return Counting(log=str(tmp_path / "log"), memory=str(tmp_path / "store"))
+
+
+def n_through(estimator):
+    return sum(
+        int(line.split()[2]) for line in Path(estimator.log).read_text().splitlines()
+    )
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("kind", ["paths", "arrays"])
+def test_c9_a_grid_search_runs_each_image_once(counting, paths, images, kind, shuffle):
+    X = np.array(paths) if kind == "paths" else images
+    y = np.arange(len(X)) % 2
+    search = GridSearchCV(
+        make_pipeline(counting, RidgeClassifier()),
+        {"ridgeclassifier__alpha": np.logspace(-3, 3, 10)},
+        cv=StratifiedKFold(5, shuffle=shuffle, random_state=0 if shuffle else None),
+    )
+    search.fit(X, y)
+    assert n_through(counting) == len(X)
+    search.fit(X, y)
+    assert n_through(counting) == len(X)
+
+
+class Noting(Counting):
+    """Write down what is looked up, computed and published, in order in any process."""
+
+    def transform(self, X):
+        def note(event, keys=()):
+            moment = time.monotonic_ns()  # of one clock for all processes
+            with open(self.log, "a") as log:
+                for key in keys or [b""]:
+                    print(os.getpid(), moment, event, key.hex(), file=log)
+
+        def lookup(method):
+            def noted(*arguments):
+                note("look")
+                return method(*arguments)
+
+            return noted
+
+        def noted_put(store, space, keys, rows):
+            put(store, space, keys, rows)
+            note("published", keys)
+
+        def noted_batches(network, missing, *arguments, **options):
+            for positions, out in batches(network, missing, *arguments, **options):
+                note(
+                    "computed", [missing._rows.keys[position] for position in positions]
+                )
+                yield positions, out
+
+        put = FeatureStore.put
+        with (
+            mock.patch.object(FeatureStore, "get", lookup(FeatureStore.get)),
+            mock.patch.object(FeatureStore, "known", lookup(FeatureStore.known)),
+            mock.patch.object(FeatureStore, "put", noted_put),
+            mock.patch("sktl._inference.cached_forward.batches", noted_batches),
+            mock.patch("sktl._inference.cached_forward._LEAST_WRITTEN", 4),
+        ):
+            return PretrainedFeatures.transform(self, X)
+
+
+def test_c9_two_workers_share_the_work(tmp_path, paths):
+    mine = Noting(log=str(tmp_path / "log"), memory=str(tmp_path / "store"))
+    search = GridSearchCV(
+        make_pipeline(mine, RidgeClassifier()),
+        {"ridgeclassifier__alpha": [0.1, 1, 10]},
+        cv=5,
+        n_jobs=2,
+    )
+    both_awake = joblib.delayed(PretrainedFeatures("resnet_mini").transform)
+    joblib.Parallel(n_jobs=2)(both_awake(paths) for _ in range(4))
+    search.fit(paths, np.arange(len(paths)) % 2)
+    log = [line.split(" ") for line in Path(mine.log).read_text().splitlines()]
+    published, looked, n_since = {}, {}, {}
+    for _, moment, event, key in log:
+        if event == "published":
+            published[key] = min(int(moment), published.get(key, 2**63))
+    assert len(published) == len(paths)
+    # An image more than once only if both had it in their hands at the same moment:
+    # none is computed that was there when its worker looked, before each batch.
+    for process, moment, event, key in log:
+        if event == "look":
+            looked[process], n_since[process] = int(moment), 0
+        elif event == "computed":
+            n_since[process] += 1
+            assert n_since[process] <= mine.batch_size
+            assert looked[process] <= published[key]
+    search.fit(paths, np.arange(len(paths)) % 2)
+    assert Path(mine.log).read_text().count("published") == str(log).count("published")
+
+
+def test_what_another_process_computed_meanwhile_is_left_out(counting, paths):
+    expected = clone(counting).set_params(memory=None).transform(paths)
+    other = clone(counting)
+    put = FeatureStore.put
+    calls = []
+
+    def then_the_other(store, space, keys, rows):
+        put(store, space, keys, rows)
+        if not calls:
+            calls.append(1)
+            other.transform(paths)
+
+    with (
+        mock.patch.object(FeatureStore, "put", then_the_other),
+        mock.patch.object(sktl._inference.cached_forward, "_LEAST_WRITTEN", 4),
+    ):
+        got = counting.transform(paths)
+    # All by the two; what the one had computed before the other began, and the batch
+    # that was decoded, is all that could be left.
+    assert n_through(counting) == len(paths)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("estimator", [PretrainedFeatures, PretrainedClassifier])
+def test_c12_cold_warm_and_no_store_have_equal_bits(estimator, paths, tmp_path):
+    method = "transform" if estimator is PretrainedFeatures else "decision_function"
+    plain = estimator("resnet_mini").fit(paths)
+    expected = getattr(plain, method)(paths)
+    mine = estimator("resnet_mini", memory=tmp_path).fit(paths)
+    for X in (paths, paths, paths[::-1]):
+        got = getattr(mine, method)(X)
+        np.testing.assert_array_equal(
+            got[:: 1 if X is paths or X == paths else -1], expected
+        )
+    few = getattr(mine, method)(paths[:3])  # remembered from a padded batch
+    np.testing.assert_array_equal(few, expected[:3])
+
+
+def test_c12_a_store_that_knows_some(paths, tmp_path):
+    expected = PretrainedFeatures("resnet_mini").transform(paths)
+    mine = PretrainedFeatures("resnet_mini", memory=tmp_path)
+    mine.transform(paths[:5])  # one by one, so with other rounding
+    got = mine.transform(paths)
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_duplicates_are_computed_once(counting, paths, tmp_path):
+    copy = shutil.copy(paths[0], tmp_path / "copy.png")
+    rows = counting.transform([paths[0], copy, paths[1], paths[0], paths[1]])
+    assert n_through(counting) == 2
+    np.testing.assert_array_equal(rows[[0, 0, 2]], rows[[1, 3, 4]])
+
+
+def test_a_hit_decodes_nothing(counting, paths, monkeypatch):
+    expected = counting.transform(paths)
+    monkeypatch.setattr(Image, "open", None)
+    np.testing.assert_array_equal(counting.transform(paths), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer": "stage1"},
+        {"pooling": "max"},
+        {"image_size": 24},
+        {"precision": "bfloat16"},
+        {"weights": None},
+        {"pixel_range": (0, 300)},
+    ],
+)
+def test_c7_what_makes_other_rows_is_another_space(change, paths, tmp_path):
+    mine = PretrainedFeatures("resnet_mini", layer="stem", memory=tmp_path)
+    mine.transform(paths[:4])
+    mine.set_params(**change)
+    expected = clone(mine).set_params(memory=None).transform(paths[:4])
+    np.testing.assert_array_equal(mine.transform(paths[:4]), expected)
+    assert len(FeatureStore(tmp_path).info()["spaces"]) == 2
+
+
+def test_c7_another_decoder_is_another_space(counting, paths, monkeypatch):
+    counting.transform(paths)
+    monkeypatch.setattr("PIL.__version__", "99.0.0")
+    counting.transform(paths)
+    assert n_through(counting) == 2 * len(paths)
+
+
+def test_c8_a_file_replaced_by_another_of_the_same_size(counting, tmp_path):
+    file = tmp_path / "a.bmp"
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(file)
+        os.utime(file, ns=(10**18, 10**18))
+        expected = clone(counting).set_params(memory=None).transform([file])
+        np.testing.assert_array_equal(counting.transform([file]), expected)
+
+
+@pytest.mark.parametrize("kind", ["path", "store", "joblib"])
+def test_memory_is_a_directory_or_has_one(kind, paths, tmp_path):
+    memory = {
+        "path": tmp_path,
+        "store": FeatureStore(tmp_path),
+        "joblib": joblib.Memory(tmp_path, verbose=0),
+    }[kind]
+    mine = PretrainedFeatures("resnet_mini", memory=memory)
+    mine.fit(paths).transform(paths[:3])
+    again = pickle.loads(pickle.dumps(clone(mine).fit(paths)))
+    again.transform(paths[:3])
+    assert FeatureStore(tmp_path).info()["rows"] == 3
+    off = PretrainedFeatures("resnet_mini", memory=joblib.Memory(None))
+    assert off.transform(paths[:3]).shape == (3, 256)
+
+
+def test_memory_that_is_none_of_these(paths):
+    with pytest.raises(ValueError, match="'memory' parameter"):
+        PretrainedFeatures("resnet_mini", memory=3).transform(paths)
+    with pytest.raises(ValueError, match=r"memory must be a directory.*is a file"):
+        PretrainedFeatures("resnet_mini", memory=paths[0]).transform(paths)
+
+
+def test_a_full_disk_does_not_fail_a_fit(counting, paths, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    expected = clone(counting).set_params(memory=None).transform(paths)
+    with pytest.warns(UserWarning, match="cannot be written") as warned:
+        got = counting.transform(paths)
+    assert len(warned) == 1
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_damaged_shard_does_not_fail_a_fit(counting, paths):
+    expected = counting.transform(paths)
+    for shard in shards(counting.memory):
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1  # in the rows
+        shard.write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        got = counting.transform(paths)
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(counting.transform(paths), expected)
+
+
+def test_a_store_too_small_for_all_does_not_fail_a_fit(counting, paths):
+    expected = clone(counting).set_params(memory=None).transform(paths)
+    for max_bytes in (1, 5_000):
+        small = FeatureStore(counting.memory, max_bytes=max_bytes)
+        got = clone(counting).set_params(memory=small).transform(paths)
+        np.testing.assert_array_equal(got, expected)
+        assert small.info()["bytes"] <= max_bytes
+
+
+def test_rows_that_go_before_they_are_read_are_computed(counting, paths):
+    expected = clone(counting).set_params(memory=None).transform(paths)
+    everything = dict.fromkeys(map(key_of, paths))
+    with mock.patch.object(FeatureStore, "known", return_value=everything):
+        got = counting.transform(paths)
+    np.testing.assert_array_equal(got, expected)
+
+
+def key_of(path):
+    return sktl._images.hashing.content_hash(path, row=0, pixel_range="auto")
+
+
+def test_what_was_computed_before_an_interrupt_is_kept(counting, paths):
+    def interrupted(*arguments, **options):
+        for n, result in enumerate(batches(*arguments, **options)):
+            if n == 3:
+                raise KeyboardInterrupt
+            yield result
+
+    with (
+        mock.patch("sktl._inference.cached_forward.batches", interrupted),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        PretrainedFeatures.transform(counting, paths)
+    assert FeatureStore(counting.memory).info()["rows"] == 12
+
+
+def test_a_bad_image_is_named(counting, paths, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(Path(paths[0]).read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"X\[2\] \('.*bad.png'\)"):
+        counting.transform([*paths[:2], bad])

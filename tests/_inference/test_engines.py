@@ -1,0 +1,272 @@
+"""Engines against torch's plain forward pass, and what they cannot do."""
+
+import functools
+import gc
+import shutil
+import threading
+import warnings
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from sktl._backbones.feature_extractor import FeatureExtractor
+from sktl._backbones.registry import load_backbone
+from sktl._images.preprocessing import Preprocessing
+from sktl._inference import engines
+from sktl._inference.engines import OpenVINONetwork, TorchNetwork, get_compiled_model
+from sktl._inference.execution import Execution
+
+SMALL = Preprocessing(resize_size=64, crop_size=64)
+PIXELS = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
+# The smallest member of each family of convolutional networks in torchvision.
+FAMILIES = [
+    "alexnet",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "googlenet",
+    "inception_v3",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "resnet18",
+    "shufflenet_v2_x0_5",
+    "squeezenet1_1",
+    "vgg11",
+]
+
+
+def on_cpu(engine="torch", precision="float32"):
+    return Execution(torch.device("cpu"), precision, engine)
+
+
+def network(name, preprocessing=SMALL, layer="penultimate", **execution):
+    backbone = load_backbone(name, None)
+    return get_compiled_model(
+        (name, layer),
+        lambda: FeatureExtractor(backbone, [layer], "avg"),
+        preprocessing,
+        on_cpu(**execution),
+        name=name,
+    )
+
+
+def computed(net, pixels=PIXELS):
+    return net.start(pixels)()
+
+
+def plain(name, pixels, layer="penultimate"):
+    """Features by torch alone, without folding."""
+    extractor = FeatureExtractor(load_backbone(name, None), [layer], "avg").eval()
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (SMALL.mean, SMALL.std))
+    with torch.inference_mode():
+        return extractor((x - mean) / std).numpy()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_openvino_computes_every_family(name):
+    side = max(64, load_backbone(name, None).min_size)
+    sized = Preprocessing(side, side)
+    pixels = np.random.default_rng(2).integers(0, 256, (2, side, side, 3), np.uint8)
+    expected = plain(name, pixels)
+    exact = network(name, sized, engine="openvino")
+    assert isinstance(exact, OpenVINONetwork)
+    got = computed(exact, pixels)
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    close = network(name, sized, engine="openvino", precision="bfloat16")
+    assert cosines(computed(close, pixels), expected).min() >= 0.999
+
+
+def cosines(a, b):
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
+# Of torch 2.10 to itself, when it is imported for this.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_torch_compile_computes_the_same(precision):
+    expected = plain("squeezenet1_1", PIXELS)
+    net = network("squeezenet1_1", engine="compile", precision=precision)
+    got = computed(net)
+    if precision == "float32":
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert cosines(got, expected).min() >= 0.999
+    assert net._programs.keys() == {(3, 64, 64, 3), (4, 64, 64, 3)}
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_layers_inside_a_network(engine):
+    net = network("resnet18", layer="layer2.0.conv1", engine=engine)
+    expected = plain("resnet18", PIXELS, "layer2.0.conv1")
+    np.testing.assert_allclose(computed(net), expected, rtol=1e-3, atol=1e-5)
+    assert net.widths == (128,)
+
+
+class Odd(nn.Module):
+    """Something that no engine but torch can compute, or not rightly."""
+
+    def forward(self, x):
+        rows = x.mean((2, 3))
+        return rows + rows.detach().numpy().max().item()  # traced as a constant
+
+
+@pytest.mark.parametrize("engine", ["openvino", "compile"])
+def test_what_an_engine_cannot_take_is_computed_by_torch(engine):
+    with pytest.warns(RuntimeWarning, match=rf"{engine}' cannot compute odd.*so torch"):
+        net = get_compiled_model(
+            ("odd", engine), Odd, SMALL, on_cpu(engine), name="odd"
+        )
+    expected = computed(TorchNetwork(Odd(), SMALL, on_cpu()))
+    np.testing.assert_array_equal(computed(net), expected)
+    assert net.execution.engine == engine  # what the user asked for, once warned
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_compiled_model(("odd", engine), Odd, SMALL, on_cpu(engine), name="odd")
+
+
+class Unusual(nn.Module):
+    """What a network may hold beside layers in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.tied = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.tied.weight = self.first.weight
+        self.unused = nn.Parameter(torch.ones(5))
+        self.register_buffer("saved", torch.tensor([[1.0, 2, 3]]))
+        self.register_buffer("passing", torch.tensor([[4.0, 5, 6]]), persistent=False)
+        self.plain = torch.tensor([[7.0, 8, 9]])
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def forward(self, x):
+        x = self.tied(self.first(x).relu()).mean((2, 3))
+        return x * self.saved + self.passing + self.plain
+
+
+def test_openvino_computes_what_a_network_may_hold_beside_layers():
+    mine = Unusual()
+    expected = computed(TorchNetwork(mine, SMALL, on_cpu()))
+    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    """Decide by the shape, which TorchScript keeps as a branch."""
+    return 2 * x if x.shape[1] > 2 else x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_openvino_computes_functions_of_torchscript():
+    mine, scripted = Average(), torch.jit.script(doubled)
+    expected = 2 * computed(TorchNetwork(mine, SMALL, on_cpu()))
+    mine.register_forward_hook(lambda *given: scripted(given[-1]))
+    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class Counts(nn.Module):
+    """Its number of images is a number of Python's, a constant when traced."""
+
+    def forward(self, x):
+        return x.mean((2, 3)).reshape(len(x), -1) * 1.0
+
+
+@pytest.mark.parametrize("engine", ["openvino", "compile"])
+@pytest.mark.filterwarnings("ignore:engine=:RuntimeWarning")
+def test_a_network_that_counts_its_images(engine):
+    net = get_compiled_model(
+        ("counts", engine), Counts, SMALL, on_cpu(engine), name="counts"
+    )
+    expected = computed(TorchNetwork(Counts(), SMALL, on_cpu()))
+    np.testing.assert_allclose(computed(net), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_answers_that_are_wrong_are_not_taken(monkeypatch):
+    right = OpenVINONetwork.start
+    monkeypatch.setattr(
+        OpenVINONetwork, "start", lambda *given: lambda: right(*given)() * 1.001
+    )
+    with pytest.warns(RuntimeWarning, match=r"output differs from torch's by"):
+        net = get_compiled_model(
+            "wrong", Average, SMALL, on_cpu("openvino"), name="average"
+        )
+    assert isinstance(net, TorchNetwork)
+
+
+class Average(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_openvino_is_compiled_for_two_shapes_at_most():
+    net = network("squeezenet1_1", engine="openvino")
+    rows = computed(net)
+    for n in (3, 2, 1):
+        np.testing.assert_allclose(computed(net, PIXELS[:n]), rows[:n], rtol=1e-4)
+    assert len(net._requests) == 2
+
+
+def test_openvino_uses_the_threads_that_torch_has():
+    net = network("squeezenet1_1", engine="openvino")
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one = computed(net)
+    finally:
+        torch.set_num_threads(n_threads)
+    np.testing.assert_allclose(one, computed(net), rtol=1e-4, atol=1e-6)
+    assert {n for _, n in net._requests} == {1, n_threads}
+
+
+def test_a_batch_that_openvino_has_no_memory_for(monkeypatch):
+    net = network("squeezenet1_1", engine="openvino")
+
+    def full(*_):
+        raise RuntimeError("[CPU] std::bad_alloc: can't allocate 42 bytes")
+
+    monkeypatch.setattr(net, "_request", full)
+    with pytest.raises(MemoryError, match="batch of 4 images"):
+        net.start(PIXELS)
+
+
+def test_networks_are_shared_and_only_the_last_few_kept():
+    assert network("squeezenet1_1") is network("squeezenet1_1")
+    lower = network("squeezenet1_1", precision="bfloat16")
+    assert lower is not network("squeezenet1_1")
+    for layer in ("stem", "stage1", "stage2", "stage3", "penultimate"):
+        network("squeezenet1_1", layer=layer)
+    assert len(engines._prepared) == engines._MAX_PREPARED
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_nothing_stays_of_a_network_that_is_given_up(engine):
+    def after(numbers):
+        for n in numbers:
+            layers = [nn.ReLU() for _ in range(100)]
+            build = functools.partial(nn.Sequential, *layers, Average())
+            get_compiled_model(("deep", n), build, SMALL, on_cpu(engine), name="deep")
+        gc.collect()
+        return psutil.Process().memory_info().rss
+
+    before = after(range(2 * engines._MAX_PREPARED))
+    assert after(range(100, 116)) - before < 10e6  # a trace of each takes 2.5 MB
+
+
+def test_a_network_is_converted_once_for_all_threads():
+    nets = []
+    threads = [
+        threading.Thread(target=lambda: nets.append(network("mobilenet_v2")))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(net) for net in nets}) == 1

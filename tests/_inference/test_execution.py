@@ -1,0 +1,148 @@
+"""What "auto" is on this machine, and the switches of a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sktl import PretrainedFeatures
+from sktl._inference import execution
+from sktl._inference.execution import (
+    Execution,
+    resolve_device,
+    resolve_engine,
+    resolve_precision,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_devices():
+    assert resolve_device("cpu") == CPU
+    assert resolve_device("auto").type in {"cpu", "cuda", "mps", "xpu"}
+    with pytest.raises(ValueError, match=r"'device' parameter must be 'auto' or .*gpu"):
+        resolve_device("gpu")
+    for device in ("cuda:99", "meta", "hpu"):
+        with pytest.raises(ValueError, match=f"Got '{device}' instead"):
+            resolve_device(device)
+
+
+def test_a_machine_is_asked_once_what_it_has(monkeypatch):
+    found = resolve_device("auto")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", None)
+    assert resolve_device("auto") == found
+
+
+FLAGS = """
+import contextlib, torch
+from sktl._inference.execution import Execution
+exec({setting!r})
+def flags():
+    backends = torch.backends
+    return (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision,
+            backends.cudnn.benchmark, backends.cudnn.deterministic)
+before = flags()
+execution = Execution(torch.device("cuda"), "float32", "torch")
+first, second = execution.exact_inference_mode(), execution.exact_inference_mode()
+first.__enter__()
+second.__enter__()
+first.__exit__(None, None, None)  # passes of two threads overlap like this
+assert flags() == ("ieee", "ieee", False, True), flags()
+second.__exit__(None, None, None)
+assert flags() == before, (flags(), before)
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.fp32_precision = 'tf32'",  # the newer way to say it
+    ],
+)
+def test_flags_of_a_gpu_are_set_and_put_back(setting):
+    code = FLAGS.format(setting=setting)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_auto_is_what_the_machine_has(monkeypatch):
+    found = Execution.of(PretrainedFeatures(device="cpu", precision="auto"))
+    assert found == Execution(CPU, resolve_precision("auto", CPU), "openvino")
+    monkeypatch.setattr(execution, "_openvino_is_here", lambda: False)
+    assert resolve_engine("auto", CPU) == "torch"
+    assert resolve_engine("auto", torch.device("cuda")) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": False}, "bfloat16"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": False}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_bfloat16_is_chosen_where_the_processor_has_it(monkeypatch, has, expected):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
+    assert resolve_precision("auto", CPU) == expected
+    assert resolve_precision("auto", torch.device("mps")) == "float32"
+    assert resolve_precision("float16", CPU) == "float16"
+
+
+def test_a_torch_that_does_not_say_what_the_processor_has(monkeypatch):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert resolve_precision("auto", CPU) == "float32"
+
+
+@pytest.mark.parametrize(("major", "expected"), [(7, "float32"), (8, "bfloat16")])
+def test_bfloat16_is_chosen_on_newer_gpus(monkeypatch, major, expected):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (major, 0))
+    assert resolve_precision("auto", torch.device("cuda:0")) == expected
+
+
+def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"pip install 'sktl\[openvino\]'"):
+        resolve_engine("openvino", CPU)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "broken")
+    execution._openvino_is_here.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="OpenVINO is installed but does not"):
+            assert resolve_engine("auto", CPU) == "torch"
+    finally:
+        execution._openvino_is_here.cache_clear()
+
+
+SILENT = """
+import socket, sys, threading
+def refuse(*_): raise AssertionError("a connection")
+socket.socket.connect = socket.getaddrinfo = refuse
+import numpy as np
+from sktl import PretrainedFeatures
+image = np.zeros((1, 40, 40, 3), np.uint8)
+PretrainedFeatures("resnet_mini", engine="openvino").transform(image)
+assert "openvino" in sys.modules and "openvino_telemetry" not in sys.modules
+assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
+import openvino_telemetry  # is installed, so it would have been used
+"""
+
+
+def test_openvino_does_not_report_its_use():
+    """It tells its authors of each import and conversion, over the network."""
+    subprocess.run([sys.executable, "-c", SILENT], check=True, timeout=60)
+
+
+def test_openvino_is_for_the_cpu():
+    with pytest.raises(ValueError, match=r"on the CPU.*device 'cuda"):
+        resolve_engine("openvino", torch.device("cuda:0"))
+
+
+def test_rows_of_different_executions_are_kept_apart():
+    spaces = [
+        Execution(CPU, precision, engine).space()
+        for precision in ("float32", "bfloat16")
+        for engine in ("torch", "compile", "openvino")
+    ]
+    assert len({tuple(space.items()) for space in spaces}) == 6
+    assert spaces[0] == {"precision": "float32", "engine": "torch 2", "device": "cpu"}

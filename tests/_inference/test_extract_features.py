@@ -1,0 +1,158 @@
+"""The features a head is solved on are those of PretrainedFeatures, and shared."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import sktl._inference.model_spec
+from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
+from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._images.validation import validate_images
+from sktl._inference.execution import Execution
+from sktl._inference.extract_features import extract_features
+
+
+def features(X, memory=None, layers=("penultimate",), pooling="avg", **options):
+    backbone = load_backbone("resnet_mini")
+    settings = {"batch_size": 16, "engine": "torch", **options}
+    execution = Execution.of(PretrainedFeatures(**settings))
+    return extract_features(
+        BackboneSpec.to(backbone, "DEFAULT"),
+        layers,
+        pooling,
+        validate_images(X, estimator=PretrainedFeatures(), reset=True),
+        backbone.preprocessing_at(None),
+        execution,
+        memory=memory,
+        batch_size=16,
+        n_jobs=None,
+        verbose=0,
+    )
+
+
+@pytest.fixture
+def passes():
+    """Count the images that go through the network of features."""
+    n_images = []
+    make = sktl._extractors.get_feature_extractor
+
+    def counted(*arguments, **options):
+        network = make(*arguments, **options)
+
+        def start(pixels):
+            n_images.append(len(pixels))
+            return network.start(pixels)
+
+        return SimpleNamespace(
+            start=start, execution=network.execution, n_ahead=network.n_ahead
+        )
+
+    with mock.patch("sktl._extractors.get_feature_extractor", counted):
+        yield n_images
+
+
+@pytest.mark.parametrize(
+    ("layers", "pooling", "precision"),
+    [
+        (["penultimate"], "avg", "float32"),
+        (["stage1", "stage3"], "max", "float32"),
+        (["stage2"], 2, "bfloat16"),
+    ],
+)
+def test_they_are_those_of_pretrained_features(images, layers, pooling, precision):
+    got = features(images, layers=layers, pooling=pooling, precision=precision)
+    expected = PretrainedFeatures(
+        "resnet_mini",
+        layer=layers,
+        pooling=pooling,
+        precision=precision,
+        engine="torch",
+        batch_size=16,
+    ).transform(images)
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_they_are_what_the_network_gives_to_its_last_layer(images):
+    backbone, fed = load_backbone("resnet_mini"), []
+    handle = backbone.last_linear.register_forward_pre_hook(
+        lambda module, inputs: fed.append(inputs[0])
+    )
+    pixels = np.stack([backbone.preprocessing(p) for p in as_images(images)])
+    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+    mean, std = (
+        torch.tensor(each).view(3, 1, 1)
+        for each in (backbone.preprocessing.mean, backbone.preprocessing.std)
+    )
+    with torch.inference_mode():
+        backbone.network((x - mean) / std)
+    handle.remove()
+    np.testing.assert_allclose(features(images), fed[0], rtol=1e-3, atol=1e-5)
+
+
+def as_images(images):
+    return validate_images(list(images), estimator=PretrainedFeatures(), reset=True)
+
+
+def test_each_image_goes_through_once(images, paths, tmp_path, passes):
+    first = features(paths[:32], tmp_path)
+    assert sum(passes) == 32
+    np.testing.assert_array_equal(features(paths[:32][::-1], tmp_path)[::-1], first)
+    assert sum(passes) == 32
+    features(paths, tmp_path)
+    assert sum(passes) == 48  # the eight that are new, in a batch that is filled up
+
+
+def test_rows_are_shared_with_pretrained_features(paths, tmp_path, passes):
+    mine = PretrainedFeatures(
+        "resnet_mini", memory=tmp_path, engine="torch", batch_size=16
+    )
+    expected = mine.transform(paths[:32])
+    n_before = sum(passes)
+    np.testing.assert_array_equal(features(paths[:32], tmp_path), expected)
+    assert sum(passes) == n_before
+    assert FeatureStore(tmp_path).info()["rows"] == 32
+    assert len(FeatureStore(tmp_path).info()["spaces"]) == 1
+
+
+@pytest.mark.parametrize("first", ["features", "classifier"])
+def test_a_fit_shares_its_rows_with_a_pipeline(paths, tmp_path, first):
+    pretrained = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=16)
+    classifier = FineTunedCNNClassifier(
+        "resnet_mini", max_epochs=0, memory=tmp_path, batch_size=16
+    )
+    y = np.arange(32) % 2
+    if first == "features":
+        pretrained.transform(paths[:32])
+        classifier.fit(paths[:32], y)
+    else:
+        classifier.fit(paths[:32], y)
+        pretrained.transform(paths[:32])
+    classifier.set_params(hidden_layer_sizes=4).fit(paths[:32], y)
+    assert len(FeatureStore(tmp_path).info()["spaces"]) == 1
+    assert FeatureStore(tmp_path).info()["rows"] == 32
+
+
+def test_if_all_is_known_no_network_is_made(paths, tmp_path):
+    expected = features(paths, tmp_path)
+    with mock.patch("sktl._extractors.get_feature_extractor", None):
+        np.testing.assert_array_equal(features(paths, tmp_path), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": ["stage1"]},
+        {"pooling": "max"},
+        {"precision": "bfloat16"},
+        {"engine": "openvino"},
+    ],
+)
+def test_what_makes_other_rows_is_another_space(paths, tmp_path, change):
+    features(paths[:4], tmp_path)
+    got = features(paths[:4], tmp_path, **change)
+    np.testing.assert_array_equal(got, features(paths[:4], **change))
+    assert len(FeatureStore(tmp_path).info()["spaces"]) == 2

@@ -1,0 +1,216 @@
+"""Trainings that are interrupted, killed and shared out: real signals, real processes.
+
+What is killed here is `interrupted_training.py`.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from interrupted_training import KINDS, a_classifier, data
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV
+from skorch.callbacks import Callback
+
+from sktl import FineTunedCNNClassifier
+from sktl._training.checkpoint import checkpoint_seed
+from sktl._utils.tensor_file import read_tensors
+
+PROGRAM = Path(__file__).parents[1] / "interrupted_training.py"
+
+
+def start(directory, name, event="never", number=0):
+    command = [sys.executable, "-W", "error", PROGRAM, directory, name, event]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*map(str, command), str(number)], stdout=pipe, text=True)
+
+
+def killed(directory, name, event, number):
+    """Run until that moment, or for that many seconds after the training began."""
+    program = start(directory, name, event, 0 if event == "seconds" else number)
+    if event == "seconds":
+        program.stdout.readline()
+        time.sleep(number)
+        with contextlib.suppress(ProcessLookupError):
+            program.kill()
+    program.communicate()
+    assert program.returncode == -signal.SIGKILL or event == "seconds"
+    file = directory / "checkpoint" / "fine_tuning.safetensors"
+    return read_tensors(file)[1]["epoch"] if file.exists() else 0
+
+
+# Two rows of kills for each; every run but the last is killed, and goes on.
+KILLS = {
+    "adamw": [[("batch", 9), ("write", 1)], [("epoch", 4), ("seconds", 0.01)]],
+    "sgd": [[("gradient", 12), ("write", 2)], [("write", 3), ("gradient", 7)]],
+    "stage by stage": [[("epoch", 3), ("batch", 6)], [("batch", 8), ("seconds", 0.1)]],
+    "random head": [[("write", 2), ("batch", 11)], [("batch", 14), ("epoch", 2)]],
+    "no random state": [[("batch", 7), ("epoch", 2)], [("gradient", 8), ("write", 2)]],
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_t02_killed_at_twenty_points_then_resumed_to_equal_bits(tmp_path, name):
+    X, y = data()
+    expected = a_classifier(tmp_path, name, checkpoint=None)  # never interrupted
+
+    def resumed(number):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        epochs = [killed(directory, name, *kill) for kill in KILLS[name][number]]
+        assert epochs == sorted(epochs)
+        seed = checkpoint_seed(directory / "checkpoint", -1)
+        return a_classifier(directory, name), seed
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(resumed, range(2)))
+    for mine, seed in results:
+        mine.fit(X, y)
+        with contextlib.ExitStack() as stack:
+            if mine.random_state is None:
+                never = mock.patch.object(
+                    FineTunedCNNClassifier, "_seed", lambda self, seed=seed: seed
+                )
+                stack.enter_context(never)
+            if mine.random_state is None or not hasattr(expected, "module_"):
+                expected.fit(X, y)
+        state = expected.module_.state_dict()
+        for part, value in mine.module_.state_dict().items():
+            assert torch.equal(value, state[part])
+        assert mine.history_ == expected.history_
+        assert mine.best_epoch_ == expected.best_epoch_
+        np.testing.assert_array_equal(mine.predict_proba(X), expected.predict_proba(X))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
+@pytest.mark.parametrize("event", ["interrupt", "search"])
+def test_t01_ctrl_c_comes_out(tmp_path, event):
+    program = start(tmp_path, "sgd", event)
+    said = [program.stdout.readline() for _ in range(4)]
+    assert said == ["training\n", "epoch\n", "epoch\n", "epoch\n"]
+    program.send_signal(signal.SIGINT)
+    out, _ = program.communicate(timeout=60)
+    assert program.returncode == 0
+    assert out.splitlines()[-1] == "interrupted False"
+    if event == "interrupt":
+        file = tmp_path / "checkpoint" / "fine_tuning.safetensors"
+        n_epochs = 3 + out.count("epoch")
+        # The last may have been interrupted while it was written.
+        assert read_tensors(file)[1]["epoch"] in {n_epochs, n_epochs - 1}
+        assert os.listdir(file.parent) == [file.name]
+
+
+class Interrupt(Callback):
+    """Ctrl-C in a batch of the third epoch."""
+
+    def on_batch_end(self, net, **rest):
+        if len(net.history) == 3:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        "images",
+        "rows",
+    ],
+)
+def test_t01_an_interrupted_estimator_is_not_fitted(tmp_path, shape):
+    X, y = data()
+    X = X if shape == "images" else X.reshape(len(X), -1)
+    mine = a_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        mine.fit(X, y)
+    with pytest.raises(NotFittedError):
+        mine.predict(X)
+    file = tmp_path / "checkpoint" / "fine_tuning.safetensors"
+    assert read_tensors(file)[1]["epoch"] == 2
+
+
+def test_t01_an_interrupted_estimator_is_what_it_was(tmp_path):
+    X, y = data()
+    mine = a_classifier(tmp_path, "sgd", checkpoint=None).fit(X, y)
+    expected, module = mine.predict_proba(X), mine.module_
+    mine.set_params(callbacks=[Interrupt()], random_state=9)
+    with pytest.raises(KeyboardInterrupt):
+        mine.fit(X, np.where(y == "a", "c", "d"))
+    assert mine.module_ is module
+    assert mine.classes_.tolist() == ["a", "b"]
+    np.testing.assert_array_equal(mine.predict_proba(X), expected)
+
+
+def test_t01_a_search_is_interrupted(tmp_path):
+    X, y = data()
+    mine = a_classifier(tmp_path, "sgd", checkpoint=None, callbacks=[Interrupt()])
+    search = GridSearchCV(mine, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        search.fit(X, y)
+    assert not hasattr(search, "best_estimator_")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Classifier of a network that is known in worker processes, too."""
+    for name in (
+        "OMP",
+        "OPENBLAS",
+        "MKL",
+        "BLIS",
+        "VECLIB_MAXIMUM",
+        "NUMBA",
+        "NUMEXPR",
+    ):
+        monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
+    return FineTunedCNNClassifier(
+        "resnet_mini", trainable=1, max_epochs=1, batch_size=20, random_state=0
+    )
+
+
+def threads(estimator, X, y):
+    return torch.get_num_threads()
+
+
+def loss(estimator, X, y):
+    return float(np.log(estimator.predict_proba(X)[np.arange(len(y)), y]).mean())
+
+
+def test_t08_two_workers_come_to_the_scores_of_one(plain):
+    X, _ = data()
+    y = np.repeat([0, 1], 20)
+    searches = [
+        GridSearchCV(
+            plain,
+            {"lr": [1e-4, 1e-2]},
+            cv=2,
+            scoring={"loss": loss, "threads": threads},
+            refit=False,
+            n_jobs=n_jobs,
+        ).fit(X, y)
+        for n_jobs in (1, 2)
+    ]
+    one, two = (search.cv_results_["mean_test_loss"] for search in searches)
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+    in_each = set(searches[1].cv_results_["mean_test_threads"])
+    assert in_each == {max(1, joblib.cpu_count() // 2)}
+
+
+def test_t09_workers_predict_after_the_parent_did(plain):
+    X, _ = data()
+    fitted = clone(plain).set_params(max_epochs=0).fit(X, np.repeat([0, 1], 20))
+    expected = fitted.predict_proba(X)
+    tasks = [joblib.delayed(fitted.predict_proba)(part) for part in np.split(X, 4)]
+    got = np.concatenate(joblib.Parallel(n_jobs=2)(tasks))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+    again = joblib.Parallel(n_jobs=2, backend="threading")(tasks)
+    np.testing.assert_allclose(np.concatenate(again), expected, rtol=1e-4, atol=1e-6)
