@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -50,7 +49,7 @@ def killed(directory, name, event, number):
     return read_tensors(file)[1]["epoch"] if file.exists() else 0
 
 
-# Two rows of kills for each; every run but the last is killed, and goes on.
+# Two rows of kills for each; a run that was killed is resumed, then killed again.
 KILLS = {
     "adamw": [[("batch", 9), ("write", 1)], [("epoch", 4), ("seconds", 0.01)]],
     "sgd": [[("gradient", 12), ("write", 2)], [("write", 3), ("gradient", 7)]],
@@ -60,37 +59,42 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_t02_killed_at_twenty_points_then_resumed_to_equal_bits(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [
+        pytest.param(
+            name,
+            kills,
+            id=f"{name}: {', '.join(event for event, _ in kills)}",
+            marks=[pytest.mark.slow] * ((name, kills) != ("adamw", KILLS["adamw"][0])),
+        )
+        for name, rows in KILLS.items()
+        for kills in rows
+    ],
+)
+def test_killed_training_resumes_to_equal_bits(tmp_path, name, kills):
     X, y = data()
+    epochs = [killed(tmp_path, name, *kill) for kill in kills]
+    assert epochs == sorted(epochs)
+    seed = checkpoint_seed(tmp_path / "checkpoint", -1)
+    mine = a_classifier(tmp_path, name).fit(X, y)
     expected = a_classifier(tmp_path, name, checkpoint=None)  # never interrupted
+    with contextlib.ExitStack() as stack:
+        if mine.random_state is None:
+            never = mock.patch.object(FineTunedCNNClassifier, "_seed", lambda _: seed)
+            stack.enter_context(never)
+        expected.fit(X, y)
+    state = expected.module_.state_dict()
+    for part, value in mine.module_.state_dict().items():
+        assert torch.equal(value, state[part])
+    assert mine.history_ == expected.history_
+    assert mine.best_epoch_ == expected.best_epoch_
+    np.testing.assert_array_equal(mine.predict_proba(X), expected.predict_proba(X))
 
-    def resumed(number):
-        directory = tmp_path / str(number)
-        directory.mkdir()
-        epochs = [killed(directory, name, *kill) for kill in KILLS[name][number]]
-        assert epochs == sorted(epochs)
-        seed = checkpoint_seed(directory / "checkpoint", -1)
-        return a_classifier(directory, name), seed
 
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(resumed, range(2)))
-    for mine, seed in results:
-        mine.fit(X, y)
-        with contextlib.ExitStack() as stack:
-            if mine.random_state is None:
-                never = mock.patch.object(
-                    FineTunedCNNClassifier, "_seed", lambda self, seed=seed: seed
-                )
-                stack.enter_context(never)
-            if mine.random_state is None or not hasattr(expected, "module_"):
-                expected.fit(X, y)
-        state = expected.module_.state_dict()
-        for part, value in mine.module_.state_dict().items():
-            assert torch.equal(value, state[part])
-        assert mine.history_ == expected.history_
-        assert mine.best_epoch_ == expected.best_epoch_
-        np.testing.assert_array_equal(mine.predict_proba(X), expected.predict_proba(X))
+def test_every_kind_of_training_is_killed():
+    assert KILLS.keys() == KINDS.keys()
+    assert sum(len(kills) for rows in KILLS.values() for kills in rows) == 20
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")

@@ -30,7 +30,7 @@ from sktl._images.validation import validate_images
 from sktl._utils.tensor_file import state_dict_digest
 
 
-class ImageSequence:
+class ImageFiles:
     """Image files of all formats, as a row of X."""
 
     def __init__(self, folder):
