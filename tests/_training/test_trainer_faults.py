@@ -81,8 +81,9 @@ def test_killed_training_resumes_to_equal_bits(tmp_path, name, kills):
     expected = a_classifier(tmp_path, name, checkpoint=None)  # never interrupted
     with contextlib.ExitStack() as stack:
         if mine.random_state is None:
-            never = mock.patch.object(FineTunedCNNClassifier, "_seed", lambda _: seed)
-            stack.enter_context(never)
+            stack.enter_context(
+                mock.patch.object(FineTunedCNNClassifier, "_seed", return_value=seed)
+            )
         expected.fit(X, y)
     state = expected.module_.state_dict()
     for part, value in mine.module_.state_dict().items():
