@@ -1,26 +1,26 @@
 """
-======================================================
-Ants or bees: photographs in folders, and scikit-learn
-======================================================
+==================================================
+Classify ants and bees: features and a grid search
+==================================================
 
-Folders of photographs become a table of features, and from there on it is
-scikit-learn: a pipeline, a grid search, a score on photographs that were held back,
-and a table of those it gets wrong.
+This example extracts features from photographs in folders, tunes a logistic regression
+in a pipeline by grid search, scores it on held-out photographs, and lists those that
+are misclassified.
 
 ::
 
     python examples/ants_and_bees.py
 
-fetches the photographs of PyTorch's transfer learning tutorial and torchvision's
-weights, 45 MB each, once, and checks both against a known digest. With local copies:
+downloads the photographs of PyTorch's transfer learning tutorial and torchvision's
+weights once, 45 MB each, and compares both with a known digest. With local copies:
 
 ::
 
     python examples/ants_and_bees.py --data FOLDER --backbone NAME --weights FILE
 
-where ``FOLDER`` holds ``train`` and ``val``, each with a folder per class. The
+where ``FOLDER`` contains ``train`` and ``val``, each with one folder per class. The
 environment variables ``ANTS_AND_BEES_DATA``, ``ANTS_AND_BEES_BACKBONE`` and
-``ANTS_AND_BEES_WEIGHTS`` say the same for whoever cannot change the command.
+``ANTS_AND_BEES_WEIGHTS`` set the defaults of these options.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from sktl import PretrainedFeatures
 
 URL = "https://download.pytorch.org/tutorial/hymenoptera_data.zip"
 FOLDER = "hymenoptera_data"
-# Of the photographs in the archive, see `digest_of`.
+# Digest of the photographs in the archive, see `digest_of`.
 DIGEST = "72ced508e764af85254b64d7815596bdfb7da77aa5a5cb19cd812f3abe9dc7ff"
 
 
 def digest_of(folder: Path) -> str:
-    """Give the sha256 over names and contents of all photographs in a folder."""
+    """Return the SHA-256 digest of names and contents of the photographs."""
     digest = hashlib.sha256()
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*.jp*g"))
     for name in sorted(names):
@@ -56,7 +56,7 @@ def digest_of(folder: Path) -> str:
 
 
 def fetch(parent: Path) -> Path:
-    """Give the folder of the tutorial's photographs, downloaded the first time."""
+    """Return the folder of the tutorial's photographs; download them if missing."""
     data = parent / FOLDER
     if not data.is_dir():
         parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def fetch(parent: Path) -> Path:
             torch.hub.download_url_to_file(URL, str(archive))
         except OSError as error:
             raise SystemExit(
-                f"The photographs could not be fetched from {URL}: {error}. Fetch and "
+                f"Cannot download the photographs from {URL}: {error}. Download and "
                 "unpack them elsewhere, and pass --data FOLDER."
             ) from error
         with zipfile.ZipFile(archive) as file:
@@ -73,14 +73,15 @@ def fetch(parent: Path) -> Path:
         archive.unlink()
     if digest_of(data) != DIGEST:
         raise SystemExit(
-            f"The photographs in {data} are not those of the tutorial: their digest is "
-            f"{digest_of(data)}, not {DIGEST}. Remove the folder and run this again."
+            f"The photographs in {data} do not match those of the tutorial. Expected "
+            f"digest {DIGEST}. Got {digest_of(data)}. Remove the folder and run this "
+            "example again."
         )
     return data
 
 
 def search_on(estimator: PretrainedFeatures) -> GridSearchCV:
-    """Give a grid search over how much the classifier is held back."""
+    """Return a grid search over the regularization of the classifier."""
     pipeline = Pipeline(
         [
             ("features", estimator),
@@ -92,14 +93,14 @@ def search_on(estimator: PretrainedFeatures) -> GridSearchCV:
 
 
 def main() -> None:
-    """Fit on ``train``, score on ``val``, and show what went wrong."""
-    given = os.environ.get
-    parser = argparse.ArgumentParser(description="Ants or bees?")
-    parser.add_argument("--data", type=Path, default=given("ANTS_AND_BEES_DATA"))
+    """Fit on ``train``, score on ``val``, and list misclassified photographs."""
+    getenv = os.environ.get
+    parser = argparse.ArgumentParser(description="Classify ants and bees")
+    parser.add_argument("--data", type=Path, default=getenv("ANTS_AND_BEES_DATA"))
     parser.add_argument(
-        "--backbone", default=given("ANTS_AND_BEES_BACKBONE", "resnet18")
+        "--backbone", default=getenv("ANTS_AND_BEES_BACKBONE", "resnet18")
     )
-    parser.add_argument("--weights", default=given("ANTS_AND_BEES_WEIGHTS", "DEFAULT"))
+    parser.add_argument("--weights", default=getenv("ANTS_AND_BEES_WEIGHTS", "DEFAULT"))
     arguments = parser.parse_args()
     data = arguments.data or fetch(Path(torch.hub.get_dir()) / "datasets")
 
@@ -108,13 +109,13 @@ def main() -> None:
     features = PretrainedFeatures(
         arguments.backbone, weights=arguments.weights, n_jobs=-1
     )
-    print("Every fold and every candidate computes its features: a minute or two ...")
+    print("Features are computed for each fold and candidate: a minute or two ...")
     start = time.perf_counter()
     search = search_on(features).fit(train.filenames, train.target)
     predicted = search.predict(val.filenames)
     seconds = time.perf_counter() - start
 
-    print(f"{len(train.target)} photographs to learn from, {len(val.target)} to score")
+    print(f"{len(train.target)} training and {len(val.target)} validation photographs")
     for parameters, score in zip(
         search.cv_results_["params"],
         search.cv_results_["mean_test_score"],
@@ -124,7 +125,7 @@ def main() -> None:
     accuracy = (predicted == val.target).mean()
     print(f"validation accuracy {accuracy:.3f} in {seconds:.0f} s\n")
 
-    print(f"{'predicted':>10}  {'is':>10}  photograph")
+    print(f"{'predicted':>10}  {'true':>10}  photograph")
     for name, p, t in zip(val.filenames, predicted, val.target, strict=True):
         if p != t:
             names = val.target_names

@@ -1,19 +1,19 @@
 """
-===================================================
-Which network, which layer, how much regularization
-===================================================
+===========================================================
+Choose network, layer and regularization by one grid search
+===========================================================
 
-One grid asks all three at once. Without a ``memory`` scikit-learn sends every image
-through the network again for each candidate and fold; with one, each image goes
-through each network and layer once, ever: the second search computes nothing.
+One grid searches all three. Without ``memory``, every image passes through the network
+for each candidate and fold. With ``memory``, features are cached: each image passes
+through each network and layer once, and a second search computes no features.
 
 ::
 
     python examples/choose_a_backbone_by_grid_search.py
 
-compares, without a network connection, the bundled network with an untrained one on
-scanned digits. ``--data FOLDER --backbones resnet18 mobilenet_v3_small`` does the same
-on your own images, in a folder per class.
+compares the bundled network with an untrained one on scanned digits, and needs no
+network connection. ``--data FOLDER --backbones resnet18 mobilenet_v3_small`` uses your
+own images, in one folder per class.
 """
 
 import argparse
@@ -36,14 +36,14 @@ C = [0.001, 0.01, 0.1]
 
 
 def digits(n_per_class: int) -> tuple[np.ndarray, np.ndarray]:
-    """Load some scanned digits of each class: 8 x 8 pixels, values from 0 to 16."""
+    """Load scanned digits, `n_per_class` each: 8 x 8 pixels, values from 0 to 16."""
     X, y = load_digits(return_X_y=True)
     rows = np.concatenate([np.flatnonzero(y == c)[:n_per_class] for c in range(10)])
     return X[rows], y[rows]
 
 
 def search(X, y, grid, memory, pixel_range):
-    """Fit the grid; give it, the seconds, and the images that went through."""
+    """Fit the grid; return it, the time, and the number of images computed."""
     model = Pipeline(
         [
             ("features", PretrainedFeatures(memory=memory, pixel_range=pixel_range)),
@@ -55,7 +55,7 @@ def search(X, y, grid, memory, pixel_range):
     n = 0
     plain = Preprocessing.__call__
 
-    def counted(self, image):  # an image is resized whenever a network will see it
+    def counted(self, image):  # called for each image that passes through a network
         nonlocal n
         n += 1
         return plain(self, image)
@@ -67,9 +67,9 @@ def search(X, y, grid, memory, pixel_range):
 
 
 def main() -> None:
-    """Search three times, and show what each time went through the networks."""
+    """Search three times, and count the images that pass through the networks."""
     parser = argparse.ArgumentParser(description="Choose a backbone by grid search")
-    parser.add_argument("--data", type=Path, help="folder with a folder per class")
+    parser.add_argument("--data", type=Path, help="one folder per class")
     parser.add_argument("--backbones", nargs="+", help="names of list_backbones()")
     parser.add_argument("--labels", type=int, default=6, help="digits of each class")
     arguments = parser.parse_args()
@@ -100,9 +100,9 @@ def main() -> None:
             fitted, seconds, n = search(X, y, grid, memory, pixel_range)
             print(f"{title:24}{n:10,}{seconds:10.1f}")
         rows = FeatureStore(directory).info()["rows"]
-    print(f"rows remembered: {rows:,}")
+    print(f"cached rows: {rows:,}")
     best = ", ".join(f"{k.split('__')[1]}={v}" for k, v in fitted.best_params_.items())
-    print(f"best: {best}; accuracy in cross-validation {fitted.best_score_:.3f}")
+    print(f"best: {best}; cross-validated accuracy {fitted.best_score_:.3f}")
 
 
 if __name__ == "__main__":

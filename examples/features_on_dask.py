@@ -1,23 +1,23 @@
 """
-=============================
-Features on a cluster of Dask
-=============================
+==================================
+Extract features on a Dask cluster
+==================================
 
-Three ways, from the least to learn to the largest data:
+Three ways to distribute the computation, from the simplest to the largest data:
 
-- one call of ``transform``, whose images go to the workers;
-- a grid search, whose candidates go there, with one ``memory`` for all of them;
-- a Dask array of paths, from which comes a Dask array of features, block by block: a
-  table that no memory holds goes straight to Parquet.
+- one call of ``transform``, whose images are distributed over the workers;
+- a grid search, whose candidates are distributed, with a shared ``memory``;
+- a Dask array of paths, mapped block by block to a Dask array of features, which is
+  written to Parquet and may be larger than memory.
 
 ::
 
     python examples/features_on_dask.py
 
 starts two workers on this machine and uses scanned digits. ``--data FOLDER --backbone
-resnet18`` does the same with your own images, in a folder per class. On a cluster of
-your own, replace ``LocalCluster(...)`` by the address of its scheduler. One GPU per
-worker: start the workers with ``--resources GPU=1`` and ``--nthreads 1``, and write
+resnet18`` uses your own images, in one folder per class. To use an existing cluster,
+replace ``LocalCluster(...)`` by the address of its scheduler. For one GPU per worker,
+start the workers with ``--resources GPU=1`` and ``--nthreads 1``, and use
 ``joblib.parallel_config("dask", resources={"GPU": 1})``.
 """
 
@@ -44,7 +44,7 @@ from sktl import FeatureStore, PretrainedFeatures
 
 
 def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
-    """Write some scanned digits to files; give their paths and labels."""
+    """Write `n` scanned digits to files; return their paths and labels."""
     X, y = load_digits(return_X_y=True)
     paths = [str(folder / f"{i}.png") for i in range(n)]
     for path, image in zip(paths, X, strict=False):
@@ -53,17 +53,17 @@ def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
 
 
 @contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long a block took."""
+def timed(label: str) -> Iterator[None]:
+    """Print the time of a block."""
     start = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def main() -> None:
-    """Compute features in three ways, and compare."""
-    parser = argparse.ArgumentParser(description="Features on a cluster of Dask")
-    parser.add_argument("--data", type=Path, help="a folder per class; None: digits")
+    """Compute features in three ways, and compare them."""
+    parser = argparse.ArgumentParser(description="Extract features on a Dask cluster")
+    parser.add_argument("--data", type=Path, help="one folder per class")
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--digits", type=int, default=600)
     arguments = parser.parse_args()
@@ -85,19 +85,19 @@ def main() -> None:
         with joblib.parallel_config("dask"), timed(f"{len(paths)} images, one call"):
             rows = features.set_params(n_jobs=-1).transform(paths)
 
-        # n_jobs of the search is None: in a worker, images stay where they are.
+        # The search distributes the candidates, so n_jobs of the transformer is None.
         model = make_pipeline(
             features.set_params(n_jobs=None),
             StandardScaler(),
             LogisticRegression(max_iter=1000),
         )
         grid = {"logisticregression__C": [0.001, 0.01, 0.1]}
-        with joblib.parallel_config("dask"), timed("a search, with what is remembered"):
+        with joblib.parallel_config("dask"), timed("a search, with cached features"):
             search = GridSearchCV(model, grid, cv=3, n_jobs=-1).fit(paths, y)
         print(f"accuracy {search.best_score_:.3f} with {search.best_params_}")
-        print(f"rows remembered: {FeatureStore(memory).info()['rows']}")
+        print(f"cached rows: {FeatureStore(memory).info()['rows']}")
 
-        # Each block is a task of its own, and gives a block of the result.
+        # Each block of paths is one task, which returns one block of features.
         blocks = da.from_array(np.array(paths), chunks=100)
         table = blocks.map_blocks(
             features.transform,
@@ -106,10 +106,10 @@ def main() -> None:
             meta=np.empty((0, 0), dtype=np.float32),
         )
         names = list(features.fit(paths).get_feature_names_out())
-        with timed("a Dask array, to Parquet"):
+        with timed("a Dask array, written to Parquet"):
             dd.from_dask_array(table, columns=names).to_parquet(f"{scratch}/features")
         back = dd.read_parquet(f"{scratch}/features").compute()
-        print(f"equal to those of the one call: {np.array_equal(back, rows)}")
+        print(f"equal to the rows of the first call: {np.array_equal(back, rows)}")
 
 
 if __name__ == "__main__":

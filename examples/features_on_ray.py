@@ -1,23 +1,23 @@
 """
-============================
-Features on a cluster of Ray
-============================
+=================================
+Extract features on a Ray cluster
+=================================
 
-Three ways, from the least to learn to the largest data:
+Three ways to distribute the computation, from the simplest to the largest data:
 
-- one call of ``transform``, whose images go to the workers;
-- a grid search, whose candidates go there, with one ``memory`` for all of them;
-- a dataset of Ray with paths in it, through a callable class that holds the network: a
-  table that no memory holds goes straight to Parquet.
+- one call of ``transform``, whose images are distributed over the workers;
+- a grid search, whose candidates are distributed, with a shared ``memory``;
+- a Ray dataset of paths, mapped by a callable class that holds the network, and written
+  to Parquet; it may be larger than memory.
 
 ::
 
     python examples/features_on_ray.py
 
 starts two workers on this machine and uses scanned digits. ``--data FOLDER --backbone
-resnet18`` does the same with your own images, in a folder per class. On a cluster of
-your own, ``ray.init(address="auto")``. One GPU per worker: ``num_gpus=1`` in
-``ray_remote_args`` and in ``map_batches``.
+resnet18`` uses your own images, in one folder per class. To use an existing cluster,
+call ``ray.init(address="auto")``. For one GPU per worker, pass ``num_gpus=1`` in
+``ray_remote_args`` and to ``map_batches``.
 """
 
 import argparse
@@ -41,23 +41,23 @@ from sklearn.preprocessing import StandardScaler
 
 from sktl import FeatureStore, PretrainedFeatures
 
-# Without these, a worker that is lost ends the whole call.
-AGAIN = {"max_restarts": -1, "max_task_retries": -1}
+# Without these options, a lost worker makes the whole call fail.
+RETRY = {"max_restarts": -1, "max_task_retries": -1}
 
 
 class Features:
-    """What a worker of ``map_batches`` holds: the network, loaded once."""
+    """Callable for ``map_batches``: each worker loads the network once."""
 
     def __init__(self, backbone: str, memory: Path) -> None:
         self.features = PretrainedFeatures(backbone, memory=memory)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Add features to a batch of paths."""
+        """Add the features to a batch of paths."""
         return {**batch, "features": self.features.transform(batch["path"])}
 
 
 def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
-    """Write some scanned digits to files; give their paths and labels."""
+    """Write `n` scanned digits to files; return their paths and labels."""
     X, y = load_digits(return_X_y=True)
     paths = [str(folder / f"{i}.png") for i in range(n)]
     for path, image in zip(paths, X, strict=False):
@@ -66,24 +66,24 @@ def digits(folder: Path, n: int) -> tuple[list[str], np.ndarray]:
 
 
 @contextmanager
-def timed(what: str) -> Iterator[None]:
-    """Print how long a block took."""
+def timed(label: str) -> Iterator[None]:
+    """Print the time of a block."""
     start = time.perf_counter()
     yield
-    print(f"{what}: {time.perf_counter() - start:.1f} s", flush=True)
+    print(f"{label}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 @contextmanager
-def on_ray(what: str) -> Iterator[None]:
-    """Let the workers of Ray do a block, and time it."""
-    with joblib.parallel_config("ray", ray_remote_args=AGAIN), timed(what):
+def on_ray(label: str) -> Iterator[None]:
+    """Run a block with Ray as joblib's backend, and print its time."""
+    with joblib.parallel_config("ray", ray_remote_args=RETRY), timed(label):
         yield
 
 
 def main() -> None:
-    """Compute features in three ways, and compare."""
-    parser = argparse.ArgumentParser(description="Features on a cluster of Ray")
-    parser.add_argument("--data", type=Path, help="a folder per class; None: digits")
+    """Compute features in three ways, and compare them."""
+    parser = argparse.ArgumentParser(description="Extract features on a Ray cluster")
+    parser.add_argument("--data", type=Path, help="one folder per class")
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--digits", type=int, default=600)
     arguments = parser.parse_args()
@@ -98,26 +98,20 @@ def main() -> None:
         memory = Path(scratch) / "memory"
         features = PretrainedFeatures(arguments.backbone, memory=memory)
 
-        with (
-            joblib.parallel_config("ray", ray_remote_args=AGAIN),
-            timed(f"{len(paths)} images, one call"),
-        ):
+        with on_ray(f"{len(paths)} images, one call"):
             rows = features.set_params(n_jobs=-1).transform(paths)
 
-        # n_jobs of the search is None: in a worker, images stay where they are.
+        # The search distributes the candidates, so n_jobs of the transformer is None.
         model = make_pipeline(
             features.set_params(n_jobs=None),
             StandardScaler(),
             LogisticRegression(max_iter=1000),
         )
         grid = {"logisticregression__C": [0.001, 0.01, 0.1]}
-        with (
-            joblib.parallel_config("ray", ray_remote_args=AGAIN),
-            timed("a search, with what is remembered"),
-        ):
+        with on_ray("a search, with cached features"):
             search = GridSearchCV(model, grid, cv=3, n_jobs=-1).fit(paths, y)
         print(f"accuracy {search.best_score_:.3f} with {search.best_params_}")
-        print(f"rows remembered: {FeatureStore(memory).info()['rows']}")
+        print(f"cached rows: {FeatureStore(memory).info()['rows']}")
 
         table = ray.data.from_items([{"path": path} for path in paths]).map_batches(
             Features,
@@ -125,11 +119,11 @@ def main() -> None:
             batch_size=100,
             concurrency=2,
         )
-        with timed("a dataset, to Parquet"):
+        with timed("a Ray dataset, written to Parquet"):
             table.write_parquet(f"{scratch}/features")
         back = ray.data.read_parquet(f"{scratch}/features").to_pandas()
         back = np.stack(back.set_index("path").loc[paths, "features"])
-        print(f"equal to those of the one call: {np.array_equal(back, rows)}")
+        print(f"equal to the rows of the first call: {np.array_equal(back, rows)}")
     ray.shutdown()
 
 

@@ -1,24 +1,24 @@
 """
-=======================================================
-Which strategy, and how deep: one search over all three
-=======================================================
+=====================================================
+Compare strategies and fine-tuning depths in a search
+=====================================================
 
-A pretrained network as it is, as a fixed feature extractor, and fine-tuned to several
-depths are candidates of one ``GridSearchCV`` on photographs of ants and bees. The table
-has the cross-validated accuracy of each with its spread over the folds, and the seconds
-of a fit; the best is then scored on photographs that were held back.
+A pretrained network without training, as a fixed feature extractor, and fine-tuned to
+several depths are candidates of one ``GridSearchCV`` on photographs of ants and bees.
+The table shows the cross-validated accuracy of each candidate, its standard deviation
+over the folds, and the fit time. The best candidate is scored on held-out photographs.
 
 ::
 
     python examples/fine_tune.py
 
-fetches what ``ants_and_bees.py`` fetches. With local copies:
+downloads the same files as ``ants_and_bees.py``. With local copies:
 
 ::
 
     python examples/fine_tune.py --data FOLDER --backbone NAME --weights FILE
 
-where ``FOLDER`` holds ``train`` and ``val``, each with a folder per class.
+where ``FOLDER`` contains ``train`` and ``val``, each with one folder per class.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PRECISIONS = ["float32", "bfloat16"]
 
 
 def candidates(shared: dict[str, Any], max_epochs: int) -> dict[str, Any]:
-    """Give an estimator for each row of the table."""
+    """Return an estimator for each row of the table."""
     tuned = {
         f"fine-tuned, trainable={depth!r}": FineTunedCNNClassifier(
             trainable=depth, max_epochs=max_epochs, random_state=0, **shared
@@ -48,7 +48,7 @@ def candidates(shared: dict[str, Any], max_epochs: int) -> dict[str, Any]:
         for depth in ("head", 1, 2, "all")
     }
     return {
-        "as is": PretrainedClassifier(**shared),
+        "no training": PretrainedClassifier(**shared),
         "frozen features": make_pipeline(
             PretrainedFeatures(**shared),
             StandardScaler(),
@@ -59,8 +59,10 @@ def candidates(shared: dict[str, Any], max_epochs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Search, print the table, and score the best."""
-    parser = argparse.ArgumentParser(description="Which strategy, and how deep?")
+    """Search, print the table, and score the best candidate."""
+    parser = argparse.ArgumentParser(
+        description="Compare strategies and fine-tuning depths"
+    )
     parser.add_argument("--data", type=Path)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
@@ -82,7 +84,7 @@ def main() -> None:
         }
         rows = candidates(shared, arguments.epochs)
         search = GridSearchCV(
-            Pipeline([("strategy", rows["as is"])]),
+            Pipeline([("strategy", rows["no training"])]),
             {"strategy": list(rows.values())},
             cv=StratifiedKFold(arguments.folds, shuffle=True, random_state=0),
         )

@@ -1,20 +1,20 @@
 """
-=========================================
-Few labels: which strategy, at which cost
-=========================================
+===================================================
+Compare accuracy and cost of strategies, few labels
+===================================================
 
-Labels are what is scarce. Here a network that has only seen photographs meets scanned
-digits, with 3, 10 and 30 labels for each, in the three ways: as it is, as a fixed
-feature extractor, and fine-tuned. Beside them stand what needs no network (raw pixels)
-and what needs no pretraining (the same network from random weights).
+A network that was trained on photographs is used on scanned digits with 3, 10 and 30
+labels per class, with the three strategies: without training, as a fixed feature
+extractor, and fine-tuned. The baselines are raw pixels, without a network, and the same
+network fine-tuned from random weights, without pretraining.
 
-The candidates are those of ``three_strategies.py``, which takes a folder of your own
-images as well.
+The candidates are those of ``three_strategies.py``, which can also use a folder of your
+own images.
 """
 
 # %%
-# The digits have 8 x 8 values from 0 (black) to 16 (white): ``pixel_range`` says so.
-# ``memory`` lets folds and candidates share what was computed.
+# The digits have 8 x 8 values from 0 (black) to 16 (white), set by ``pixel_range``.
+# ``memory`` caches features for all folds and candidates.
 import tempfile
 import time
 
@@ -39,7 +39,7 @@ candidates = strategies(
 )
 
 # %%
-# Each is fitted on the same draws, and scored on the same 500 others.
+# Each candidate is fitted on the same samples and scored on the same 500 test images.
 rows = []
 for n_labels in (3, 10, 30):
     for train, test in splits(y, n_labels, n_repeats=2, n_test=500):
@@ -56,25 +56,26 @@ means = results.groupby(["strategy", "labels per class"]).mean().unstack()
 print(means.round(3).loc[list(candidates)])
 
 # %%
-# On images this far from photographs, what the network calls them is of little use,
-# and its last features are no better than pixels. A lower stage, with averages over a
-# grid that keep where things are, is far ahead with 3 labels, and the search finds it
-# in seconds. With 10 and more, fine-tuning is as good, and takes several times as long.
-# Without pretrained weights it needs far more labels.
+# These images differ from photographs, so the categories of the network are of little
+# use, and its penultimate features are not better than pixels. Features of a lower
+# stage, averaged over a grid to keep spatial information, are the most accurate with 3
+# labels, and the search finds them in seconds. With 10 and more labels, fine-tuning is
+# as accurate and takes several times as long. Without pretrained weights, it needs many
+# more labels.
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
 for name in candidates:
-    of_mine = means.loc[name]
-    left.plot(of_mine["accuracy"], marker="o", label=name)
-    right.plot(of_mine["seconds"], of_mine["accuracy"], marker="o")
+    of_candidate = means.loc[name]
+    left.plot(of_candidate["accuracy"], marker="o", label=name)
+    right.plot(of_candidate["seconds"], of_candidate["accuracy"], marker="o")
 left.set(xlabel="labels per class", ylabel="accuracy", xscale="log")
 left.set_xticks([3, 10, 30], ["3", "10", "30"])
 left.minorticks_off()
-right.set(xlabel="seconds of a fit", xscale="log", ylim=left.get_ylim())
+right.set(xlabel="fit time in seconds", xscale="log", ylim=left.get_ylim())
 fig.legend(loc="outside lower center", ncols=2)
 plt.show()
 
 # %%
-# With 10 labels, one candidate against the other:
+# The best candidate with 10 labels per class:
 ten = results[results["labels per class"] == 10].groupby("strategy")["accuracy"]
 best = ten.mean().idxmax()
 print(f"Best with 10 labels: {best}, {np.max(ten.mean()):.3f}")

@@ -1,16 +1,16 @@
 """
-=====================================
-Loss curves: how deep, and how fast
-=====================================
+==============================================
+Plot loss curves for depths and learning rates
+==============================================
 
-Fine-tuning has two questions, how many stages to train and at which rate. The curves of
-``loss_curve_`` show at a glance when a rate is too low to arrive, or so high that the
-first steps destroy what was pretrained.
+Fine-tuning has two main parameters, the number of trainable stages and the learning
+rate. ``loss_curve_`` shows whether a learning rate is too low to converge, or so high
+that the first steps destroy the pretrained features.
 """
 
 # %%
-# A rate is tried on one split with some epochs, on each of two depths. A ``memory``
-# computes the frozen stages once for all of them.
+# Each learning rate is tried on one split for a few epochs, with two depths. With
+# ``memory`` the output of the frozen stages is computed once for all of them.
 import tempfile
 
 import matplotlib.pyplot as plt
@@ -44,7 +44,8 @@ for parameters in grid:
 memory.cleanup()
 
 # %%
-# The learning rate follows a cosine to zero, so that curves end flat.
+# The scheduler decreases the learning rate to zero along a cosine, so the curves
+# flatten at the end.
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.8), sharey=True, layout="constrained")
 for parameters, classifier in zip(grid, fitted, strict=True):
     ax = axes[0 if parameters["trainable"] == 1 else 1]
@@ -57,6 +58,6 @@ axes[0].set_ylabel("training loss")
 plt.show()
 
 # %%
-# All of it can stand in a ``GridSearchCV`` as well; see
-# :ref:`the recipe <tuning-depth-and-rate>`. The accuracy on other images decides, not
-# the loss on those that were learned.
+# All of these parameters can be searched by ``GridSearchCV``; see
+# :ref:`the recipe <tuning-depth-and-rate>`. Choose by the accuracy on held-out images,
+# not by the training loss.

@@ -1,15 +1,15 @@
 """
-=======================================
-A map of the images, without a label
-=======================================
+===============================
+Visualize images without labels
+===============================
 
-Features put alike images side by side, so a map of them shows what is in a folder
-before anything is labelled: groups, outliers, duplicates. Any method of scikit-learn
-draws it; :class:`~sklearn.manifold.TSNE` here, UMAP works the same way.
+Similar images have similar features, so a two-dimensional embedding of the features
+shows groups, outliers and duplicates before any image is labelled. This example uses
+:class:`~sklearn.manifold.TSNE`; UMAP can be used in the same way.
 """
 
 # %%
-# The colours are the digits, which the maps have not seen.
+# The colours show the digits, which the embedding does not use.
 import matplotlib.pyplot as plt
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
@@ -28,14 +28,15 @@ tables = {"pixels": X.reshape(len(X), -1), "features": features.fit_transform(X)
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
 for ax, (name, table) in zip(axes, tables.items(), strict=True):
-    places = TSNE(random_state=0).fit_transform(table)
-    points = ax.scatter(*places.T, c=y, cmap="tab10", s=8)
+    embedding = TSNE(random_state=0).fit_transform(table)
+    points = ax.scatter(*embedding.T, c=y, cmap="tab10", s=8)
     ax.set(title=name, xticks=[], yticks=[])
 fig.colorbar(points, ax=axes, ticks=range(10), label="digit")
 plt.show()
 
 # %%
-# Clusters found without labels, compared with them (1 is perfect, 0 is chance):
+# Clusters compared with the labels by the adjusted Rand index (1 is perfect, 0 is
+# chance):
 for name, table in tables.items():
-    found = KMeans(10, n_init=10, random_state=0).fit_predict(table)
-    print(f"{name}: {adjusted_rand_score(y, found):.2f}")
+    clusters = KMeans(10, n_init=10, random_state=0).fit_predict(table)
+    print(f"{name}: {adjusted_rand_score(y, clusters):.2f}")

@@ -1,16 +1,17 @@
 """
-=======================================
-Which images does the model get wrong
-=======================================
+=========================
+Plot misclassified images
+=========================
 
-A score says how often a model is wrong, not why. The images do: each with what it was
-taken for and how sure the model was. Often the label is at fault.
+A score measures how often a model is wrong, but not why. This example plots the
+misclassified images with the predicted class and its probability. Often the label is
+wrong.
 """
 
 # %%
-# Predictions for images that were not learned from come from ``cross_val_predict``.
-# ``layer`` and ``pooling`` are those that
-# :ref:`a search <sphx_glr_auto_examples_plot_accuracy_and_labels.py>` finds for digits.
+# ``cross_val_predict`` predicts each image with a model that was not trained on it.
+# ``layer`` and ``pooling`` are the result of
+# :ref:`a search <sphx_glr_auto_examples_plot_accuracy_and_labels.py>` on digits.
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.datasets import load_digits
@@ -32,11 +33,12 @@ model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)
 probabilities = cross_val_predict(model, columns, y, cv=5, method="predict_proba")
 predicted = np.unique(y)[probabilities.argmax(axis=1)]
 wrong = np.flatnonzero(predicted != y)
-print(f"accuracy {np.mean(predicted == y):.3f}, {len(wrong)} of {len(y)} wrong")
+print(f"accuracy {np.mean(predicted == y):.3f}, {len(wrong)} of {len(y)} images wrong")
 
 # %%
-# The network is never trained, so its columns are computed once, before the folds, and
-# nothing leaks. Those the model was most sure about come first.
+# The network is not trained, so its features can be computed once before the
+# cross-validation without leaking information. The images are sorted by the predicted
+# probability.
 wrong = wrong[np.argsort(-probabilities[wrong].max(axis=1))][:16]
 fig, axes = plt.subplots(2, 8, figsize=(10, 3.2), layout="constrained")
 for ax in axes.flat:
@@ -44,11 +46,11 @@ for ax in axes.flat:
 for ax, i in zip(axes.flat, wrong, strict=False):
     ax.imshow(X[i], cmap="gray_r")
     ax.set_title(
-        f"{y[i]} taken for {predicted[i]}\n{probabilities[i].max():.0%} sure", size=8
+        f"true {y[i]}, predicted {predicted[i]}\n{probabilities[i].max():.0%}", size=8
     )
 plt.show()
 
 # %%
-# And which classes are mixed up:
+# The confusion matrix shows which classes are confused:
 ConfusionMatrixDisplay.from_predictions(y, predicted, cmap="Blues", colorbar=False)
 plt.show()

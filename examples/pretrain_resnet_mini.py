@@ -1,31 +1,30 @@
 """
-==============================================
-How the bundled network, resnet_mini, was made
-==============================================
+========================================
+Pretrain the bundled network resnet_mini
+========================================
 
-The recipe behind ``sktl/data/resnet_mini.safetensors``: a small residual network is
-trained on 100,000 images of 32 x 32 pixels in 200 ImageNet categories. It stops and
-resumes: run the same command again after it was killed, and it goes on after the last
-whole epoch with the same numbers it would have had.
+This script trained ``sktl/data/resnet_mini.safetensors``, a small residual network, on
+100,000 images of 32 x 32 pixels in 200 ImageNet categories. After an interruption, run
+the same command again: training resumes after the last complete epoch and gives the
+same weights as an uninterrupted run.
 
 ::
 
     python examples/pretrain_resnet_mini.py --data FOLDER --epochs 32
 
-``FOLDER`` holds ``train.npz`` and ``val.npz`` with the arrays ``jpeg`` (all files end
-to end), ``offsets``, ``label`` and ``name``.
+``FOLDER`` contains ``train.npz`` and ``val.npz`` with the arrays ``jpeg`` (all files
+concatenated), ``offsets``, ``label`` and ``name``.
 
-Recipe: the matrices inside the network learn with Muon (Jordan et al., 2024), which
-orthogonalizes every step and so needs fewer images than SGD; the stem, the head and
-the normalizations learn with SGD. Both follow a one-cycle rate (Smith, 2018) down to
-zero. 500 images of a category are few, and a network that sees them unchanged learns
-them by heart after a dozen epochs; so every step crops, flips and recolours them anew,
-half of the steps mix two images (CutMix), and labels are smoothed. The average of the
-weights over the last steps (Izmailov et al., 2018) is what is shipped.
+Recipe: the inner convolutions are trained with Muon (Jordan et al., 2024), which
+orthogonalizes every update and needs fewer images than SGD. The stem, the head and the
+normalization layers are trained with SGD. Both use a one-cycle learning rate schedule
+(Smith, 2018) that ends at zero. With 500 images per category, a network overfits after
+about twelve epochs without augmentation. Therefore images are randomly cropped, flipped
+and recoloured in every step, half of the steps use CutMix, and labels are smoothed. The
+published weights are the average over the last steps (Izmailov et al., 2018).
 
-The crops show things 1.25 times as large as they are in whole images, so the network
-is used, and its accuracy measured, on images enlarged to 40 x 40 (Touvron et al.,
-2019).
+In the random crops, objects are 1.25 times as large as in whole images. Therefore the
+network is used and evaluated on images resized to 40 x 40 (Touvron et al., 2019).
 """
 
 import argparse
@@ -51,10 +50,10 @@ CHANNELS_LAST = torch.channels_last
 MUON = {"lr": 0.04, "weight_decay": 0.03, "momentum": 0.9}
 SGD = {"lr": 0.05, "weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 LABEL_SMOOTHING = 0.1
-CROP_AREA = (0.35, 1.0)  # share of the image that a crop shows
-CROP_LOG_RATIO = (-0.29, 0.29)  # of width to height: 3/4 to 4/3
-COLOUR = (0.6, 1.4)  # of contrast, brightness and saturation
-AVERAGE_DECAY = 0.995  # of the running average of the weights, per step
+CROP_AREA = (0.35, 1.0)  # area of the crop, relative to the image
+CROP_LOG_RATIO = (-0.29, 0.29)  # log of width / height: 3/4 to 4/3
+COLOUR = (0.6, 1.4)  # factors of contrast, brightness and saturation
+AVERAGE_DECAY = 0.995  # of the moving average of the weights, per step
 
 
 def load(file: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -67,13 +66,13 @@ def load(file: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         with Image.open(io.BytesIO(jpeg[start:stop].tobytes())) as image:
             images[i] = np.asarray(image.convert("RGB"))
     x = torch.from_numpy(images).permute(0, 3, 1, 2)  # channels last in memory
-    # "goldfish, Carassius auratus" is readable, and unique, without its synonyms.
+    # The first of the synonyms is unique: "goldfish" of "goldfish, Carassius auratus".
     names = [str(synonyms).split(",")[0] for synonyms in name]
     return x, torch.from_numpy(label.astype(np.int64)), names
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Crop ``(n, 3, 32, 32)``, flip half of them, and change contrast and colour."""
+    """Crop, flip and recolour a batch ``(n, 3, 32, 32)`` at random."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -98,10 +97,10 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 def cutmix(
     x: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Paste a box of another image into each, half of the time (Yun et al., 2019).
+    """Apply CutMix (Yun et al., 2019) to a batch with probability 0.5.
 
-    Returns the images, the rows the boxes come from, and the share of the image
-    that remains its own.
+    Returns the images, the index of the other image of each, and the fraction of the
+    area that is not replaced.
     """
     other = torch.randperm(len(x), generator=generator)
     chance, share, row, column = torch.rand(4, generator=generator).tolist()
@@ -116,14 +115,14 @@ def cutmix(
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 images into what the network was built for."""
+    """Normalize uint8 images to the input of the network."""
     mean = torch.tensor(MEAN, device=x.device).view(3, 1, 1)
     std = torch.tensor(STD, device=x.device).view(3, 1, 1)
     return (x.float() / 255 - mean) / std
 
 
 def accuracy(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, device) -> float:
-    """Top-1 accuracy on whole images, as large as they are to be used, in float32."""
+    """Compute the top-1 accuracy on whole images of ``IMAGE_SIZE``, in float32."""
     net.eval()
     hits = 0
     with torch.inference_mode():
@@ -135,9 +134,9 @@ def accuracy(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, device) -> 
 
 
 class Optimizers:
-    """Muon for the convolutions between the stages, SGD for all else, one schedule.
+    """Muon for the inner convolutions, SGD for all other parameters, with schedulers.
 
-    Muon takes matrices, so it is given a view ``(out, height * width * in)`` of each
+    Muon requires matrices. It gets a view ``(out, height * width * in)`` of each
     kernel, which shares the kernel's memory.
     """
 
@@ -161,7 +160,7 @@ class Optimizers:
         ]
 
     def step(self) -> None:
-        """Update the weights, and then the rates."""
+        """Update the weights, then the learning rates."""
         for matrix, kernel in zip(self.matrices, self.kernels, strict=True):
             matrix.grad = _rows(kernel.grad.contiguous(memory_format=CHANNELS_LAST))
         for part in self.parts:
@@ -174,7 +173,7 @@ def _rows(kernel: torch.Tensor) -> torch.Tensor:
 
 
 def train_epoch(epoch, net, average, optimizers, x, y, device, precision):
-    """One pass over the images; everything random comes from the epoch's number."""
+    """Train one epoch; all random numbers are seeded by the epoch."""
     generator = torch.Generator().manual_seed(epoch)
     net.train()
     order = torch.randperm(len(x), generator=generator)
@@ -198,11 +197,11 @@ def train_epoch(epoch, net, average, optimizers, x, y, device, precision):
 def card(
     arguments, names, top1: float, seconds: float, digest: str, parameters: int
 ) -> str:
-    """Text of the card that lies beside the weights."""
+    """Return the text of the model card."""
     return f"""# resnet_mini
 
-A residual network for small images, bundled with sktl so that everything works
-without a network connection.
+A residual network for small images, bundled with sktl. It needs no network
+connection.
 
 | | |
 |---|---|
@@ -232,7 +231,7 @@ faces, and must not be used to recognise people.
 
 
 def main() -> None:
-    """Train, resume, and write the file and its card."""
+    """Train or resume, and write the weights and their card."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=32)
@@ -275,7 +274,7 @@ def main() -> None:
         partial = checkpoint.with_suffix(".partial")
         parts = [part.state_dict() for part in state]
         torch.save({"epoch": epoch + 1, "seconds": seconds, "state": parts}, partial)
-        os.replace(partial, checkpoint)  # a kill leaves the old or the new, whole
+        os.replace(partial, checkpoint)  # atomic
 
     weights = {
         name: value.half() if value.is_floating_point() else value

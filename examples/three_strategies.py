@@ -1,26 +1,26 @@
 """
-============================================
-Three strategies, on few labels of one's own
-============================================
+==========================================
+Compare the three strategies on few labels
+==========================================
 
-A pretrained network can be used as it is, as a fixed feature extractor, or fine-tuned.
-Which of these pays off depends on how far the images are from what the network was
-trained on, and on how many labels there are. Here it is asked about scanned digits,
-which are far from the photographs that the bundled network has seen, with ten labels
-per digit; nothing is downloaded.
+A pretrained network can be used without training, as a fixed feature extractor, or
+fine-tuned. Which strategy is best depends on the difference between your images and the
+pretraining data, and on the number of labels. This example compares them on scanned
+digits, which differ from the photographs that the bundled network was trained on, with
+ten labels per digit. Nothing is downloaded.
 
 ::
 
     python examples/three_strategies.py
 
-The same for a folder of images of your own, with a folder per class in it:
+For your own images, in one folder per class:
 
 ::
 
     python examples/three_strategies.py --data FOLDER --backbone resnet18
 
-With matplotlib (``pip install sktl[plot]``) and ``--plot FILE``, an image of accuracy
-against the number of labels.
+With matplotlib (``pip install sktl[plot]``), ``--plot FILE`` saves a plot of the
+accuracy against the number of labels.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ImageSequence = NDArray[Any]
 
 
 def raw_pixels(X: ImageSequence) -> NDArray[np.float64]:
-    """Give images as rows of pixels; files are shrunk to 32 x 32 first."""
+    """Return images as rows of pixels; files are resized to 32 x 32."""
     if X.ndim > 1:
         return X.reshape(len(X), -1)
     rows = []
@@ -57,22 +57,22 @@ def raw_pixels(X: ImageSequence) -> NDArray[np.float64]:
 
 
 def with_classifier(*steps: Any) -> Pipeline:
-    """Put the same scaler and classifier behind whatever makes the columns."""
+    """Append a scaler and a logistic regression to the given steps."""
     return make_pipeline(*steps, StandardScaler(), LogisticRegression(max_iter=1000))
 
 
 def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
-    """Give an estimator for each way of using the network, and for doing without."""
+    """Return an estimator for each strategy, and for the baselines."""
     searched = with_classifier(PretrainedFeatures(**shared))
-    # Far from what the network was trained on, its own features are no good start for
-    # the head, and it takes larger steps than the default to leave them.
+    # The images differ from the pretraining data: a linear probe is not a good
+    # initialization, and a higher learning rate than the default is needed.
     tuned = FineTunedCNNClassifier(
         **{**shared, "batch_size": 32}, head_init="random", lr=1e-3, random_state=0
     )
     from_scratch = clone(tuned).set_params(weights=None)
     return {
         "raw pixels": with_classifier(FunctionTransformer(raw_pixels)),
-        "as is: PretrainedClassifier": PretrainedClassifier(**shared),
+        "no training: PretrainedClassifier": PretrainedClassifier(**shared),
         "frozen: penultimate": with_classifier(PretrainedFeatures(**shared)),
         "frozen: layer and pooling searched": GridSearchCV(
             searched,
@@ -88,7 +88,7 @@ def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
 
 
 def n_trained(fitted: Any) -> int:
-    """Count the numbers that were learned from the labels."""
+    """Count the parameters that were trained."""
     if isinstance(fitted, GridSearchCV):
         fitted = fitted.best_estimator_
     if isinstance(fitted, PretrainedClassifier):
@@ -102,12 +102,12 @@ def n_trained(fitted: Any) -> int:
 def splits(
     y: NDArray[Any], n_labels: int, n_repeats: int, n_test: int
 ) -> Iterable[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Draw `n_labels` images of each class to learn from, and others to score."""
+    """Draw `n_labels` training images per class, and test images."""
     fewest = np.unique(y, return_counts=True)[1].min()
     if fewest <= n_labels:
         raise SystemExit(
-            f"Each class needs more than {n_labels} images, to learn from and to "
-            f"score. The smallest has {fewest}. Use a smaller --labels."
+            f"Each class must have more than {n_labels} images, for training and "
+            f"test. Got {fewest} in the smallest class. Use a smaller --labels."
         )
     n_train = n_labels * len(np.unique(y))
     n_test = min(n_test, len(y) - n_train)
@@ -119,7 +119,7 @@ def splits(
 def compare(
     X: ImageSequence, y: NDArray[Any], estimators: dict[str, BaseEstimator], cv: Any
 ) -> dict[str, list[float]]:
-    """Fit and score each estimator on each split, and print a table as it grows."""
+    """Fit and score each estimator on each split, and print one row of the table."""
     print(f"{'':36} accuracy          seconds    trained")
     accuracies: dict[str, list[float]] = {}
     for name, estimator in estimators.items():
@@ -136,12 +136,12 @@ def compare(
             best = [
                 f"{k.split('__')[1]}={v}" for k, v in estimator.best_params_.items()
             ]
-            print(f"{'':36} the last search chose {', '.join(best)}")
+            print(f"{'':36} chosen by the last search: {', '.join(best)}")
     return accuracies
 
 
 def plot(file: Path, run: Callable[[int], dict[str, list[float]]]) -> None:
-    """Draw accuracy against the number of labels per class."""
+    """Plot accuracy against the number of labels per class."""
     import matplotlib.pyplot as plt
 
     labels = [3, 10, 30]
@@ -160,14 +160,14 @@ def plot(file: Path, run: Callable[[int], dict[str, list[float]]]) -> None:
 
 
 def main() -> None:
-    """Compare on digits, or on a folder of the user's."""
-    parser = argparse.ArgumentParser(description="Which strategy?")
-    parser.add_argument("--data", type=Path, help="folder with a folder per class")
+    """Compare the strategies on digits, or on a folder of images."""
+    parser = argparse.ArgumentParser(description="Compare the three strategies")
+    parser.add_argument("--data", type=Path, help="one folder per class")
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--labels", type=int, default=10, help="per class")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--plot", type=Path, help="file for an image")
+    parser.add_argument("--plot", type=Path, help="file to save a plot to")
     arguments = parser.parse_args()
 
     shared: dict[str, Any] = {
@@ -185,7 +185,7 @@ def main() -> None:
 
     def run(n_labels: int) -> dict[str, list[float]]:
         cv = list(splits(y, n_labels, arguments.repeats, n_test=500))
-        # Folds, candidates and repeats meet the same images again and again.
+        # Folds, candidates and repeats use the same images, so features are cached.
         with tempfile.TemporaryDirectory() as memory:
             return compare(X, y, strategies({**shared, "memory": memory}), cv)
 
@@ -197,9 +197,9 @@ def main() -> None:
     means = {name: float(np.mean(values)) for name, values in accuracies.items()}
     best = max(means, key=lambda name: means[name])
     print(
-        f"\nBest here: {best}.\nOn photographs penultimate features are often enough; "
-        "the further images are from\nthem, the lower the stage that helps, and the "
-        "more it matters to keep where things are."
+        f"\nMost accurate: {best}.\nOn photographs, penultimate features are often "
+        "sufficient. On other images, features of\nlower stages, pooled over a grid, "
+        "are often more accurate."
     )
     if arguments.plot:
         plot(arguments.plot, run)

@@ -1,4 +1,4 @@
-"""The examples run, on small things, and stop and resume where they say so."""
+"""The examples run on small data, and resume after an interruption."""
 
 import http.server
 import importlib
@@ -47,7 +47,7 @@ def folder(images, tmp_path):
 def test_ants_and_bees(run, folder, capsys):
     run("ants_and_bees", "--data", folder, "--backbone", "tiny")
     out = capsys.readouterr().out
-    assert "30 photographs to learn from, 10 to score" in out
+    assert "30 training and 10 validation photographs" in out
     assert "validation accuracy" in out
 
 
@@ -89,10 +89,10 @@ def server(tmp_path):
 def test_photographs_that_are_fetched_are_verified(run, folder, server, tmp_path):
     example = run("ants_and_bees", "--data", folder, "--backbone", "tiny")
     example.URL = server
-    with pytest.raises(SystemExit, match="not those of the tutorial"):
+    with pytest.raises(SystemExit, match="do not match those of the tutorial"):
         example.fetch(tmp_path / "cache")
     example.URL = "http://127.0.0.1:9/closed.zip"
-    with pytest.raises(SystemExit, match=r"could not be fetched .* pass --data"):
+    with pytest.raises(SystemExit, match=r"Cannot download .* pass --data"):
         example.fetch(tmp_path / "other")
 
 
@@ -105,9 +105,11 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     arguments = ["--data", folder / "train", "--labels", 6, "--repeats", 2]
     run("three_strategies", *arguments)
     out = capsys.readouterr().out
-    for row in ("raw pixels", "as is", "frozen: penultimate", "frozen: layer", "fine-"):
+    for row in ("raw pixels", "no training", "frozen: penultimate", "frozen: layer"):
         assert row in out
-    assert "the last search chose layer=" in out
+    for row in ("fine-tuned: from pretrained", "fine-tuned: from random"):
+        assert row in out
+    assert "chosen by the last search: layer=" in out
 
 
 def test_choosing_a_backbone_computes_each_image_once(run, capsys):
@@ -116,7 +118,7 @@ def test_choosing_a_backbone_computes_each_image_once(run, capsys):
     counts = [int(line.split()[-2].replace(",", "")) for line in lines[2:5]]
     # 18 candidates and 3 folds each see 30 images; then once more for the best.
     assert counts == [18 * 3 * 30 + 30, 2 * 3 * 30, 0]
-    assert "rows remembered: 180" in lines[5]
+    assert "cached rows: 180" in lines[5]
 
 
 @pytest.fixture
@@ -179,5 +181,5 @@ def test_features_on_a_cluster(name, needs):
     # As a program: other processes import what it defines.
     command = [sys.executable, EXAMPLES / f"{name}.py", "--digits", "60"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "rows remembered: 60\n" in out
-    assert "equal to those of the one call: True" in out
+    assert "cached rows: 60\n" in out
+    assert "equal to the rows of the first call: True" in out

@@ -1,22 +1,23 @@
 """
-====================================================
-What an epoch of FineTunedCNNClassifier costs
-====================================================
+==================================================
+Benchmark the epoch time of FineTunedCNNClassifier
+==================================================
 
-The same work, done by three: `FineTunedCNNClassifier`, a skorch script as its
-documentation has it, and a plain PyTorch loop, each with the same network, trainable
-part, batch size, optimizer and precision, on images already decoded to uint8 in
-memory. The scripts freeze as scripts do: ``requires_grad = False`` below, everything in
-training mode. Measured is an epoch of a run of three, in turns, without the first.
+The benchmark compares `FineTunedCNNClassifier`, a skorch script written like skorch's
+documentation, and a plain PyTorch loop. All have the same network, trainable stages,
+batch size, optimizer and precision, and get decoded uint8 images in memory. The scripts
+freeze stages with ``requires_grad = False``, with all modules in training mode. Each
+runs three epochs, alternately; the first epoch is not counted.
 
-A second loop is a careful one, for comparison: it runs what is frozen under
-``torch.no_grad()``, as FineTunedCNNClassifier does.
+A second loop runs the frozen stages under ``torch.no_grad()``, as
+FineTunedCNNClassifier does.
 
 ::
 
     python examples/benchmarks/fine_tuning.py --data FOLDER --backbone resnet18
 
-``FOLDER`` holds a folder per class. Weights are random: they do not change the time.
+``FOLDER`` contains one folder per class. Weights are random, which does not affect the
+time.
 """
 
 import argparse
@@ -43,7 +44,7 @@ LR, WEIGHT_DECAY = 1e-4, 1e-2
 
 
 def decoded(paths: list[str], backbone: Any) -> np.ndarray:
-    """Decode, resize and crop as the network asks for: ``(n, side, side, 3)``."""
+    """Decode and preprocess images for the network: ``(n, side, side, 3)``."""
     images = []
     for path in paths:
         with Image.open(path) as image:
@@ -52,29 +53,29 @@ def decoded(paths: list[str], backbone: Any) -> np.ndarray:
 
 
 class Script(nn.Module):
-    """What a script trains: a network on normalized images, lower stages frozen."""
+    """Network with frozen lower stages and normalized input, as a script has it."""
 
-    def __init__(self, backbone: Any, trainable: Any, precision: str, careful: bool):
+    def __init__(self, backbone: Any, trainable: Any, precision: str, no_grad: bool):
         super().__init__()
         self.network = replace_head(backbone, 2)
         self.network.to(memory_format=torch.channels_last)
         names = [name for name, _ in self.network.named_children()]
         n_trainable = n_trainable_stages(trainable, names[:-2])
-        # With the head alone, what leads to it is frozen too.
+        # If only the head is trainable, the pooling before it is frozen too.
         self.n_frozen = len(names) - 2 - n_trainable if n_trainable else len(names) - 1
         for part in self.network[: self.n_frozen]:
             part.requires_grad_(False)
-        self.careful = careful
+        self.no_grad = no_grad
         self.mixed = precision == "bfloat16"
         preprocessing = backbone.preprocessing
         self.register_buffer("mean", torch.tensor(preprocessing.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(preprocessing.std).view(3, 1, 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Give logits ``(n, 2)`` of ``(n, side, side, 3)``, uint8."""
+        """Compute logits ``(n, 2)`` of images ``(n, side, side, 3)``, uint8."""
         x = (pixels.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
         with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed):
-            if not self.careful:
+            if not self.no_grad:
                 return self.network(x).float()
             with torch.no_grad():
                 x = self.network[: self.n_frozen](x)
@@ -82,42 +83,42 @@ class Script(nn.Module):
 
 
 class EpochStarts(Callback):
-    """Notes when each epoch began; the last entry is when training ended."""
+    """Record the start time of each epoch, and the end time of the training."""
 
     def on_train_begin(self, net: Any, **_: Any) -> None:
-        """Forget."""
-        self.moments: list[float] = []
+        """Clear the times."""
+        self.times: list[float] = []
 
     def on_epoch_begin(self, net: Any, **_: Any) -> None:
-        """Note."""
-        self.moments.append(time.perf_counter())
+        """Record the time."""
+        self.times.append(time.perf_counter())
 
     def on_train_end(self, net: Any, **_: Any) -> None:
-        """Note."""
-        self.moments.append(time.perf_counter())
+        """Record the time."""
+        self.times.append(time.perf_counter())
 
 
 def plain_loop(script: Script, X: Tensor, y: Tensor, batch_size: int) -> Any:
-    """Give a function that trains a script in a plain loop, and times its epochs."""
-    learned = [p for p in script.parameters() if p.requires_grad]
+    """Return a function that trains a script in a plain loop and times its epochs."""
+    trainable = [p for p in script.parameters() if p.requires_grad]
 
     def run(n_epochs: int) -> list[float]:
-        optimizer = torch.optim.AdamW(learned, lr=LR, weight_decay=WEIGHT_DECAY)
-        moments = [time.perf_counter()]
+        optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=WEIGHT_DECAY)
+        times = [time.perf_counter()]
         for _ in range(n_epochs):
             script.train()
             for rows in torch.randperm(len(X)).split(batch_size):
                 optimizer.zero_grad()
                 F.cross_entropy(script(X[rows]), y[rows]).backward()
                 optimizer.step()
-            moments.append(time.perf_counter())
-        return moments
+            times.append(time.perf_counter())
+        return times
 
     return run
 
 
 def skorch_script(script: Script, X: Tensor, y: Tensor, batch_size: int) -> Any:
-    """Give a function that trains a script with skorch, and times its epochs."""
+    """Return a function that trains a script with skorch and times its epochs."""
 
     def run(n_epochs: int) -> list[float]:
         net = NeuralNet(
@@ -133,21 +134,21 @@ def skorch_script(script: Script, X: Tensor, y: Tensor, batch_size: int) -> Any:
             callbacks=[EpochStarts()],
             verbose=0,
         )
-        return moments_of(net.fit(X, y))
+        return epoch_times(net.fit(X, y))
 
     return run
 
 
-def moments_of(net: NeuralNet) -> list[float]:
-    """Find the moments that a net's callback noted."""
+def epoch_times(net: NeuralNet) -> list[float]:
+    """Return the times recorded by the callback of a net."""
     (starts,) = (c for _, c in net.callbacks_ if isinstance(c, EpochStarts))
-    return starts.moments
+    return starts.times
 
 
 def ours(
     backbone: str, trainable: Any, precision: str, X: Any, y: Any, batch_size: int
 ) -> Any:
-    """Give a function that trains FineTunedCNNClassifier, and times its epochs."""
+    """Return a function that trains FineTunedCNNClassifier and times its epochs."""
 
     def run(n_epochs: int) -> list[float]:
         classifier = FineTunedCNNClassifier(
@@ -163,14 +164,14 @@ def ours(
             callbacks=[EpochStarts()],
             random_state=0,
         )
-        return moments_of(classifier.fit(X, y).net_)
+        return epoch_times(classifier.fit(X, y).net_)
 
     return run
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What does an epoch cost?")
+    """Run the benchmark and print the results."""
+    parser = argparse.ArgumentParser(description="Benchmark the time of an epoch")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--images", type=int, default=128)
@@ -192,23 +193,23 @@ def main() -> None:
     )
     for trainable in ("all", 1, "head"):
         scripts = [
-            Script(backbone, trainable, precision, careful)
-            for careful in (False, True, False)
+            Script(backbone, trainable, precision, no_grad)
+            for no_grad in (False, True, False)
         ]
-        ways = {
+        methods = {
             "sktl": ours(arguments.backbone, trainable, precision, X, y, size),
             "plain loop": plain_loop(scripts[0], *tensors, size),
-            "careful loop": plain_loop(scripts[1], *tensors, size),
+            "no_grad loop": plain_loop(scripts[1], *tensors, size),
             "skorch script": skorch_script(scripts[2], *tensors, size),
         }
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
         for _ in range(arguments.repeats):
-            for name, run in ways.items():
-                # The first epoch of three is not counted: memory is still allocated.
+            for name, run in methods.items():
+                # The first of three epochs is not counted: it allocates memory.
                 seconds[name] += np.diff(run(3))[1:].tolist()
         median = {name: float(np.median(times)) for name, times in seconds.items()}
         print(f"trainable={trainable!r}: sktl {median['sktl']:.2f} s an epoch", end="")
-        for name in list(ways)[1:]:
+        for name in list(methods)[1:]:
             ratio = median["sktl"] / median[name]
             print(f"; {ratio:.2f} times the {name} ({median[name]:.2f} s)", end="")
         print(flush=True)

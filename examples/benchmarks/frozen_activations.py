@@ -1,24 +1,25 @@
 """
-=================================================================
-What remembering the frozen part saves when fine-tuning, and costs
-=================================================================
+=================================================
+Benchmark cached activations of the frozen stages
+=================================================
 
-Three measurements of `FineTunedCNNClassifier` with lower stages frozen:
+Three measurements of `FineTunedCNNClassifier` with frozen lower stages:
 
-- A grid search over learning rates and heads, from files, with ``memory``; against the
-  same search by a skorch script as its documentation has it, which freezes the same
-  layers, and computes them in every epoch. The script gets its images decoded.
-- An epoch, against one of what trains alone, by a plain loop and by skorch, on
-  activations that are in memory already.
-- With ``--capped N``: one epoch on N images in a process that may have 2 GB of
-  memory, which their activations exceed. (The photographs are repeated, each time with
-  another byte behind their end, so that no two files are the same.)
+- A grid search over learning rates and heads, from files, with ``memory``, compared
+  with the same search by a skorch script written like skorch's documentation. The
+  script freezes the same layers, computes them in every epoch, and gets decoded images.
+- The time of an epoch, compared with training only the trainable stages on activations
+  in memory, by a plain loop and by skorch.
+- With ``--capped N``: one epoch on N images in a process limited to 2 GB of memory,
+  which is less than the activations need. (The photographs are repeated with different
+  bytes appended, so that no two files are equal.)
 
 ::
 
     python examples/benchmarks/frozen_activations.py --data FOLDER --backbone resnet18
 
-``FOLDER`` holds a folder per class. Weights are random: they do not change the time.
+``FOLDER`` contains one folder per class. Weights are random, which does not affect the
+time.
 """
 
 import argparse
@@ -50,7 +51,7 @@ GIGABYTE = 2**30
 
 
 def decoded(paths: list[str], backbone: Any) -> np.ndarray:
-    """Decode, resize and crop as the network asks for: ``(n, side, side, 3)``."""
+    """Decode and preprocess images for the network: ``(n, side, side, 3)``."""
     images = []
     for path in paths:
         with Image.open(path) as image:
@@ -59,7 +60,7 @@ def decoded(paths: list[str], backbone: Any) -> np.ndarray:
 
 
 class Script(nn.Module):
-    """What a script trains: a network on normalized images, lower stages frozen."""
+    """Network with frozen lower stages and normalized input, as a script has it."""
 
     def __init__(self, backbone: Any, trainable: Any, hidden: tuple[int, ...] = ()):
         super().__init__()
@@ -82,7 +83,7 @@ class Script(nn.Module):
 
 
 def ours(arguments: Any, trainable: Any, **parameters: Any) -> FineTunedCNNClassifier:
-    """Make the estimator that is measured."""
+    """Return the estimator that is measured."""
     return FineTunedCNNClassifier(
         arguments.backbone,
         weights=None,
@@ -96,14 +97,14 @@ def ours(arguments: Any, trainable: Any, **parameters: Any) -> FineTunedCNNClass
 
 
 def seconds(search: GridSearchCV, X: Any, y: Any) -> float:
-    """Time a search."""
+    """Return the time of a search in seconds."""
     start = time.perf_counter()
     search.fit(X, y)
     return time.perf_counter() - start
 
 
 def searches(arguments: Any, trainable: Any, paths: list[str], y: Any) -> None:
-    """Compare whole searches."""
+    """Compare the times of whole searches."""
     grid = {"lr": RATES, "weight_decay": DECAYS, "hidden_layer_sizes": HEADS}
     with tempfile.TemporaryDirectory() as memory:
         mine = GridSearchCV(
@@ -138,29 +139,29 @@ def searches(arguments: Any, trainable: Any, paths: list[str], y: Any) -> None:
     plain = seconds(script, decoded(paths, backbone), y)
     print(
         f"trainable={trainable!r}: search {first:.1f} s, again {again:.1f} s, "
-        f"{size:.0f} MB remembered; skorch script {plain:.1f} s: {plain / first:.1f} "
+        f"{size:.0f} MB cached; skorch script {plain:.1f} s: {plain / first:.1f} "
         f"and {plain / again:.1f} times as long",
         flush=True,
     )
 
 
 def suffix_loop(script: Script, x: Tensor, y: Tensor, size: int) -> list[float]:
-    """Train what is not frozen on activations, in a plain loop; time the epochs."""
-    above = script.network[script.n_frozen :]
-    optimizer = torch.optim.AdamW(above.parameters(), lr=1e-4, weight_decay=1e-2)
-    moments = [time.perf_counter()]
+    """Train the trainable stages on activations in a plain loop; return epoch times."""
+    trainable = script.network[script.n_frozen :]
+    optimizer = torch.optim.AdamW(trainable.parameters(), lr=1e-4, weight_decay=1e-2)
+    times = [time.perf_counter()]
     for _ in range(3):
         for rows in torch.randperm(len(x)).split(size):
             optimizer.zero_grad()
-            F.cross_entropy(above(x[rows]), y[rows]).backward()
-            nn.utils.clip_grad_norm_(above.parameters(), 5.0)
+            F.cross_entropy(trainable(x[rows]), y[rows]).backward()
+            nn.utils.clip_grad_norm_(trainable.parameters(), 5.0)
             optimizer.step()
-        moments.append(time.perf_counter())
-    return np.diff(moments)[1:].tolist()
+        times.append(time.perf_counter())
+    return np.diff(times)[1:].tolist()
 
 
 def suffix_by_skorch(script: Script, x: Tensor, y: Tensor, size: int) -> list[float]:
-    """Train the same with skorch; time the epochs."""
+    """Train the trainable stages with skorch; return epoch times."""
     net = NeuralNet(
         script.network[script.n_frozen :],
         nn.CrossEntropyLoss,
@@ -178,7 +179,7 @@ def suffix_by_skorch(script: Script, x: Tensor, y: Tensor, size: int) -> list[fl
 
 
 def epochs(arguments: Any, trainable: Any, paths: list[str], y: Any) -> None:
-    """Compare an epoch with one of the part that trains, alone."""
+    """Compare the time of an epoch with that of the trainable stages alone."""
     backbone = load_backbone(arguments.backbone, None)
     scripts = Script(backbone, trainable), Script(backbone, trainable)
     x = activations(scripts[0], decoded(paths, backbone))
@@ -190,15 +191,15 @@ def epochs(arguments: Any, trainable: Any, paths: list[str], y: Any) -> None:
         mine.append(seconds_of_an_epoch(arguments, trainable, paths, y))
     a, b, c = (1e3 * float(np.median(times)) for times in (mine, loop, by_skorch))
     print(
-        f"trainable={trainable!r}: an epoch {a:.1f} ms; of the part that trains alone, "
-        f"on its input in memory, {b:.1f} ms by a loop and {c:.1f} ms by skorch: "
+        f"trainable={trainable!r}: an epoch {a:.1f} ms; trainable stages alone, on "
+        f"activations in memory, {b:.1f} ms by a loop and {c:.1f} ms by skorch: "
         f"{a / b:.2f} and {a / c:.2f} times as long",
         flush=True,
     )
 
 
 def activations(script: Script, pixels: np.ndarray) -> Tensor:
-    """Run the frozen part of a script."""
+    """Compute the activations of the frozen stages of a script."""
     frozen = script.network[: script.n_frozen].eval()
     with torch.no_grad():
         x = torch.cat(
@@ -213,7 +214,7 @@ def activations(script: Script, pixels: np.ndarray) -> Tensor:
 def seconds_of_an_epoch(
     arguments: Any, trainable: Any, paths: list[str], y: Any
 ) -> float:
-    """Time the epochs of a longer run that a shorter one does not have."""
+    """Return the time per epoch, as the difference of a longer and a shorter fit."""
     n_timed = 30 if trainable == "head" else 3
     with tempfile.TemporaryDirectory() as memory:
         classifier = ours(
@@ -229,7 +230,7 @@ def seconds_of_an_epoch(
 
 
 def capped(arguments: Any, paths: list[str], y: Any) -> None:
-    """Train on more than memory holds."""
+    """Train on activations that exceed the memory limit."""
     limit = 2 * GIGABYTE
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     n = arguments.capped
@@ -263,15 +264,15 @@ def capped(arguments: Any, paths: list[str], y: Any) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What does the frozen part cost?")
+    """Run the benchmark and print the results."""
+    parser = argparse.ArgumentParser(description="Benchmark cached activations")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--trainable", nargs="+", default=["head", "1"])
-    # As the script has it; the default of FineTunedCNNClassifier is "linear_probe".
+    # As in the script; the default of FineTunedCNNClassifier is "linear_probe".
     parser.add_argument("--head-init", default="random")
     parser.add_argument("--only", choices=["searches", "epochs"])
     parser.add_argument("--capped", type=int)

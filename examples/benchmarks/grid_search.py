@@ -1,12 +1,12 @@
 """
-======================================================
-What remembering images saves in a grid search, and costs
-======================================================
+==========================================
+Benchmark cached features in a grid search
+==========================================
 
-A search over 10 values of C in 5 folds, three ways in one run: every image through
-the network each time, with scikit-learn's ``Pipeline(memory=...)``, and with ``memory``
-of `PretrainedFeatures`; then the last again, when everything is known, with the share
-of its time that is spent in sktl. After that the store on its own.
+A search over 10 values of C in 5 folds is run three times: without a cache, with
+scikit-learn's ``Pipeline(memory=...)``, and with ``memory`` of `PretrainedFeatures`.
+The last is repeated with all features cached, and the fraction of its time spent in
+sktl is measured. Finally, `FeatureStore` is measured alone.
 
 ::
 
@@ -31,11 +31,11 @@ from sklearn.preprocessing import StandardScaler
 
 from sktl import FeatureStore, PretrainedFeatures
 
-SPACE = {"benchmark": "rows"}
+NAMESPACE = {"benchmark": "rows"}
 
 
 def searched(arguments, X, y, *, memory=None, pipeline_memory=None) -> list[float]:
-    """Seconds of the search, and of those the ones inside `PretrainedFeatures`."""
+    """Return the time of the search, and the part spent in `PretrainedFeatures`."""
     features = PretrainedFeatures(
         arguments.backbone, weights=arguments.weights, memory=memory
     )
@@ -71,7 +71,7 @@ def searched(arguments, X, y, *, memory=None, pipeline_memory=None) -> list[floa
 
 
 def store_alone(directory: str) -> None:
-    """Time 100,000 rows of 512 floats."""
+    """Time writing and reading of 100,000 rows of 512 floats."""
     n, width, chunk = 100_000, 512, 256
     rng = np.random.default_rng(0)
     keys = [rng.bytes(32) for _ in range(n)]
@@ -80,14 +80,14 @@ def store_alone(directory: str) -> None:
     puts = []
     for start in range(0, n, chunk):
         began = time.perf_counter()
-        store.put(SPACE, keys[start : start + chunk], rows[start : start + chunk])
+        store.put(NAMESPACE, keys[start : start + chunk], rows[start : start + chunk])
         puts.append(time.perf_counter() - began)
     size = store.info()["bytes"]
     wanted = rng.permutation(n)[:10_000]
     gets = []
     for _ in range(3):
         began = time.perf_counter()
-        _, got = store.get(SPACE, [keys[i] for i in wanted])
+        _, got = store.get(NAMESPACE, [keys[i] for i in wanted])
         gets.append(time.perf_counter() - began)
     assert np.array_equal(got, rows[wanted])
     median, most = 1000 * np.percentile(puts, [50, 100])
@@ -99,11 +99,11 @@ def store_alone(directory: str) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="What does memory save?")
-    parser.add_argument("--data", type=Path, required=True, help="a folder per class")
+    """Run the benchmark and print the results."""
+    parser = argparse.ArgumentParser(description="Benchmark cached features")
+    parser.add_argument("--data", type=Path, required=True, help="one folder per class")
     parser.add_argument("--backbone", default="squeezenet1_1")
-    parser.add_argument("--weights", default=None, help="None: random, as fast")
+    parser.add_argument("--weights", default=None, help="default: random, same time")
     arguments = parser.parse_args()
     photos = load_files(arguments.data, load_content=False)
     X, y = photos.filenames, photos.target
@@ -116,8 +116,8 @@ def main() -> None:
         ours, theirs = f"{directory}/ours", f"{directory}/theirs"
         first, inside = searched(arguments, X, y, memory=ours)
         print(f"memory: {first:.1f} s, {inside / first:.0%} of it in sktl")
-        # Short enough to be disturbed; and in the first two seconds after it was
-        # written, a store is listed in each call.
+        # Repeated, because it is short, and a cache that was written within the last
+        # two seconds is listed in each call.
         again = [searched(arguments, X, y, memory=ours) for _ in range(15)]
         share = np.percentile([inside / total for total, inside in again], [50, 0, 100])
         seconds = np.median([total for total, _ in again])

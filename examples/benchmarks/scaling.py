@@ -1,20 +1,20 @@
 """
-=======================
-Two workers against one
-=======================
+=================================
+Benchmark two workers against one
+=================================
 
-``transform`` of the same images by one worker process of a cluster on this machine,
-and by two, each with one thread and one processor, on Dask and on Ray. That the network
-is loaded is not in it; that Ray starts its workers anew for each call of joblib is.
-What a call costs however few its images are is measured by one of 256, and told
-apart.
+The benchmark runs ``transform`` on the same images with one and with two worker
+processes of a local cluster, each with one thread and one processor, on Dask and on
+Ray. The time to load the network is not included. The time in which Ray starts new
+workers for each joblib call is included. The constant cost of a call is measured with
+256 images and reported separately.
 
 ::
 
     python examples/benchmarks/scaling.py --data FOLDER --backbone resnet18
 
-``FOLDER`` holds JPEG files, at any depth. They are repeated until they are as many as
-asked for; nothing is remembered. Weights are random: they do not change the time.
+``FOLDER`` contains JPEG files, at any depth. They are repeated up to the given number.
+Nothing is cached. Weights are random, which does not affect the time.
 """
 
 import argparse
@@ -40,7 +40,7 @@ Transform = Callable[[PretrainedFeatures, list[str]], np.ndarray]
 
 @contextmanager
 def on_dask(n_workers: int) -> Iterator[Transform]:
-    """Start a cluster of Dask; give what transforms there."""
+    """Start a Dask cluster; yield a function that transforms there."""
     from dask.distributed import Client, LocalCluster
 
     with (
@@ -50,36 +50,40 @@ def on_dask(n_workers: int) -> Iterator[Transform]:
         Client(cluster) as client,
     ):
         yield {
-            # With one worker joblib would keep the work in this process.
-            1: lambda mine, X: client.submit(mine.transform, X, pure=False).result(),
-            2: lambda mine, X: by_joblib("dask", mine, X),
+            # With one worker, joblib would compute in this process.
+            1: lambda features, X: client.submit(
+                features.transform, X, pure=False
+            ).result(),
+            2: lambda features, X: by_joblib("dask", features, X),
         }[n_workers]
 
 
 @contextmanager
 def on_ray(n_workers: int) -> Iterator[Transform]:
-    """Start a cluster of Ray; give what transforms there."""
+    """Start a Ray cluster; yield a function that transforms there."""
     import ray
     from ray.util.joblib import register_ray
 
     ray.init(num_cpus=n_workers, include_dashboard=False, log_to_driver=False)
     register_ray()
     yield {
-        1: lambda mine, X: ray.get(ray.remote(type(mine).transform).remote(mine, X)),
-        2: lambda mine, X: by_joblib("ray", mine, X),
+        1: lambda features, X: ray.get(
+            ray.remote(type(features).transform).remote(features, X)
+        ),
+        2: lambda features, X: by_joblib("ray", features, X),
     }[n_workers]
     ray.shutdown()
 
 
 def by_joblib(backend: str, features: PretrainedFeatures, X: list[str]) -> np.ndarray:
-    """Spread images over two workers."""
+    """Distribute images over two workers."""
     with joblib.parallel_config(backend):
         return clone(features).set_params(n_jobs=2).transform(X)
 
 
 def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description="Two workers against one")
+    """Run the benchmark and print the results."""
+    parser = argparse.ArgumentParser(description="Benchmark two workers against one")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--images", type=int, default=2000)
@@ -97,10 +101,10 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} processors, torch {torch.__version__}"
     )
     for name in arguments.engines:
-        rates, rates_of_more = [], []
+        rates, rates_beyond = [], []
         for n_workers in (1, 2):
-            # What is started now has as many processors as workers: else a thread that
-            # decodes for the only worker would run where the second is to be.
+            # As many processors as workers, so that the decoding thread of a single
+            # worker does not use the second processor.
             os.sched_setaffinity(0, range(n_workers))
             with {"dask": on_dask, "ray": on_ray}[name](n_workers) as transform:
                 transform(features, paths[:256])  # each worker loads the network
@@ -110,14 +114,14 @@ def main() -> None:
                 rows = transform(features, paths)
                 seconds = time.perf_counter() - middle
                 rates.append(len(paths) / seconds)
-                more = seconds - (middle - start)
-                rates_of_more.append((len(paths) - 256) / more)
+                beyond = seconds - (middle - start)
+                rates_beyond.append((len(paths) - 256) / beyond)
             assert np.array_equal(rows[:64], expected)
         one, two = rates
         print(
-            f"{name}: one worker {one:.1f} images a second, two {two:.1f}: "
+            f"{name}: one worker {one:.1f} images/s, two {two:.1f}: "
             f"{two / one:.2f} times as many; each image beyond the first 256, "
-            f"{rates_of_more[1] / rates_of_more[0]:.2f} times",
+            f"{rates_beyond[1] / rates_beyond[0]:.2f} times",
             flush=True,
         )
 

@@ -1,29 +1,29 @@
 """
-===========================================
-How many images a second become features
-===========================================
+==============================================
+Benchmark the throughput of feature extraction
+==============================================
 
-JPEG files to features on the CPU, measured in turns in one run, on the same photographs
-with the same network:
+The benchmark extracts features from JPEG files on the CPU. These methods run
+alternately in one process, on the same photographs with the same network:
 
 - torchvision's network, one image at a time;
-- the plain loop, which decodes and stacks 32 images and runs the network: what the
-  others are compared with;
-- the same with a ``DataLoader`` of two workers that are running already;
-- `PretrainedFeatures`, with every engine and precision there is;
-- embetter, img2vec_pytorch and thingsvision, where they are installed, each as its own
-  documentation says.
+- a plain loop, which decodes and stacks 32 images and runs the network: the reference
+  for the other methods;
+- the same with a ``DataLoader`` of two running workers;
+- `PretrainedFeatures`, with all engines and precisions;
+- embetter, img2vec_pytorch and thingsvision, if installed, used as in their
+  documentation.
 
-None can be faster for long than decoding on all threads, then the network on ready
-pixels: both are measured too, and 1 / (1 / decoding + 1 / network) is the limit. At the
-end, how long one image takes.
+The limit of the throughput is 1 / (1 / decoding + 1 / network), where decoding uses all
+threads and the network runs on decoded pixels. Both are measured too. Finally, the time
+of a single image is measured.
 
 ::
 
     python examples/benchmarks/throughput.py --data FOLDER --backbone resnet18
 
-With ``--scale ENGINE PRECISION`` instead: time and memory of 1,000 to 20,000 images.
-Weights are random: they do not change the time, and nothing is downloaded.
+``--scale ENGINE PRECISION`` measures time and memory for 1,000 to 20,000 images
+instead. Weights are random, which does not affect the time, and nothing is downloaded.
 """
 
 import argparse
@@ -75,30 +75,30 @@ TIMM_NAMES = {
     "vit_b_16": "vit_base_patch16_224",
 }
 
-Way = Callable[[], Any]  # gives one row for each image
-Builder = Callable[[], Way]
+Method = Callable[[], Any]  # returns one row per image
+Builder = Callable[[], Method]
 Setting = tuple[str, str]  # engine and precision
 
 
 class Photographs(Dataset):
-    """What a script would write to read photographs for a network of torchvision."""
+    """Dataset of preprocessed photographs for a network of torchvision."""
 
     def __init__(self, paths: list[str], backbone: str) -> None:
         self.paths = paths
         self.transform = models.get_model_weights(backbone).DEFAULT.transforms()
 
     def __len__(self) -> int:
-        """Count them."""
+        """Return the number of photographs."""
         return len(self.paths)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        """Decode, resize, crop and normalize one."""
+        """Decode, resize, crop and normalize one photograph."""
         with Image.open(self.paths[i]) as image:
             return self.transform(image.convert("RGB"))
 
 
 def torchvision_network(backbone: str) -> nn.Module:
-    """Give a network without its last linear layer, so that it gives features."""
+    """Return a network without its last linear layer."""
     network = models.get_model(backbone, weights=None).eval()
     linear = [n for n, m in network.named_modules() if isinstance(m, nn.Linear)]
     if linear:
@@ -106,24 +106,24 @@ def torchvision_network(backbone: str) -> nn.Module:
     return network
 
 
-def in_batches(backbone: str, paths: list[str], batch_size: int) -> Way:
-    """Decode, stack, run the network; and again."""
+def in_batches(backbone: str, paths: list[str], batch_size: int) -> Method:
+    """Return a loop that decodes and stacks a batch and runs the network."""
     network = torchvision_network(backbone)
     photographs = Photographs(paths, backbone)
 
     @torch.inference_mode()
-    def way() -> torch.Tensor:
+    def method() -> torch.Tensor:
         rows = []
         for start in range(0, len(paths), batch_size):
             batch = range(start, min(start + batch_size, len(paths)))
             rows.append(network(torch.stack([photographs[i] for i in batch])))
         return torch.cat(rows)
 
-    return way
+    return method
 
 
-def data_loader(backbone: str, paths: list[str]) -> Way:
-    """Run the network on what two workers decode; they start in the warm-up."""
+def data_loader(backbone: str, paths: list[str]) -> Method:
+    """Return a loop over a DataLoader, whose two workers start in the warm-up."""
     network = torchvision_network(backbone)
     loader = DataLoader(
         Photographs(paths, backbone),
@@ -134,27 +134,27 @@ def data_loader(backbone: str, paths: list[str]) -> Way:
     )
 
     @torch.inference_mode()
-    def way() -> torch.Tensor:
+    def method() -> torch.Tensor:
         return torch.cat([network(batch) for batch in loader])
 
-    return way
+    return method
 
 
 def ours(backbone: str, engine: str, precision: str) -> PretrainedFeatures:
-    """Give the transformer, with all that is not measured at its default."""
+    """Return the transformer, with defaults for all other parameters."""
     return PretrainedFeatures(
         backbone, weights=None, device="cpu", engine=engine, precision=precision
     )
 
 
-def features(backbone: str, paths: list[str], engine: str, precision: str) -> Way:
-    """Transform."""
+def features(backbone: str, paths: list[str], engine: str, precision: str) -> Method:
+    """Return the `transform` of sktl on the paths."""
     return partial(ours(backbone, engine, precision).transform, paths)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Let a peer print and warn to nobody."""
+    """Suppress the output and warnings of another library."""
     with (
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
@@ -164,17 +164,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def embetter(backbone: str, paths: list[str], directory: str) -> Way:
-    """Its documentation: a pipeline of ImageLoader and TimmEncoder.
+def embetter(backbone: str, paths: list[str], directory: str) -> Method:
+    """Use embetter as documented: a pipeline of ImageLoader and TimmEncoder.
 
-    There is no batch size: the network gets one image at a time (and, as it is
-    never told to evaluate, normalizes it by its own statistics).
+    It has no batch size: the network gets one image at a time. The network is in
+    training mode, so BatchNorm normalizes each image by its own statistics.
     """
     import timm
     from embetter.vision import ImageLoader, TimmEncoder
     from sklearn.pipeline import make_pipeline
 
-    # It insists on pretrained weights; the network is the same without.
+    # It always loads pretrained weights. Random weights take the same time.
     create = timm.create_model
 
     def without_weights(name: str, pretrained: bool = False, **keywords: Any) -> Any:
@@ -186,19 +186,19 @@ def embetter(backbone: str, paths: list[str], directory: str) -> Way:
     return partial(pipeline.fit_transform, paths)
 
 
-def img2vec_pytorch(backbone: str, paths: list[str], directory: str) -> Way:
-    """Its documentation: get_vec of a list of PIL images, which is one batch."""
+def img2vec_pytorch(backbone: str, paths: list[str], directory: str) -> Method:
+    """Use img2vec_pytorch as documented: get_vec of a batch of PIL images."""
     from img2vec_pytorch import Img2Vec
     from torchvision.models._api import WeightsEnum
 
-    # It insists on pretrained weights: instead of downloaded ones it gets random ones.
+    # It always downloads pretrained weights, which are replaced by random weights.
     def random_weights(weights: Any, *args: Any, **keywords: Any) -> Any:
         return models.get_model(backbone, weights=None).state_dict()
 
     with mock.patch.object(WeightsEnum, "get_state_dict", random_weights):
         img2vec = Img2Vec(model=backbone)
 
-    def way() -> np.ndarray:
+    def method() -> np.ndarray:
         rows = []
         for start in range(0, len(paths), BATCH_SIZE):
             batch = paths[start : start + BATCH_SIZE]
@@ -206,18 +206,18 @@ def img2vec_pytorch(backbone: str, paths: list[str], directory: str) -> Way:
             rows.append(img2vec.get_vec(images))
         return np.concatenate(rows)
 
-    return way
+    return method
 
 
-def thingsvision(backbone: str, paths: list[str], directory: str) -> Way:
-    """Its documentation: get_extractor, ImageDataset, DataLoader, extract_features.
+def thingsvision(backbone: str, paths: list[str], directory: str) -> Method:
+    """Use thingsvision as documented: get_extractor, DataLoader, extract_features.
 
     Its DataLoader has no workers. It reads a folder, here of links to the photographs.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # It asks for NumPy 1; what is run here, for the sake of this name only.
+    # It requires NumPy 1, of which the functions used here need only this name.
     vars(np).setdefault("AxisError", np.exceptions.AxisError)
-    # It imports TensorFlow, beside which Triton, imported later, crashes the process.
+    # It imports TensorFlow, after which importing Triton crashes the process.
     importlib.import_module("torch._dynamo")
     from thingsvision import get_extractor
     from thingsvision.utils import data
@@ -230,7 +230,7 @@ def thingsvision(backbone: str, paths: list[str], directory: str) -> Way:
     )
     backend = extractor.get_backend()
 
-    def way() -> np.ndarray:
+    def method() -> np.ndarray:
         dataset = data.ImageDataset(
             root=f"{directory}/photographs",
             out_path=f"{directory}/order",
@@ -246,22 +246,22 @@ def thingsvision(backbone: str, paths: list[str], directory: str) -> Way:
             output_type="ndarray",
         )
 
-    return way
+    return method
 
 
-def peer(name: str, *arguments: Any) -> Way:
-    """Make the way of a peer, and let it run quietly."""
+def peer(name: str, *arguments: Any) -> Method:
+    """Return the method of another library, without its output."""
     with quiet():
-        way = globals()[name](*arguments)
+        method = globals()[name](*arguments)
 
     def quietly() -> Any:
         with quiet():
-            return way()
+            return method()
 
     return quietly
 
 
-def decoding(backbone: str, paths: list[str]) -> Way:
+def decoding(backbone: str, paths: list[str]) -> Method:
     """Decode, resize and crop as sktl does, on as many threads as torch has."""
     preprocessing = load_backbone(backbone, None).preprocessing
     images = ImageSequence(paths, "auto")
@@ -269,20 +269,20 @@ def decoding(backbone: str, paths: list[str]) -> Way:
     def load(i: int) -> np.ndarray:
         return preprocessing(images[i])
 
-    def way() -> list[np.ndarray]:
+    def method() -> list[np.ndarray]:
         n_threads = torch.get_num_threads()
         order = range(len(paths))
         return list(
             map_in_threads(load, order, n_threads=n_threads, ahead=2 * BATCH_SIZE)
         )
 
-    return way
+    return method
 
 
 def network_alone(
     backbone: str, pixels: np.ndarray, engine: str, precision: str, batch_size: int
-) -> Way:
-    """Run an engine's network on ready pixels ``(n, side, side, 3)``, uint8."""
+) -> Method:
+    """Run the network of an engine on pixels ``(n, side, side, 3)``, uint8."""
     transformer = ours(backbone, engine, precision)
     network = transformer._network(load_backbone(backbone, None))
     batches = [
@@ -293,38 +293,38 @@ def network_alone(
 
 
 def keep_all_networks() -> contextlib.AbstractContextManager[Any]:
-    """Let sktl keep as many networks as there are ways: it keeps the last few."""
+    """Let sktl keep the networks of all methods; by default it keeps the last few."""
     return mock.patch("sktl._inference.engines._MAX_PREPARED", 100)
 
 
 def in_turns(
     builders: dict[str, Builder], n_rounds: int, n_rows: int
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Build all ways and warm them up; then time each once in every round.
+    """Build all methods, warm them up, then time each once per round.
 
     Returns
     -------
     seconds : dict of list of float
-        Of each way that works.
+        Times of each method that works.
     reasons : dict of str
-        Why the others do not.
+        Errors of the other methods.
     """
-    ways, reasons = {}, {}
+    methods, reasons = {}, {}
     for name, build in builders.items():
         try:
-            ways[name] = build()
-            rows = ways[name]()
-        except Exception as error:  # of a peer, an engine: the others go on
+            methods[name] = build()
+            rows = methods[name]()
+        except Exception as error:  # of a library or engine; the others continue
             reason = f"{type(error).__name__}: {error}"
             reasons[name] = textwrap.shorten(reason, 150)
-            ways.pop(name, None)
+            methods.pop(name, None)
         else:
             assert len(rows) == n_rows, name
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(n_rounds):
-        for name, way in ways.items():
+        for name, method in methods.items():
             start = time.perf_counter()
-            way()
+            method()
             seconds[name].append(time.perf_counter() - start)
     return seconds, reasons
 
@@ -332,7 +332,7 @@ def in_turns(
 def parts_of(
     backbone: str, paths: list[str], settings: list[Setting]
 ) -> dict[str, Builder]:
-    """Name what no way can do without."""
+    """Return the two parts of every method: decoding, and the network alone."""
     pixels = np.stack(decoding(backbone, paths)())
     return {DECODING: partial(decoding, backbone, paths)} | {
         network_of(setting): partial(
@@ -343,16 +343,16 @@ def parts_of(
 
 
 def network_of(setting: Setting) -> str:
-    """Name the network of an engine and a precision."""
+    """Return the name of the measurement of a network alone."""
     return f"network alone, {' '.join(setting)}"
 
 
-def ways_of(
+def methods_of(
     backbone: str, paths: list[str], settings: list[Setting], directory: str
 ) -> dict[str, tuple[Setting, Builder]]:
-    """Name all ways, each with the setting whose limit it is held against.
+    """Return all methods, each with the engine and precision of its limit.
 
-    What is not ours is held against what this machine can do with torch in float32.
+    Methods other than sktl are compared with the limit of torch in float32.
     """
     others: dict[str, Builder] = {
         "one at a time": partial(in_batches, backbone, paths, 1),
@@ -381,27 +381,30 @@ def ways_of(
 def rates(
     arguments: argparse.Namespace, paths: list[str], settings: list[Setting]
 ) -> None:
-    """Measure all ways, and print a table."""
+    """Measure all methods and print a table."""
     n = len(paths)
     parts = parts_of(arguments.backbone, paths, list(dict.fromkeys([PLAIN, *settings])))
     with tempfile.TemporaryDirectory() as directory:
-        ways = {
-            name: way
-            for name, way in ways_of(
+        methods = {
+            name: method
+            for name, method in methods_of(
                 arguments.backbone, paths, settings, directory
             ).items()
             if name == BASE or not any(skipped in name for skipped in arguments.skip)
         }
-        builders = parts | {name: build for name, (_, build) in ways.items()}
+        builders = parts | {name: build for name, (_, build) in methods.items()}
         seconds, reasons = in_turns(builders, arguments.rounds, n)
 
     rate = {name: n / float(np.median(times)) for name, times in seconds.items()}
-    print("| way | images/s | slowest and fastest round | of plain loop | of limit |")
+    print(
+        "| method | images/s | slowest and fastest round | ratio to plain loop "
+        "| ratio to limit |"
+    )
     print("|---|---|---|---|---|")
     for name, times in seconds.items():
         cells = [f"{rate[name]:.1f}", f"{n / max(times):.1f}, {n / min(times):.1f}"]
-        if name in ways:
-            network = rate[network_of(ways[name][0])]
+        if name in methods:
+            network = rate[network_of(methods[name][0])]
             limit = 1 / (1 / rate[DECODING] + 1 / network)
             cells += [f"{rate[name] / rate[BASE]:.2f}", f"{rate[name] / limit:.2f}"]
         print("|", " | ".join([name, *cells, "", ""][:5]), "|")
@@ -410,9 +413,9 @@ def rates(
 
 
 def latency(arguments: argparse.Namespace, path: str, settings: list[Setting]) -> None:
-    """Time one image: transform, its two parts, and torchvision's own network.
+    """Time one image: `transform`, its two parts, and torchvision's network.
 
-    The first call prepares the network; these are the calls after it.
+    The first call, which compiles the network, is not measured.
     """
     backbone = arguments.backbone
     pixels = np.stack(decoding(backbone, [path])())
@@ -429,7 +432,7 @@ def latency(arguments: argparse.Namespace, path: str, settings: list[Setting]) -
         }
         seconds, reasons = in_turns(builders, N_CALLS, 1)
         if reasons:
-            continue  # said before
+            continue  # reported before
         transform, decode, network, plain = (
             1000 * float(np.median(seconds[name])) for name in builders
         )
@@ -443,7 +446,7 @@ def latency(arguments: argparse.Namespace, path: str, settings: list[Setting]) -
 def scaled(
     backbone: str, paths: list[str], engine: str, precision: str
 ) -> tuple[float, float]:
-    """Seconds of a transform, and the peak of this process in MB without its rows."""
+    """Return the time of `transform` and the peak memory without its rows, in MB."""
     import resource  # not on Windows
 
     transformer = ours(backbone, engine, precision)
@@ -457,7 +460,7 @@ def scaled(
 
 
 def scale(arguments: argparse.Namespace, paths: list[str]) -> None:
-    """Transform more and more images, each number of them in a fresh process."""
+    """Transform increasing numbers of images, each number in a new process."""
     engine, precision = arguments.scale
     print(f"\n| images, {engine} {precision} | s per 1,000 | peak without rows, MB |")
     print("|---|---|---|")
@@ -471,7 +474,7 @@ def scale(arguments: argparse.Namespace, paths: list[str]) -> None:
 
 
 def processor() -> str:
-    """Name it as well as this system does."""
+    """Return the name of the processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -480,7 +483,7 @@ def processor() -> str:
 
 
 def version(name: str) -> str:
-    """Give the version of what is installed."""
+    """Return the name of a package with its version."""
     try:
         return f"{name} {metadata.version(name)}"
     except metadata.PackageNotFoundError:
@@ -488,15 +491,15 @@ def version(name: str) -> str:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description="Images per second")
     parser.add_argument("--data", type=Path, required=True, help="folder with JPEGs")
     parser.add_argument("--backbone", default="resnet18", help="of torchvision")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compile", action="store_true", help="engine 'compile' too")
+    parser.add_argument("--compile", action="store_true", help="add engine 'compile'")
     parser.add_argument("--precisions", nargs="+", help="default: float32 and 'auto'")
-    parser.add_argument("--skip", nargs="+", default=[], help="parts of names of ways")
+    parser.add_argument("--skip", nargs="+", default=[], help="substrings of methods")
     parser.add_argument("--scale", nargs=2, metavar=("ENGINE", "PRECISION"))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1000, 5000, 20000])
     arguments = parser.parse_args()
@@ -537,7 +540,7 @@ def main() -> None:
             skipped in f"sktl, {' '.join(setting)}" for skipped in arguments.skip
         )
     ]
-    # An engine that gives up on a network must not be measured under its name.
+    # A fallback to torch must not be reported as another engine.
     warnings.filterwarnings("error", message="engine=", category=RuntimeWarning)
     with keep_all_networks():
         rates(arguments, paths, settings)
