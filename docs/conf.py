@@ -1,4 +1,4 @@
-"""How the site is made: `python -m sphinx -W -b html docs docs/_build/html`."""
+"""Sphinx configuration: `python -m sphinx -W -b html docs docs/_build/html`."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import sktl
 
-# Examples import one another, and Ray would tell its authors over the network.
+# Examples import one another. Ray must not send usage statistics.
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
@@ -26,20 +26,20 @@ extensions = [
 ]
 exclude_patterns = ["_build", "_templates"]
 templates_path = ["_templates"]
-# Single backticks name public things where there are some, and are code otherwise.
+# Single backticks link to public names, and are code otherwise.
 default_role = "py:obj"
 
-autodoc_typehints = "none"  # numpydoc says the types
-# scikit-learn makes these, with references to its own pages.
+autodoc_typehints = "none"  # the types are in the docstrings
+# scikit-learn generates these, with references to its own pages.
 autodoc_default_options = {
     "exclude-members": "set_fit_request, set_partial_fit_request, set_score_request"
 }
 autosummary_generate = True
-numpydoc_show_class_members = False  # the template of a class has its methods
+numpydoc_show_class_members = False  # the class template lists the methods
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
 
-# What runs has to run without a warning, as in the tests.
+# Warnings of the examples are errors, as in the tests.
 warnings.filterwarnings("error", category=UserWarning, module="sktl")
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
