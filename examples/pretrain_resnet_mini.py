@@ -200,33 +200,34 @@ def card(
     """Return the text of the model card."""
     return f"""# resnet_mini
 
-A residual network for small images, bundled with sktl. It needs no network
-connection.
+A residual network for small images. It is bundled with sktl, so that it can be used
+without an internet connection.
 
 | | |
 |---|---|
 | parameters | {parameters:,} |
 | input | RGB, {IMAGE_SIZE} x {IMAGE_SIZE} (bilinear), mean {MEAN}, standard deviation \
 {STD} |
-| categories | {len(names)} of ImageNet's |
-| trained on | Tiny ImageNet: 100,000 images, reduced to {TRAINED_AT} x {TRAINED_AT} |
-| terms of the data | ImageNet's: research use |
+| categories | {len(names)} of the ImageNet categories |
+| trained on | Tiny ImageNet: 100,000 images, downsampled to {TRAINED_AT} x \
+{TRAINED_AT} |
+| license of the data | that of ImageNet: research use |
 | recipe | `examples/pretrain_resnet_mini.py --epochs {arguments.epochs}`: Muon \
-{MUON} for the inner convolutions, SGD {SGD} for the rest, one cycle, batch \
-{BATCH_SIZE}, label smoothing {LABEL_SMOOTHING}, crops, flips, colours, CutMix, \
-averaged weights |
-| made on | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch \
+{MUON} for the inner convolutions, SGD {SGD} for the rest, one-cycle schedule, batch \
+size {BATCH_SIZE}, label smoothing {LABEL_SMOOTHING}, random crops, flips, color \
+jitter, CutMix, weight averaging |
+| trained with | {platform.machine()}, {torch.get_num_threads()} CPU thread(s), torch \
 {torch.__version__}, {seconds / 60:.0f} minutes |
 | top-1 accuracy | {top1:.4f} on the 10,000 validation images |
 | file | float16 |
 | sha256 | `{digest}` |
 
-**Good for** first steps, tests, continuous integration, small natural images, and
-as features of images that are small anyway (digits, thumbnails).
+**Intended use**: first steps, tests, continuous integration, and features of small
+natural images, digits and thumbnails.
 
-**Bad for** anything that needs detail finer than 32 x 32 pixels: use a network of
-torchvision for photographs. It has seen neither medical nor satellite images nor
-faces, and must not be used to recognise people.
+**Limitations**: detail finer than 32 x 32 pixels is lost; use a torchvision network for
+photographs. It was not trained for medical images, satellite images or faces, and must
+not be used to recognise people.
 """
 
 
