@@ -19,9 +19,9 @@ from sktl._images.augmentation import NAMES
 from sktl._images.decode import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
-from sktl._inference.cached_forward import Memory
 from sktl._inference.engines import get_compiled_model
-from sktl._inference.execution import ENGINES, Execution
+from sktl._inference.execution import ENGINES, ExecutionConfig
+from sktl._inference.feature_cache import Memory
 from sktl._inference.forward import forward
 from sktl._store.feature_store import FeatureStore
 from sktl._training import serialization
@@ -739,18 +739,12 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
                     spread=False,  # the network is here, its weights file perhaps not
                 )
                 return activations.logits(self._n_frozen)
+        execution = ExecutionConfig.from_estimator(self).for_n_samples(len(images))
         whole = get_compiled_model(
             ("fine-tuned", self._digest),
             lambda: copy.deepcopy(self.module_),
             self.preprocessing_,
-            Execution.of(self),
+            execution,
             name=f"the fine-tuned {self.backbone}",
         )
-        return forward(
-            whole,
-            images,
-            self.preprocessing_,
-            batch_size=self.batch_size,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-        )
+        return forward(whole, images, self.preprocessing_, execution)

@@ -24,9 +24,10 @@ from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.decode import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
-from sktl._inference.cached_forward import Memory
-from sktl._inference.execution import ENGINES, PRECISIONS, Execution
+from sktl._inference.execution import ENGINES, PRECISIONS, ExecutionConfig
 from sktl._inference.extract_features import extract_features
+from sktl._inference.feature_cache import Memory
+from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._utils.sklearn_compat import (
     DocLinkMixin,
@@ -371,22 +372,17 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         self, backbone: Backbone, images: ImageSequence
     ) -> NDArray[np.float64]:
         """Run the network: ``(n_samples, n_categories)``, in its own order."""
-        execution = Execution.of(self)
         preprocessing = backbone.preprocessing_at(self.image_size)
-        logits = extract_features(
+        spec = ModelSpec(
             BackboneSpec.to(backbone, self.weights),
             (),
             "avg",
-            images.with_min_decode_size(
-                preprocessing.min_decode_size(self.reducing_gap)
-            ),
             preprocessing,
-            execution,
-            memory=self.memory,
-            batch_size=self.batch_size,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
+            ExecutionConfig.from_estimator(self).for_n_samples(len(images)),
         )
+        min_decode_size = preprocessing.min_decode_size(self.reducing_gap)
+        images = images.with_min_decode_size(min_decode_size)
+        logits = extract_features(spec, images, self.memory)
         # In float64, so that adding up a thousand of them rounds nothing away.
         return softmax(logits.astype(np.float64), axis=1)
 

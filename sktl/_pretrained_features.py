@@ -18,11 +18,10 @@ from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.decode import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, validate_images
-from sktl._inference.cached_forward import Memory
-from sktl._inference.engines import CompiledModel
-from sktl._inference.execution import ENGINES, PRECISIONS, Execution
+from sktl._inference.execution import ENGINES, PRECISIONS, ExecutionConfig
 from sktl._inference.extract_features import extract_features
-from sktl._inference.model_spec import get_feature_extractor
+from sktl._inference.feature_cache import Memory
+from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._utils.sklearn_compat import (
     DocLinkMixin,
@@ -278,7 +277,7 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         """
         self._as_images(X, reset=True)
         backbone = self._load_backbone()
-        self._network(backbone)  # what is wrong with layer or device shows here
+        self._model_spec(backbone).compile()  # validates layer and device
         self.weights_digest_ = backbone.digest
         self._digest_of = (self.backbone, self.weights)
         return self
@@ -311,21 +310,10 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         self._validate_params()
         images = self._as_images(X, reset=False)
         backbone = self._backbone_of_fit()
-        preprocessing = backbone.preprocessing_at(self.image_size)
-        return extract_features(
-            BackboneSpec.to(backbone, self.weights),
-            self._layers(),
-            self._pooling(),
-            images.with_min_decode_size(
-                preprocessing.min_decode_size(self.reducing_gap)
-            ),
-            preprocessing,
-            Execution.of(self),
-            memory=self.memory,
-            batch_size=self.batch_size,
-            n_jobs=self.n_jobs,
-            verbose=self.verbose,
-        )
+        spec = self._model_spec(backbone, len(images))
+        min_decode_size = spec.preprocessing.min_decode_size(self.reducing_gap)
+        images = images.with_min_decode_size(min_decode_size)
+        return extract_features(spec, images, self.memory)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Get the names of the columns: backbone, layer, and index within the layer.
@@ -342,7 +330,7 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "weights_digest_")
         check_feature_names_in(self, input_features, generate_names=False)
-        widths = self._network(self._backbone_of_fit()).widths
+        widths = self._model_spec(self._backbone_of_fit()).compile().widths
         assert widths is not None  # of a FeatureExtractor
         names = [
             f"{self.backbone}_{layer}_{i}"
@@ -412,11 +400,11 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         # NumPy's integers are integers too, and a grid may hold them.
         return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
 
-    def _network(self, backbone: Backbone) -> CompiledModel:
-        return get_feature_extractor(
-            backbone,
+    def _model_spec(self, backbone: Backbone, n_samples: int = 1) -> ModelSpec:
+        return ModelSpec(
+            BackboneSpec.to(backbone, self.weights),
             self._layers(),
             self._pooling(),
             backbone.preprocessing_at(self.image_size),
-            Execution.of(self),
+            ExecutionConfig.from_estimator(self).for_n_samples(n_samples),
         )

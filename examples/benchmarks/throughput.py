@@ -60,7 +60,7 @@ from sktl import PretrainedFeatures
 from sktl._backbones.registry import load_backbone
 from sktl._images.sequence import ImageSequence
 from sktl._inference import execution
-from sktl._inference.forward import map_in_threads
+from sktl._inference.parallel import map_in_threads
 
 BATCH_SIZE = 32
 N_CALLS = 50  # with one image
@@ -273,7 +273,7 @@ def decoding(backbone: str, paths: list[str]) -> Method:
         n_threads = torch.get_num_threads()
         order = range(len(paths))
         return list(
-            map_in_threads(load, order, n_threads=n_threads, ahead=2 * BATCH_SIZE)
+            map_in_threads(load, order, n_threads=n_threads, n_ahead=2 * BATCH_SIZE)
         )
 
     return method

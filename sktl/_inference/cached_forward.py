@@ -1,196 +1,163 @@
-"""Every image goes through the network once: forward, with a store beside it."""
+"""Cached forward pass: only images without a cached row go through the model."""
 
 import contextlib
-import functools
 import itertools
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Protocol, Self
 
-import joblib
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from sktl._images.preprocessing import Preprocessing
-from sktl._inference.engines import CompiledModel
-from sktl._inference.execution import Execution
-from sktl._inference.forward import ImageProvider, batches, forward, padded_batch_size
-from sktl._store.feature_store import FeatureStore
+from sktl._inference.engines import CompiledModel, Pixels, Rows
+from sktl._inference.execution import ExecutionConfig
+from sktl._inference.feature_cache import FeatureCache
+from sktl._inference.forward import ImageProvider, batches, forward
+
+_MIN_ROWS_PER_WRITE = 32  # writing smaller files is inefficient
 
 
 class CacheableImages(ImageProvider, Protocol):
-    """Images whose content has keys: `ImageSequence`, or `AugmentedViews` of them."""
+    """Images with content hashes: `ImageSequence`, or `AugmentedViews` of one."""
 
     def content_hashes(self) -> list[bytes]:
-        """Give the keys of all; see `ImageSequence.content_hashes`."""
+        """Return a hash of each image; see `ImageSequence.content_hashes`."""
 
     def decode_and_hash(
         self, row: int, /
-    ) -> tuple[bytes, Image.Image | Callable[[], NDArray[np.uint8]]]:
-        """Give an image with the key of just that content."""
+    ) -> tuple[bytes, Image.Image | Callable[[], Pixels]]:
+        """Decode an image, and return the hash of the content that was decoded."""
 
     def decode_fingerprint(self) -> dict[str, str]:
-        """Say what decides, beside its content, what an image looks like."""
+        """Return the settings that affect the pixels of a decoded image."""
 
     def subset(self, positions: Sequence[int], /) -> Self:
-        """Give some of them."""
+        """Return some of the images."""
 
     def portable(self) -> Self:
-        """Give the same, for a process with another working directory."""
-
-
-Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
-_LEAST_WRITTEN = 32  # rows; a file of fewer is a waste
-# Equal ones do the same; and to print one costs as much as to look up 50 rows.
-_described = functools.lru_cache(32)(str)
-
-
-def open_store(memory: Memory) -> FeatureStore | None:
-    """Make a store of what users give as ``memory``.
-
-    Parameters
-    ----------
-    memory : str, path-like, FeatureStore, joblib.Memory or None
-        A directory, or what has one.
-
-    Returns
-    -------
-    FeatureStore or None
-        None if nothing is to be remembered.
-    """
-    if memory is None or isinstance(memory, FeatureStore):
-        return memory
-    directory = memory.location if isinstance(memory, joblib.Memory) else memory
-    return None if directory is None else FeatureStore(directory)
+        """Return the same images for a process with another working directory."""
 
 
 def cached_forward(
-    network: Callable[[], CompiledModel],
+    get_model: Callable[[], CompiledModel],
     images: CacheableImages,
     preprocessing: Preprocessing,
-    execution: Execution,
-    *,
-    memory: Memory,
-    space: Mapping[str, str],
-    batch_size: int,
-    n_jobs: int | None,
-    verbose: int,
-    n_samples: int | None = None,
-) -> NDArray[np.float32]:
-    """Do what `forward` does, for each image only once.
+    execution: ExecutionConfig,
+    cache: FeatureCache | None,
+) -> Rows:
+    """Return the output of a model for all images, computing only missing rows.
 
-    Images are told apart by their content. Rows are written as they come, and before
-    each batch it is looked up what other processes have written meanwhile. Each call
-    has an order of its own, so that workers that begin together soon compute different
-    images; rows do not depend on it.
+    Rows are written while they are computed, and rows that other processes have written
+    meanwhile are looked up before each batch. The order of computation is random, so
+    that workers that start together soon compute different images; the result does not
+    depend on it.
 
     Parameters
     ----------
-    network : callable
-        Gives the network; not called if every row is known.
-    images, preprocessing, batch_size, n_jobs, verbose, n_samples
+    get_model : callable
+        Returns the compiled model. Not called if all rows are cached.
+    images : CacheableImages
+        At least one image.
+    preprocessing, execution
         As in `forward`.
-    execution : Execution
-        How the network computes.
-    memory : str, path-like, FeatureStore, joblib.Memory or None
-        Where rows are remembered; None to compute all.
-    space : mapping of str to str
-        What the network computes; the rest of what decides a row is added here.
+    cache : FeatureCache or None
+        Rows of this model. None computes all rows.
 
     Returns
     -------
-    ndarray of shape (n_samples, n_outputs), float32
+    ndarray of shape (n_images, n_outputs), float32
 
     Raises
     ------
     ValueError
-        As `forward` does, or if the directory is a file.
+        As `forward`, or if the directory of the cache is a file.
     MemoryError
-        As `forward` does.
+        As `forward`.
     """
-    options: dict[str, Any] = {"n_jobs": n_jobs, "verbose": verbose}
-    n_samples = n_samples or len(images)
-    store = open_store(memory)
-    if store is None:
-        options |= {"batch_size": batch_size, "n_samples": n_samples}
-        return forward(network(), images, preprocessing, **options)
-    # Padded or one by one is decided by the call, not by how much of it is known: so
-    # the bits are those of a call without a store.
-    options["batch_size"] = padded_batch_size(n_samples, batch_size)
-    space = {
-        **space,
-        "preprocessing": _described(preprocessing),
-        **images.decode_fingerprint(),
-        **execution.space(),
-    }
-    keys = images.content_hashes()
-    positions, known = store.get(space, keys)
-    if known is not None and len(positions) == len(keys):
-        return known
-    rows = _Rows(keys)
-    rows.read(store, space)
-    for alone in (False, True):
+    if cache is None:
+        return forward(get_model(), images, preprocessing, execution)
+    hashes = images.content_hashes()
+    positions, cached = cache.get(hashes)
+    if cached is not None and len(positions) == len(hashes):
+        return cached
+    rows = RowsByHash(hashes)
+    rows.read(cache)
+    # Rows that other processes wrote meanwhile are read in the end. If they have been
+    # deleted by then, the second pass computes them.
+    for recompute_all in (False, True):
         if rows.missing:
-            missing = _MissingImages(images, rows, store, space)
-            missing.compute(network(), preprocessing, alone=alone, **options)
-            # What others computed meanwhile was left out. Should it be gone again,
-            # the second time nothing is.
-            rows.read(store, space)
+            missing = _MissingImages(images, rows, cache)
+            missing.compute(
+                get_model(), preprocessing, execution, recompute_all=recompute_all
+            )
+            rows.read(cache)
     return rows.values()
 
 
-class _Rows:
-    """Rows by key, while they come in; the same image may stand in several places."""
+class RowsByHash:
+    """Rows of a call, filled in by image hash; equal images share a hash.
 
-    def __init__(self, keys: Sequence[bytes]) -> None:
-        self.keys = keys
+    Attributes
+    ----------
+    hashes : sequence of bytes
+        Hash of each image of the call.
+    missing : dict of bytes to list of int
+        Positions of each hash whose row is missing.
+    """
+
+    def __init__(self, hashes: Sequence[bytes]) -> None:
+        self.hashes = hashes
         self.missing: dict[bytes, list[int]] = {}
-        for position, key in enumerate(keys):
-            self.missing.setdefault(key, []).append(position)
-        self._values: NDArray[np.float32] | None = None
+        for position, image_hash in enumerate(hashes):
+            self.missing.setdefault(image_hash, []).append(position)
+        self._values: Rows | None = None
 
-    def read(self, store: FeatureStore, space: Mapping[str, str]) -> None:
-        """Take from the store what it has of the missing ones."""
-        keys = list(self.missing)
-        if keys:
-            positions, rows = store.get(space, keys)
+    def read(self, cache: FeatureCache) -> None:
+        """Read the missing rows that are cached."""
+        hashes = list(self.missing)
+        if hashes:
+            positions, rows = cache.get(hashes)
             if rows is not None:
-                self.take([keys[position] for position in positions], rows)
+                self.fill([hashes[position] for position in positions], rows)
 
-    def take(self, keys: Sequence[bytes], rows: NDArray[np.float32]) -> None:
-        """Put rows where they belong."""
+    def fill(self, hashes: Sequence[bytes], rows: Rows) -> None:
+        """Copy rows to all positions of their hashes, which were missing."""
         if self._values is None:
-            self._values = np.empty((len(self.keys), rows.shape[1]), dtype=np.float32)
-        places = [self.missing.pop(key) for key in keys]
-        source = np.repeat(np.arange(len(rows)), [len(place) for place in places])
-        self._values[list(itertools.chain(*places))] = rows[source]
+            self._values = np.empty((len(self.hashes), rows.shape[1]), np.float32)
+        positions = [self.missing.pop(image_hash) for image_hash in hashes]
+        source = np.repeat(np.arange(len(rows)), [len(each) for each in positions])
+        self._values[list(itertools.chain(*positions))] = rows[source]
 
-    def values(self) -> NDArray[np.float32]:
+    def values(self) -> Rows:
+        """Return all rows."""
         assert self._values is not None  # there is at least one image
         return self._values
 
 
 class _MissingImages:
-    """The images whose rows are not known, each once, with the keys they have now.
+    """Images whose rows are missing, each distinct one once.
 
-    A file may change after its key was taken. Its row is what is in it now, and is
-    remembered as that.
+    A file may change after its hash was computed. Its row is computed from the new
+    content, and cached under the hash of the new content.
+
+    Parameters
+    ----------
+    images : CacheableImages
+        All images of the call.
+    rows : RowsByHash
+        Rows of the call; filled in by `compute`.
+    cache : FeatureCache
+        Computed rows are written to it.
     """
 
     def __init__(
-        self,
-        images: CacheableImages,
-        rows: _Rows,
-        store: FeatureStore,
-        space: Mapping[str, str],
+        self, images: CacheableImages, rows: RowsByHash, cache: FeatureCache
     ) -> None:
         self._images = images
-        self._rows = rows
-        self._store = store
-        self._space = space
-        self._keys_now: dict[int, bytes] = {}
+        self._cache = cache
+        self._decoded_hashes: dict[int, bytes] = {}
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self._images)
@@ -198,48 +165,55 @@ class _MissingImages:
     def original_index(self, position: int) -> int:
         return self._images.original_index(position)
 
-    def __getitem__(
-        self, position: int
-    ) -> Image.Image | Callable[[], NDArray[np.uint8]]:
-        self._keys_now[position], image = self._images.decode_and_hash(position)
+    def __getitem__(self, position: int) -> Image.Image | Callable[[], Pixels]:
+        decoded_hash, image = self._images.decode_and_hash(position)
+        self._decoded_hashes[position] = decoded_hash
         return image
 
     def compute(
         self,
-        network: CompiledModel,
+        model: CompiledModel,
         preprocessing: Preprocessing,
+        execution: ExecutionConfig,
         *,
-        alone: bool,
-        **options: Any,
+        recompute_all: bool,
     ) -> None:
-        """Compute rows and write them; if not `alone`, leave out what others wrote."""
-        order = [positions[0] for positions in self._rows.missing.values()]
+        """Compute and write the missing rows.
+
+        Parameters
+        ----------
+        model, preprocessing, execution
+            As in `forward`.
+        recompute_all : bool
+            Whether to compute also the rows that another process has written meanwhile.
+        """
+        hashes = self.rows.hashes
+        order = [positions[0] for positions in self.rows.missing.values()]
         random.SystemRandom().shuffle(order)
-        keys = self._rows.keys
-        known: Mapping[bytes, object] = {}
-        to_write: list[tuple[bytes, NDArray[np.float32]]] = []
+        written: Mapping[bytes, object] = {}
+        pending: list[tuple[bytes, Rows]] = []
         results = batches(
-            network,
+            model,
             self,
             order,
             preprocessing,
-            skip=lambda position: not alone and keys[position] in known,
-            **options,
+            execution,
+            skip=lambda position: not recompute_all and hashes[position] in written,
         )
         try:
             with contextlib.closing(results):
                 for positions, out in results:
-                    self._rows.take([keys[position] for position in positions], out)
-                    now = [self._keys_now.pop(position) for position in positions]
-                    to_write += zip(now, out, strict=True)
-                    if len(to_write) >= _LEAST_WRITTEN:
-                        self._write(to_write)
-                        known = self._store.known(self._space)
-        finally:  # what is computed is kept, whatever ended it
-            self._write(to_write)
+                    self.rows.fill([hashes[position] for position in positions], out)
+                    decoded = map(self._decoded_hashes.pop, positions)
+                    pending += zip(decoded, out, strict=True)
+                    if len(pending) >= _MIN_ROWS_PER_WRITE:
+                        self._write(pending)
+                        written = self._cache.refresh()
+        finally:  # after an error or Ctrl-C, too, computed rows are written
+            self._write(pending)
 
-    def _write(self, rows: list[tuple[bytes, NDArray[np.float32]]]) -> None:
-        if rows:
-            keys = [key for key, _ in rows]
-            self._store.put(self._space, keys, np.stack([row for _, row in rows]))
-            rows.clear()
+    def _write(self, pending: list[tuple[bytes, Rows]]) -> None:
+        if pending:
+            hashes, rows = zip(*pending, strict=True)
+            self._cache.put(hashes, np.stack(rows))
+            pending.clear()

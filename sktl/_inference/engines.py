@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sktl._images.preprocessing import Normalization, Preprocessing
-from sktl._inference.execution import PRECISIONS, Execution, import_openvino
+from sktl._inference.execution import PRECISIONS, ExecutionConfig, import_openvino
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
 
 Pixels = NDArray[np.uint8]
@@ -41,7 +41,7 @@ class CompiledModel(Protocol):
 
     Attributes
     ----------
-    execution : Execution
+    execution : ExecutionConfig
         How it computes.
     widths : tuple of int or None
         Of a `FeatureExtractor`, the number of columns of each layer.
@@ -50,7 +50,7 @@ class CompiledModel(Protocol):
         device computes while the processor goes on.
     """
 
-    execution: Execution
+    execution: ExecutionConfig
     widths: tuple[int, ...] | None
     n_ahead: int
 
@@ -78,7 +78,7 @@ def get_compiled_model(
     key: Hashable,
     build: Callable[[], nn.Module],
     preprocessing: Preprocessing,
-    execution: Execution,
+    execution: ExecutionConfig,
     *,
     name: str,
 ) -> CompiledModel:
@@ -95,7 +95,7 @@ def get_compiled_model(
         side, side)`` into ``(n, n_outputs)``.
     preprocessing : Preprocessing
         Of the images that it is made for: their size and normalization.
-    execution : Execution
+    execution : ExecutionConfig
         How it is to compute.
     name : str
         Of the network, for a warning.
@@ -126,7 +126,10 @@ def get_compiled_model(
 
 
 def _prepare(
-    network: nn.Module, preprocessing: Preprocessing, execution: Execution, name: str
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    execution: ExecutionConfig,
+    name: str,
 ) -> CompiledModel:
     side = preprocessing.crop_size
     with torch.no_grad(), _reraise_invalid_size(side), reraise_out_of_memory(1):
@@ -152,7 +155,7 @@ def _prepare(
 
 
 def _checked(
-    network: nn.Module, preprocessing: Preprocessing, execution: Execution
+    network: nn.Module, preprocessing: Preprocessing, execution: ExecutionConfig
 ) -> CompiledModel:
     """Let another engine than torch take a network, if its answers are torch's."""
     side = preprocessing.crop_size
@@ -195,7 +198,10 @@ class TorchNetwork:
     """A network that torch computes step by step. See `CompiledModel`."""
 
     def __init__(
-        self, network: nn.Module, preprocessing: Preprocessing, execution: Execution
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        execution: ExecutionConfig,
     ) -> None:
         self.execution = execution
         self.widths: tuple[int, ...] | None = None
@@ -237,7 +243,10 @@ class CompiledNetwork(TorchNetwork):
     """A network that ``torch.compile`` has made one program of, for each shape."""
 
     def __init__(
-        self, network: nn.Module, preprocessing: Preprocessing, execution: Execution
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        execution: ExecutionConfig,
     ) -> None:
         super().__init__(network, preprocessing, execution)
         self._programs: OrderedDict[torch.Size, Callable[[Tensor], Tensor]]
@@ -274,7 +283,10 @@ class OpenVINONetwork:
     n_ahead = 0
 
     def __init__(
-        self, network: nn.Module, preprocessing: Preprocessing, execution: Execution
+        self,
+        network: nn.Module,
+        preprocessing: Preprocessing,
+        execution: ExecutionConfig,
     ) -> None:
         openvino = import_openvino()
         from openvino.frontend import FrontEndManager
@@ -344,7 +356,9 @@ def _traced(module: nn.Module, images: Tensor) -> Any:
 
 
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_OTHERS: dict[str, Callable[[nn.Module, Preprocessing, Execution], CompiledModel]] = {
+_OTHERS: dict[
+    str, Callable[[nn.Module, Preprocessing, ExecutionConfig], CompiledModel]
+] = {
     "compile": CompiledNetwork,
     "openvino": OpenVINONetwork,
 }

@@ -1,7 +1,7 @@
-"""On what a network computes, how exactly, and by which library.
+"""Execution settings: device, precision, engine, batch size, threads, verbosity.
 
-Three parameters of every estimator are settled here, from what the machine has and
-never from the data, so that equal calls on one machine compute equally.
+The value "auto" is resolved from the hardware and never from the data, so that equal
+calls on one machine give equal results.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -22,65 +22,105 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 ENGINES = ("torch", "compile", "openvino")
-_REPORTER = "openvino_telemetry"
-_importing = threading.Lock()
+_TELEMETRY = "openvino_telemetry"
+_import_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Execution:
-    """On what a network computes, how exactly, and by which library.
+class ExecutionConfig:
+    """Device, precision and engine of a forward pass, and how it is run.
 
     Attributes
     ----------
     device : torch.device
-        With its index, where it has one.
+        With its index, if it has one.
     precision : {"float32", "bfloat16", "float16"}
-        What the network's numbers are.
+        Data type of weights and activations.
     engine : {"torch", "compile", "openvino"}
-        What computes.
+        Library that computes the network.
+    batch_size : int
+        Number of images in each batch.
+    n_jobs : int or None
+        Number of decoding threads, see `n_decoding_threads`, or of workers, see
+        `is_distributed`.
+    verbose : int
+        If greater than 0, show a progress bar for anything longer than a second.
     """
 
     device: torch.device
     precision: str
     engine: str
+    # The following change neither the compiled model nor a cached row, so that
+    # configurations which differ only here compare equal and share both.
+    batch_size: int = field(default=32, compare=False)
+    n_jobs: int | None = field(default=None, compare=False)
+    verbose: int = field(default=0, compare=False)
 
     @classmethod
-    def of(cls, estimator: Any) -> Self:
-        """Settle what the parameters of an estimator ask for on this machine.
+    def from_estimator(cls, estimator: Any) -> Self:
+        """Resolve the parameters of an estimator on this machine.
 
         Parameters
         ----------
-        estimator : object
-            Whose `device`, `precision` and `engine` are read; each may be "auto".
+        estimator : estimator
+            With the parameters `device`, `precision`, `engine`, `batch_size`, `n_jobs`
+            and `verbose`. The first three may be "auto".
 
         Returns
         -------
-        Execution
-            None of which is "auto".
+        ExecutionConfig
+            No attribute is "auto".
 
         Raises
         ------
         ValueError
-            If the device is not there, or the engine does not run on it.
+            If the device is missing, or the engine does not run on it.
         ImportError
             If the engine is not installed.
         """
         device = resolve_device(estimator.device)
-        precision = resolve_precision(estimator.precision, device)
-        return cls(device, precision, resolve_engine(estimator.engine, device))
+        return cls(
+            device,
+            resolve_precision(estimator.precision, device),
+            resolve_engine(estimator.engine, device),
+            batch_size=estimator.batch_size,
+            n_jobs=estimator.n_jobs,
+            verbose=estimator.verbose,
+        )
 
-    def space(self) -> dict[str, str]:
-        """Say what of it decides the bits of a row, for a store."""
-        versions: Any = torch if self.engine != "openvino" else import_openvino()
+    def for_n_samples(self, n_samples: int) -> Self:
+        """Return a copy with the batch size of a call with `n_samples` images.
+
+        The shape of a batch affects rounding: libraries choose a convolution algorithm
+        by it. So it is decided once for a call, whatever part of the images is cached
+        or computed elsewhere. Calls with at least `batch_size` images use full batches
+        (the last one is padded). Smaller calls use batches of one image, which is also
+        the fastest for a single image.
+
+        Parameters
+        ----------
+        n_samples : int
+            Number of images of the whole call.
+
+        Returns
+        -------
+        ExecutionConfig
+            With a `batch_size` of 1 if there are fewer images than that.
+        """
+        return self if n_samples >= self.batch_size else replace(self, batch_size=1)
+
+    def cache_namespace(self) -> dict[str, str]:
+        """Return the part of a cache namespace that depends on the execution."""
+        library: Any = torch if self.engine != "openvino" else import_openvino()
         return {
             "precision": self.precision,
-            "engine": f"{self.engine} {versions.__version__.split('.')[0]}",
+            "engine": f"{self.engine} {library.__version__.split('.')[0]}",
             "device": self.device.type,
         }
 
     @contextlib.contextmanager
     def exact_inference_mode(self) -> Iterator[None]:
-        """No gradients, and on a GPU no TensorFloat-32, which keeps 10 bits of 23."""
+        """Disable gradients and, on a GPU, TensorFloat-32 (10 bits of mantissa)."""
         with torch.inference_mode():
             if self.device.type != "cuda":
                 yield
@@ -93,19 +133,19 @@ class Execution:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Turn ``"auto"`` into the accelerator of this machine, or its CPU.
+    """Return the device, where ``"auto"`` is the accelerator, if any, or the CPU.
 
     Raises
     ------
     ValueError
-        If the name is not one of torch's, or the device is not there.
+        If torch does not support the name, or the device is missing.
     """
     if device == "auto":
         return _best_device()
     try:
-        # With its index, which another thread may choose differently: "cuda:0".
+        # Fixes the index ("cuda:0"), which may differ in another thread.
         probe = torch.empty(0, device=device)
-        probe.cpu()  # what computes nothing, such as "meta", has nothing to give back
+        probe.cpu()  # fails for devices without data, such as "meta"
         return probe.device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(
@@ -116,41 +156,43 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 @lru_cache(maxsize=1)
 def _best_device() -> torch.device:
-    # Asked for once: what a machine has stays in it, and torch takes long to look.
-    found = torch.accelerator.current_accelerator(check_available=True)
-    return found or torch.device("cpu")
+    # Cached: the lookup is slow in torch, and the hardware does not change.
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """Turn ``"auto"`` into bfloat16 where the processor multiplies it natively."""
+    """Return the precision, where ``"auto"`` is bfloat16 if supported natively."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return "bfloat16" if major >= 8 else "float32"
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return "float32"  # an older torch does not say what the processor has
-    has = torch.cpu.get_capabilities()
-    native = has.get("amx_bf16") or has.get("avx512_bf16")
-    return "bfloat16" if native else "float32"
+        return "float32"  # older versions of torch do not report the capabilities
+    capabilities = torch.cpu.get_capabilities()
+    is_native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
+    return "bfloat16" if is_native else "float32"
 
 
 def resolve_engine(engine: str, device: torch.device) -> str:
-    """Turn ``"auto"`` into OpenVINO where it is installed for this CPU, else torch.
+    """Return the engine, where ``"auto"`` is OpenVINO on a CPU if installed, or torch.
 
     Raises
     ------
     ValueError
-        If OpenVINO is asked for on another device than a CPU.
+        If the engine is "openvino" and the device is not a CPU.
     ImportError
-        If OpenVINO is asked for and not installed.
+        If the engine is "openvino" and OpenVINO is not installed.
     """
     if engine == "auto":
-        return "openvino" if device.type == "cpu" and _openvino_is_here() else "torch"
+        return (
+            "openvino" if device.type == "cpu" and _is_openvino_available() else "torch"
+        )
     if engine == "openvino":
         if device.type != "cpu":
             raise ValueError(
-                "engine='openvino' computes on the CPU. Got the device "
+                "engine='openvino' requires the device 'cpu'. Got the device "
                 f"{str(device)!r}. Set device='cpu', or engine='torch' or 'compile'."
             )
         import_openvino()
@@ -158,11 +200,11 @@ def resolve_engine(engine: str, device: torch.device) -> str:
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO, without telling its authors.
+    """Import OpenVINO without its telemetry.
 
-    OpenVINO reports each import and each conversion over the network, by a package of
-    its own, and does without where that package is missing; so it is missing here. If
-    the user has imported OpenVINO before, that is as it is.
+    OpenVINO reports each import and conversion over the network through the optional
+    package ``openvino_telemetry``, which is hidden during the import. If the user
+    imported OpenVINO before, nothing changes.
 
     Returns
     -------
@@ -171,35 +213,35 @@ def import_openvino() -> Any:
     Raises
     ------
     ImportError
-        If it is not installed: says how to get it.
+        If OpenVINO is not installed.
     """
-    with _importing:
-        is_new = _REPORTER not in sys.modules
+    with _import_lock:
+        is_new = _TELEMETRY not in sys.modules
         if is_new:
-            sys.modules[_REPORTER] = None  # type: ignore[assignment]  # cannot be found
+            sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # its import fails
         try:
             import openvino
         except ImportError as error:
             raise ImportError(
-                f"engine='openvino' needs the package openvino: {error}. Install it by "
+                f"engine='openvino' requires the package openvino: {error}. Run "
                 "pip install 'sktl[openvino]', or set engine='torch'."
             ) from error
         finally:
             if is_new:
-                del sys.modules[_REPORTER]
+                del sys.modules[_TELEMETRY]
     return openvino
 
 
 @lru_cache(maxsize=1)
-def _openvino_is_here() -> bool:
+def _is_openvino_available() -> bool:
     if importlib.util.find_spec("openvino") is None:
         return False
     try:
         return "CPU" in import_openvino().Core().available_devices
     except (ImportError, RuntimeError) as error:
         warnings.warn(
-            f"engine='auto' is torch, for OpenVINO is installed but does not start: "
-            f"{error} Repair it, or set engine='torch'.",
+            "engine='auto' falls back to torch: OpenVINO is installed but fails to "
+            f"start: {error} Reinstall it, or set engine='torch'.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -207,34 +249,36 @@ def _openvino_is_here() -> bool:
 
 
 class _ExactFlags:
-    """Switches of the process that decide how exactly, and in what way, a GPU computes.
+    """Global flags of torch for exact, deterministic computation on a GPU.
 
-    They belong to all threads, so passes that overlap are counted: the first sets the
-    switches, the last puts them back.
+    They are shared by all threads, so overlapping passes are counted: the first one
+    sets the flags, the last one restores them.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._n_inside = 0
-        self._before: list[Any] = []
+        self._n_active = 0
+        self._saved: list[Any] = []
 
     def enter(self) -> None:
         with self._lock:
-            if self._n_inside == 0:
-                self._before = [getattr(*where) for where, _ in self._wanted()]
-                for where, value in self._wanted():
-                    setattr(*where, value)
-            self._n_inside += 1
+            if self._n_active == 0:
+                self._saved = [getattr(*flag) for flag, _ in self._exact_values()]
+                for flag, value in self._exact_values():
+                    setattr(*flag, value)
+            self._n_active += 1
 
     def leave(self) -> None:
         with self._lock:
-            self._n_inside -= 1
-            if self._n_inside == 0:
-                for (where, _), value in zip(self._wanted(), self._before, strict=True):
-                    setattr(*where, value)
+            self._n_active -= 1
+            if self._n_active == 0:
+                for (flag, _), value in zip(
+                    self._exact_values(), self._saved, strict=True
+                ):
+                    setattr(*flag, value)
 
-    def _wanted(self) -> list[tuple[tuple[Any, str], Any]]:
-        cudnn: Any = torch.backends.cudnn  # its types lack `conv`
+    def _exact_values(self) -> list[tuple[tuple[Any, str], Any]]:
+        cudnn: Any = torch.backends.cudnn  # `conv` is missing from its type hints
         cuda = torch.backends.cuda
         return [
             ((cudnn.conv, "fp32_precision"), "ieee"),

@@ -1,80 +1,77 @@
-"""Which network gives the rows: by reference, so that other processes can make it."""
+"""Specification of a model by names, so that another process can build it."""
 
 import copy
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
-from sktl._backbones.backbone import Backbone
 from sktl._backbones.feature_extractor import FeatureExtractor
 from sktl._backbones.registry import BackboneSpec
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference.engines import CompiledModel, get_compiled_model
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 
-
-def get_feature_extractor(
-    backbone: Backbone,
-    layers: Sequence[str],
-    pooling: str | int,
-    preprocessing: Preprocessing,
-    execution: Execution,
-) -> CompiledModel:
-    """Return the compiled `FeatureExtractor` of some layers of a backbone."""
-    layers = tuple(layers)
-    return get_compiled_model(
-        (backbone, layers, pooling),
-        lambda: FeatureExtractor(backbone, layers, pooling),
-        preprocessing,
-        execution,
-        name=f"{', '.join(layers)} of {backbone.name}",
-    )
+# Cached by value: formatting costs as much as looking up 50 rows.
+_describe = functools.lru_cache(32)(str)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A network that is made where it is called for: here, or in another process.
+    """Layers of a backbone, and how to run them; small when pickled.
 
     Attributes
     ----------
-    reference : BackboneSpec
-        To its backbone.
+    backbone : BackboneSpec
+        Backbone and weights.
     layers : tuple of str
-        As `FeatureExtractor` has them. None: the output of the whole network.
+        As in `FeatureExtractor`. Empty: the output of the whole network.
     pooling : str or int
-        As `FeatureExtractor` has it.
+        As in `FeatureExtractor`.
     preprocessing : Preprocessing
-        As `get_compiled_model` has it.
-    execution : Execution
-        As `get_compiled_model` has it.
+        Preprocessing of the images.
+    execution : ExecutionConfig
+        Execution settings.
     """
 
-    reference: BackboneSpec
+    backbone: BackboneSpec
     layers: tuple[str, ...]
     pooling: str | int
     preprocessing: Preprocessing
-    execution: Execution
+    execution: ExecutionConfig
 
-    def __call__(self) -> CompiledModel:
-        """Load the backbone, unless this process has it, and make it ready.
+    def namespace(self) -> dict[str, str]:
+        """Return every setting of the model that affects its rows, by name."""
+        layers = {"layer": "output"}
+        if self.layers:
+            layers = {"layer": " + ".join(self.layers), "pooling": str(self.pooling)}
+        return {
+            "backbone": self.backbone.name,
+            "weights": self.backbone.digest,
+            **layers,
+            "preprocessing": _describe(self.preprocessing),
+            **self.execution.cache_namespace(),
+        }
+
+    def compile(self) -> CompiledModel:
+        """Load the backbone and compile the model, unless this process has it already.
 
         Raises
         ------
         FileNotFoundError, ConnectionError, ValueError
-            As `BackboneSpec.load` and `get_compiled_model` do.
+            As `BackboneSpec.load`, `FeatureExtractor` and `get_compiled_model`.
         """
-        backbone = self.reference.load()
-        if self.layers:
-            return get_feature_extractor(
+        backbone = self.backbone.load()
+        if not self.layers:
+            return get_compiled_model(
                 backbone,
-                self.layers,
-                self.pooling,
+                lambda: copy.deepcopy(backbone.network),
                 self.preprocessing,
                 self.execution,
+                name=backbone.name,
             )
         return get_compiled_model(
-            backbone,
-            lambda: copy.deepcopy(backbone.network),
+            (backbone, self.layers, self.pooling),
+            lambda: FeatureExtractor(backbone, self.layers, self.pooling),
             self.preprocessing,
             self.execution,
-            name=backbone.name,
+            name=f"{', '.join(self.layers)} of {backbone.name}",
         )

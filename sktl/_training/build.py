@@ -13,7 +13,7 @@ from sktl._images.augmentation import Augmentation, augmentation_for
 from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
 from sktl._images.preprocessing import Preprocessing
 from sktl._images.sequence import ImageSequence
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 from sktl._training.datasets import ImageDataset, TrainingDataset
 from sktl._training.frozen_activations import ActivationDataset, FrozenActivations
 from sktl._training.initial_model import InitialModel
@@ -72,8 +72,10 @@ def build_frozen_activations(
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    network, images, preprocessing, pretrained, n_samples, spread
+    network, images, preprocessing, pretrained, spread
         As `FrozenActivations` has them.
+    n_samples : int, default=None
+        As `ExecutionConfig.for_n_samples`; by default the number of `images`.
     remembered : bool, default=True
         Whether `memory` is used, if there is one.
 
@@ -82,17 +84,14 @@ def build_frozen_activations(
     FrozenActivations
         None of which is computed yet.
     """
+    execution = ExecutionConfig.from_estimator(estimator)
     return FrozenActivations(
         network,
         images,
         preprocessing,
-        Execution.of(estimator),
+        execution.for_n_samples(n_samples or len(images)),
         pretrained=pretrained,
         memory=estimator.memory if remembered else None,
-        batch_size=estimator.batch_size,
-        n_jobs=estimator.n_jobs,
-        verbose=estimator.verbose,
-        n_samples=n_samples,
         spread=spread,
     )
 
@@ -133,7 +132,7 @@ def build_trainer(
     Trainer
         Not begun.
     """
-    execution = Execution.of(estimator)
+    execution = ExecutionConfig.from_estimator(estimator)
     warn_of_shared_gpu(execution.device)
     own = {name: getattr(estimator, name) for name in TrainingConfig.parameters()}
     probed = estimator.head_init == "linear_probe"

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from sktl._images.augmentation import Augmentation
 from sktl._images.augmented_views import AugmentedViews
 from sktl._images.sequence import ImageSequence
-from sktl._inference.forward import map_in_threads, n_decoding_threads
+from sktl._inference.parallel import map_in_threads, n_decoding_threads
 
 _MOST_KEPT = 2**30  # bytes of pixels
 
@@ -139,7 +139,7 @@ class ImageDataset(Dataset[Any]):
             self._prepared,
             list(zip(order, self.seen(order).tolist(), strict=True)),
             n_threads=self._n_threads,
-            ahead=2 * max(largest, self._n_threads),
+            n_ahead=2 * max(largest, self._n_threads),
         )
         try:
             for part in np.array_split(np.asarray(order), n_batches):

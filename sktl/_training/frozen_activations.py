@@ -28,16 +28,17 @@ from sktl._backbones.registry import BackboneSpec
 from sktl._images.augmented_views import AugmentedViews
 from sktl._images.preprocessing import Preprocessing
 from sktl._images.sequence import ImageSequence
-from sktl._inference.cached_forward import Memory, cached_forward, open_store
+from sktl._inference.cached_forward import cached_forward
 from sktl._inference.distributed import is_distributed
 from sktl._inference.engines import (
     CompiledModel,
     get_compiled_model,
     reraise_out_of_memory,
 )
-from sktl._inference.execution import PRECISIONS, Execution
+from sktl._inference.execution import PRECISIONS, ExecutionConfig
 from sktl._inference.extract_features import extract_features
-from sktl._inference.forward import padded_batch_size
+from sktl._inference.feature_cache import FeatureCache, Memory, open_store
+from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._training.datasets import Batch, ImageDataset
 from sktl._training.network import NECK, network_digest
@@ -57,17 +58,13 @@ class FrozenActivations:
         All that will be asked for.
     preprocessing : Preprocessing
         What they go through before.
-    execution : Execution
+    execution : ExecutionConfig
         How the frozen part is computed.
     pretrained : (int, BackboneSpec)
         How many parts of the network, from below, are as a backbone has them, and that
         backbone.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Where activations are remembered.
-    batch_size : int
-        Number of images that go through the frozen part at a time.
-    n_jobs, verbose, n_samples
-        As `forward` has them.
     spread : bool, default=True
         Whether workers of a cluster may compute, if there is one.
     """
@@ -77,14 +74,10 @@ class FrozenActivations:
         network: nn.Sequential,
         images: ImageSequence | AugmentedViews,
         preprocessing: Preprocessing,
-        execution: Execution,
+        execution: ExecutionConfig,
         *,
         pretrained: tuple[int, BackboneSpec],
         memory: Memory,
-        batch_size: int,
-        n_jobs: int | None,
-        verbose: int,
-        n_samples: int | None = None,
         spread: bool = True,
     ) -> None:
         self._network = network
@@ -93,10 +86,7 @@ class FrozenActivations:
         self._execution = execution
         self._pretrained = pretrained
         self._store = open_store(memory)
-        self._options: dict[str, Any]
-        self._options = {"batch_size": batch_size, "n_jobs": n_jobs, "verbose": verbose}
-        self._options["n_samples"] = n_samples or len(images)
-        self._spread = spread and is_distributed(n_jobs)
+        self._spread = spread and is_distributed(execution.n_jobs)
         self._remembered: set[int] = set()  # boundaries of which a cluster did all
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._shapes: dict[int, tuple[int, ...]] = {}
@@ -184,7 +174,7 @@ class FrozenActivations:
         above = self._network[n_frozen:].eval()
         if device.type != "cpu":
             above = copy.deepcopy(above).to(device)
-        size = padded_batch_size(n_samples, int(self._options["batch_size"]))
+        size = self._execution.batch_size
         mixed = torch.autocast(
             device.type, PRECISIONS[precision], enabled=precision != "float32"
         )
@@ -221,7 +211,7 @@ class FrozenActivations:
         return self._shapes[n_frozen]
 
     def _announce(self, n_frozen: int) -> None:
-        if self._store is None or not self._options["verbose"]:
+        if self._store is None or not self._execution.verbose:
             return
         kept = self._store_for(n_frozen) is not None
         tqdm.write(
@@ -256,15 +246,17 @@ class FrozenActivations:
         # The same as those of PretrainedFeatures, so that they are shared.
         layer = self._layer(n_frozen)
         pooling = "avg" if layer == PENULTIMATE else "flatten"
-        _, reference = self._pretrained
-        given = images, self._preprocessing, self._execution
-        options = {**self._options, "memory": self._store_for(n_frozen)}
+        given = self._preprocessing, self._execution
+        spec = ModelSpec(self._pretrained[1], (layer,), pooling, *given)
+        store, cache = self._store_for(n_frozen), None
         if spread and self._may_spread(n_frozen):
-            return extract_features(reference, [layer], pooling, *given, **options)
-        space = {"backbone": reference.name, "weights": self._digest_of(n_frozen)}
-        space |= {"layer": layer, "pooling": pooling}
+            return extract_features(spec, images, store)
+        if store is not None:
+            namespace = {**spec.namespace(), **images.decode_fingerprint()}
+            namespace["weights"] = self._digest_of(n_frozen)
+            cache = FeatureCache(store, namespace)
         network = partial(self._prepared, n_frozen)
-        return cached_forward(network, *given, space=space, **options)
+        return cached_forward(network, images, *given, cache)
 
     def _prepared(self, n_frozen: int) -> CompiledModel:
         layer = self._layer(n_frozen)

@@ -101,7 +101,8 @@ class Noting(Counting):
         def noted_batches(network, missing, *arguments, **options):
             for positions, out in batches(network, missing, *arguments, **options):
                 note(
-                    "computed", [missing._rows.keys[position] for position in positions]
+                    "computed",
+                    [missing.rows.hashes[position] for position in positions],
                 )
                 yield positions, out
 
@@ -111,7 +112,7 @@ class Noting(Counting):
             mock.patch.object(FeatureStore, "known", lookup(FeatureStore.known)),
             mock.patch.object(FeatureStore, "put", noted_put),
             mock.patch("sktl._inference.cached_forward.batches", noted_batches),
-            mock.patch("sktl._inference.cached_forward._LEAST_WRITTEN", 4),
+            mock.patch("sktl._inference.cached_forward._MIN_ROWS_PER_WRITE", 4),
         ):
             return PretrainedFeatures.transform(self, X)
 
@@ -160,7 +161,7 @@ def test_what_another_process_computed_meanwhile_is_left_out(counting, paths):
 
     with (
         mock.patch.object(FeatureStore, "put", then_the_other),
-        mock.patch.object(sktl._inference.cached_forward, "_LEAST_WRITTEN", 4),
+        mock.patch.object(sktl._inference.cached_forward, "_MIN_ROWS_PER_WRITE", 4),
     ):
         got = counting.transform(paths)
     # All by the two; what the one had computed before the other began, and the batch

@@ -32,7 +32,8 @@ from sktl import (
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.validation import validate_images
 from sktl._inference.distributed import distributed_forward
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
+from sktl._inference.feature_cache import FeatureCache
 from sktl._inference.model_spec import ModelSpec
 
 pytestmark = [
@@ -97,8 +98,8 @@ class Logged(ModelSpec):
     log: str = ""
     seconds: float = 0.0
 
-    def __call__(self):
-        made = super().__call__()
+    def compile(self):
+        made = super().compile()
 
         def start(pixels):
             with open(self.log, "a") as log:
@@ -112,23 +113,16 @@ class Logged(ModelSpec):
 def logged(log, seconds=0.0, weights="DEFAULT"):
     backbone = load_backbone("resnet_mini")
     reference = BackboneSpec.to(backbone, weights)
-    execution = Execution.of(PretrainedFeatures(engine="torch"))
+    estimator = PretrainedFeatures(engine="torch", batch_size=2, n_jobs=2)
+    execution = ExecutionConfig.from_estimator(estimator)
     given = reference, ("stem",), "avg", backbone.preprocessing, execution
     return Logged(*given, log=str(log), seconds=seconds)
 
 
-def spread(network, X, memory=None):
-    return distributed_forward(
-        network,
-        validate_images(X, estimator=PretrainedFeatures(), reset=True),
-        network.preprocessing,
-        network.execution,
-        memory=memory,
-        space={"test": "spreading"},
-        batch_size=2,
-        n_jobs=2,
-        verbose=0,
-    )
+def spread(network, X, store=None):
+    images = validate_images(X, estimator=PretrainedFeatures(), reset=True)
+    cache = None if store is None else FeatureCache(store, {"test": "distributed"})
+    return distributed_forward(network, images, cache)
 
 
 def batches_in(log):

@@ -17,7 +17,7 @@ from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference import engines
 from sktl._inference.engines import OpenVINONetwork, TorchNetwork, get_compiled_model
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 
 SMALL = Preprocessing(resize_size=64, crop_size=64)
 PIXELS = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
@@ -41,7 +41,7 @@ FAMILIES = [
 
 
 def on_cpu(engine="torch", precision="float32"):
-    return Execution(torch.device("cpu"), precision, engine)
+    return ExecutionConfig(torch.device("cpu"), precision, engine)
 
 
 def network(name, preprocessing=SMALL, layer="penultimate", **execution):

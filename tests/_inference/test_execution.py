@@ -9,7 +9,7 @@ import torch
 from sktl import PretrainedFeatures
 from sktl._inference import execution
 from sktl._inference.execution import (
-    Execution,
+    ExecutionConfig,
     resolve_device,
     resolve_engine,
     resolve_precision,
@@ -36,14 +36,14 @@ def test_a_machine_is_asked_once_what_it_has(monkeypatch):
 
 FLAGS = """
 import contextlib, torch
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 exec({setting!r})
 def flags():
     backends = torch.backends
     return (backends.cudnn.conv.fp32_precision, backends.cuda.matmul.fp32_precision,
             backends.cudnn.benchmark, backends.cudnn.deterministic)
 before = flags()
-execution = Execution(torch.device("cuda"), "float32", "torch")
+execution = ExecutionConfig(torch.device("cuda"), "float32", "torch")
 first, second = execution.exact_inference_mode(), execution.exact_inference_mode()
 first.__enter__()
 second.__enter__()
@@ -67,9 +67,11 @@ def test_flags_of_a_gpu_are_set_and_put_back(setting):
 
 
 def test_auto_is_what_the_machine_has(monkeypatch):
-    found = Execution.of(PretrainedFeatures(device="cpu", precision="auto"))
-    assert found == Execution(CPU, resolve_precision("auto", CPU), "openvino")
-    monkeypatch.setattr(execution, "_openvino_is_here", lambda: False)
+    found = ExecutionConfig.from_estimator(
+        PretrainedFeatures(device="cpu", precision="auto")
+    )
+    assert found == ExecutionConfig(CPU, resolve_precision("auto", CPU), "openvino")
+    monkeypatch.setattr(execution, "_is_openvino_available", lambda: False)
     assert resolve_engine("auto", CPU) == "torch"
     assert resolve_engine("auto", torch.device("cuda")) == "torch"
 
@@ -106,12 +108,14 @@ def test_an_engine_that_is_not_there_says_how_to_get_it(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'sktl\[openvino\]'"):
         resolve_engine("openvino", CPU)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: "broken")
-    execution._openvino_is_here.cache_clear()
+    execution._is_openvino_available.cache_clear()
     try:
-        with pytest.warns(RuntimeWarning, match="OpenVINO is installed but does not"):
+        with pytest.warns(
+            RuntimeWarning, match="OpenVINO is installed but fails to start"
+        ):
             assert resolve_engine("auto", CPU) == "torch"
     finally:
-        execution._openvino_is_here.cache_clear()
+        execution._is_openvino_available.cache_clear()
 
 
 SILENT = """
@@ -134,15 +138,45 @@ def test_openvino_does_not_report_its_use():
 
 
 def test_openvino_is_for_the_cpu():
-    with pytest.raises(ValueError, match=r"on the CPU.*device 'cuda"):
+    with pytest.raises(
+        ValueError, match=r"requires the device 'cpu'.*Got the device 'cuda"
+    ):
         resolve_engine("openvino", torch.device("cuda:0"))
 
 
-def test_rows_of_different_executions_are_kept_apart():
-    spaces = [
-        Execution(CPU, precision, engine).space()
+def test_namespaces_differ_by_precision_and_engine():
+    namespaces = [
+        ExecutionConfig(CPU, precision, engine).cache_namespace()
         for precision in ("float32", "bfloat16")
         for engine in ("torch", "compile", "openvino")
     ]
-    assert len({tuple(space.items()) for space in spaces}) == 6
-    assert spaces[0] == {"precision": "float32", "engine": "torch 2", "device": "cpu"}
+    assert len({tuple(namespace.items()) for namespace in namespaces}) == 6
+    expected = {"precision": "float32", "engine": "torch 2", "device": "cpu"}
+    assert namespaces[0] == expected
+
+
+def test_from_estimator_reads_all_settings():
+    estimator = PretrainedFeatures(device="cpu", engine="torch", precision="bfloat16")
+    estimator.set_params(batch_size=5, n_jobs=3, verbose=1)
+    got = ExecutionConfig.from_estimator(estimator)
+    assert (got.device, got.precision, got.engine) == (CPU, "bfloat16", "torch")
+    assert (got.batch_size, got.n_jobs, got.verbose) == (5, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("n_samples", "expected"), [(1, 1), (7, 1), (8, 8), (9, 8), (100, 8)]
+)
+def test_small_calls_use_batches_of_one_image(n_samples, expected):
+    execution = ExecutionConfig(CPU, "float32", "torch", batch_size=8, n_jobs=3)
+    got = execution.for_n_samples(n_samples)
+    assert (got.batch_size, got.n_jobs, execution.batch_size) == (expected, 3, 8)
+    assert got.for_n_samples(n_samples) == got
+
+
+def test_batch_size_threads_and_verbosity_do_not_change_equality():
+    one = ExecutionConfig(CPU, "float32", "torch")
+    other = ExecutionConfig(CPU, "float32", "torch", batch_size=1, n_jobs=2, verbose=1)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.cache_namespace() == other.cache_namespace()
+    assert one != ExecutionConfig(CPU, "float32", "compile")

@@ -7,40 +7,36 @@ import numpy as np
 import pytest
 import torch
 
-import sktl._inference.model_spec
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.validation import validate_images
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
+from sktl._inference.model_spec import ModelSpec
 
 
 def features(X, memory=None, layers=("penultimate",), pooling="avg", **options):
     backbone = load_backbone("resnet_mini")
     settings = {"batch_size": 16, "engine": "torch", **options}
-    execution = Execution.of(PretrainedFeatures(**settings))
-    return extract_features(
+    spec = ModelSpec(
         BackboneSpec.to(backbone, "DEFAULT"),
-        layers,
+        tuple(layers),
         pooling,
-        validate_images(X, estimator=PretrainedFeatures(), reset=True),
         backbone.preprocessing_at(None),
-        execution,
-        memory=memory,
-        batch_size=16,
-        n_jobs=None,
-        verbose=0,
+        ExecutionConfig.from_estimator(PretrainedFeatures(**settings)),
     )
+    X = validate_images(X, estimator=PretrainedFeatures(), reset=True)
+    return extract_features(spec, X, memory)
 
 
 @pytest.fixture
 def passes():
-    """Count the images that go through the network of features."""
+    """Count the images that go through the feature extractor."""
     n_images = []
-    make = sktl._extractors.get_feature_extractor
+    plain_compile = ModelSpec.compile
 
-    def counted(*arguments, **options):
-        network = make(*arguments, **options)
+    def counted(spec):
+        network = plain_compile(spec)
 
         def start(pixels):
             n_images.append(len(pixels))
@@ -50,7 +46,7 @@ def passes():
             start=start, execution=network.execution, n_ahead=network.n_ahead
         )
 
-    with mock.patch("sktl._extractors.get_feature_extractor", counted):
+    with mock.patch.object(ModelSpec, "compile", counted):
         yield n_images
 
 
@@ -138,7 +134,7 @@ def test_a_fit_shares_its_rows_with_a_pipeline(paths, tmp_path, first):
 
 def test_if_all_is_known_no_network_is_made(paths, tmp_path):
     expected = features(paths, tmp_path)
-    with mock.patch("sktl._extractors.get_feature_extractor", None):
+    with mock.patch.object(ModelSpec, "compile", None):
         np.testing.assert_array_equal(features(paths, tmp_path), expected)
 
 

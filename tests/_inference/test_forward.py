@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import joblib
 import numpy as np
 import pytest
 import torch
@@ -21,8 +20,8 @@ from sktl._images.preprocessing import Preprocessing
 from sktl._images.validation import validate_images
 from sktl._inference import engines
 from sktl._inference.engines import TorchNetwork, get_compiled_model
-from sktl._inference.execution import Execution
-from sktl._inference.forward import forward, n_decoding_threads
+from sktl._inference.execution import ExecutionConfig
+from sktl._inference.forward import forward
 
 SMALL = Preprocessing(resize_size=32, crop_size=32)
 EACH_ENGINE = pytest.mark.parametrize("engine", ["torch", "openvino"])
@@ -33,8 +32,8 @@ def pil_images(images):
     return [Image.fromarray(image) for image in images]
 
 
-def on_cpu(precision="float32", engine="torch"):
-    return Execution(torch.device("cpu"), precision, engine)
+def on_cpu(precision="float32", engine="torch", **options):
+    return ExecutionConfig(torch.device("cpu"), precision, engine, **options)
 
 
 def network(name, precision="float32", layer="penultimate", engine="torch"):
@@ -51,7 +50,8 @@ def network(name, precision="float32", layer="penultimate", engine="torch"):
 def run(net, images, batch_size=8, precision="float32", **options):
     if isinstance(net, nn.Module):
         net = TorchNetwork(net, SMALL, on_cpu(precision))
-    return forward(net, images, SMALL, batch_size=batch_size, **options)
+    execution = on_cpu(precision, batch_size=batch_size, **options)
+    return forward(net, images, SMALL, execution.for_n_samples(len(images)))
 
 
 @EACH_ENGINE
@@ -219,11 +219,11 @@ def test_output_that_is_not_finite_is_named_by_the_row_of_x(images):
             return out
 
     X = validate_images(images, estimator=PretrainedFeatures(), reset=True)
-    with pytest.raises(ValueError, match=r"X\[3\] must be finite.*do not fit"):
+    with pytest.raises(ValueError, match=r"X\[3\] must be finite.*weights do not fit"):
         run(Overflow(), X)
     with pytest.raises(ValueError, match=r"X\[14\] must be finite"):  # of those left
         run(Overflow(), X.subset(range(8, 40, 2)))
-    with pytest.raises(ValueError, match=r"float16: try 'bfloat16'"):
+    with pytest.raises(ValueError, match=r"float16: use 'bfloat16'"):
         run(Overflow(), X, precision="float16")
 
 
@@ -256,14 +256,3 @@ def test_where_a_device_computes_by_itself_batches_are_started_ahead(images):
     assert events == ["start", "start", "wait", "start", "wait", "wait"]
     expected = [np.asarray(SMALL(image)).mean((0, 1)) for image in images[:22]]
     np.testing.assert_allclose(rows, expected, rtol=1e-6)
-
-
-def test_as_many_threads_decode_as_torch_computes_with():
-    n_threads = torch.get_num_threads()
-    assert n_decoding_threads(None) == n_threads
-    assert n_decoding_threads(1) == 1
-    assert n_decoding_threads(n_threads + 1) == n_threads + 1
-    with joblib.parallel_config("threading", n_jobs=n_threads + 2):
-        assert n_decoding_threads(None) == n_threads + 2
-    with joblib.parallel_config("loky", n_jobs=n_threads + 2):
-        assert n_decoding_threads(None) == n_decoding_threads(7) == n_threads

@@ -1,6 +1,7 @@
-"""A network by reference is the network, here and after a journey."""
+"""A model specification gives the same model in this and in another process."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,16 +9,16 @@ import torch
 
 from sktl import PretrainedFeatures
 from sktl._backbones.registry import BackboneSpec, load_backbone
-from sktl._inference.execution import Execution
-from sktl._inference.model_spec import ModelSpec, get_feature_extractor
+from sktl._inference.execution import ExecutionConfig
+from sktl._inference.model_spec import ModelSpec
 
 BACKBONE = load_backbone("resnet_mini")
-EXECUTION = Execution.of(PretrainedFeatures(engine="torch"))
+EXECUTION = ExecutionConfig.from_estimator(PretrainedFeatures(engine="torch"))
 
 
-def extractor(layers, pooling="avg", preprocessing=BACKBONE.preprocessing):
-    reference = BackboneSpec.to(BACKBONE, "DEFAULT")
-    return ModelSpec(reference, layers, pooling, preprocessing, EXECUTION)
+def model_spec(layers, pooling="avg", preprocessing=BACKBONE.preprocessing):
+    backbone = BackboneSpec.to(BACKBONE, "DEFAULT")
+    return ModelSpec(backbone, layers, pooling, preprocessing, EXECUTION)
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def pixels(images):
 
 def test_without_layers_it_is_the_whole_network(pixels):
     at_24 = BACKBONE.preprocessing.with_image_size(24)
-    got = extractor((), preprocessing=at_24)().start(pixels)()
+    got = model_spec((), preprocessing=at_24).compile().start(pixels)()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (at_24.mean, at_24.std))
     with torch.no_grad():
@@ -35,18 +36,35 @@ def test_without_layers_it_is_the_whole_network(pixels):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_copy_from_elsewhere_is_the_same_network():
-    backbone = load_backbone("resnet_mini")  # which may not be kept any more
-    mine = extractor(("stem", "stage2"), 2)
-    made = mine()
-    assert pickle.loads(pickle.dumps(mine))() is made
-    again = get_feature_extractor(
-        backbone, ["stem", "stage2"], 2, backbone.preprocessing, EXECUTION
-    )
-    assert again is made
-    assert made.widths is not None
-    assert len(made.widths) == 2
+def test_an_unpickled_spec_shares_the_compiled_model():
+    spec = model_spec(("stem", "stage2"), 2)
+    model = spec.compile()
+    assert pickle.loads(pickle.dumps(spec)).compile() is model
+    assert pickle.loads(pickle.dumps(spec.compile))() is model
+    other = replace(spec, execution=replace(EXECUTION, batch_size=1, n_jobs=2))
+    assert other.compile() is model
+    assert model.widths is not None
+    assert len(model.widths) == 2
 
 
-def test_it_travels_without_weights():
-    assert len(pickle.dumps(extractor(("penultimate",)))) < 1000
+def test_a_pickle_holds_no_weights():
+    assert len(pickle.dumps(model_spec(("penultimate",)))) < 1000
+
+
+def test_every_setting_is_part_of_the_namespace():
+    spec = model_spec(("stem",))
+    others = [
+        spec,
+        model_spec(()),
+        model_spec(("stem", "stage1")),
+        model_spec(("stem",), "max"),
+        model_spec(("stem",), preprocessing=BACKBONE.preprocessing.with_image_size(24)),
+        replace(spec, execution=replace(EXECUTION, precision="bfloat16")),
+        replace(spec, execution=replace(EXECUTION, engine="openvino")),
+        replace(spec, backbone=replace(spec.backbone, digest="0" * 64)),
+        replace(spec, backbone=replace(spec.backbone, name="other")),
+    ]
+    namespaces = {tuple(other.namespace().items()) for other in others}
+    assert len(namespaces) == len(others)
+    same = replace(spec, execution=replace(EXECUTION, batch_size=1, n_jobs=2))
+    assert same.namespace() == spec.namespace()

@@ -14,7 +14,7 @@ from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.augmentation import augmentation_for
 from sktl._images.validation import validate_images
-from sktl._inference.execution import Execution
+from sktl._inference.execution import ExecutionConfig
 from sktl._training import frozen_activations as activations_room
 from sktl._training.datasets import ImageDataset
 from sktl._training.frozen_activations import ActivationDataset, FrozenActivations
@@ -54,12 +54,9 @@ def build_frozen_activations(X, memory=None, network=None, **parameters):
         network or replace_head(BACKBONE, 2),
         validate_images(X, estimator=mine, reset=True),
         BACKBONE.preprocessing,
-        Execution.of(mine),
+        ExecutionConfig.from_estimator(mine),
         pretrained=(3, BackboneSpec.to(BACKBONE, "DEFAULT")),
         memory=memory,
-        batch_size=16,
-        n_jobs=None,
-        verbose=mine.verbose,
     )
 
 

@@ -1,0 +1,69 @@
+"""One namespace of a feature store: the rows of one model."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import joblib
+import numpy as np
+from numpy.typing import NDArray
+
+from sktl._store.feature_store import FeatureStore
+
+Memory: TypeAlias = str | os.PathLike[str] | FeatureStore | joblib.Memory | None
+
+
+def open_store(memory: Memory) -> FeatureStore | None:
+    """Return the feature store of a parameter ``memory``.
+
+    Parameters
+    ----------
+    memory : str, path-like, FeatureStore, joblib.Memory or None
+        A directory, or an object that has one.
+
+    Returns
+    -------
+    FeatureStore or None
+        None if nothing is to be cached.
+    """
+    if memory is None or isinstance(memory, FeatureStore):
+        return memory
+    directory = memory.location if isinstance(memory, joblib.Memory) else memory
+    return None if directory is None else FeatureStore(directory)
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Cached rows of one model: a store and a namespace.
+
+    Attributes
+    ----------
+    store : FeatureStore
+        Holds the rows.
+    namespace : mapping of str to str
+        Every setting that affects a row, besides the image, by name.
+    """
+
+    store: FeatureStore
+    namespace: Mapping[str, str]
+
+    def get(
+        self, hashes: Sequence[bytes]
+    ) -> tuple[NDArray[np.intp], NDArray[Any] | None]:
+        """Read cached rows; see `FeatureStore.get`."""
+        return self.store.get(self.namespace, hashes)
+
+    def put(self, hashes: Sequence[bytes], rows: NDArray[Any]) -> None:
+        """Write rows; see `FeatureStore.put`."""
+        self.store.put(self.namespace, hashes, rows)
+
+    def refresh(self) -> Mapping[bytes, object]:
+        """Read which rows other processes wrote; return a mapping by image hash."""
+        return self.store.known(self.namespace)
+
+    def portable(self) -> "FeatureCache":
+        """Return the same cache for a process with another working directory."""
+        directory = os.path.abspath(os.path.expanduser(self.store.directory))
+        store = FeatureStore(directory, self.store.max_bytes)
+        return FeatureCache(store, self.namespace)
