@@ -1,10 +1,12 @@
-"""Pretrained networks whose head, and as much below it as is wanted, is trained."""
+"""Fine-tuning of a pretrained network for classification."""
 
 import copy
+import functools
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import joblib
 import numpy as np
@@ -12,115 +14,113 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
-from sklearn.utils import Tags, check_random_state
+from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
+from torch import nn
 
 from sktl._images.augmentation import NAMES
 from sktl._images.decode import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
-from sktl._inference.engines import get_compiled_model
-from sktl._inference.execution import ENGINES, ExecutionConfig
+from sktl._inference.execution import ENGINES
 from sktl._inference.feature_cache import Memory
-from sktl._inference.forward import forward
 from sktl._store.feature_store import FeatureStore
-from sktl._training import serialization
-from sktl._training.build import (
-    build_frozen_activations,
-    build_initial_model,
-    build_trainer,
-    initialize_head,
+from sktl._training.fit import fit_model
+from sktl._training.initial_model import FittedModel
+from sktl._training.multiclass import MulticlassTarget, encode_multiclass
+from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
+from sktl._training.prediction import predict_outputs
+from sktl._training.serialization import (
+    SavedModel,
+    load_model,
+    save_model,
+    split_parameters,
 )
-from sktl._training.checkpoint import Checkpoint, checkpoint_seed, run_fingerprint
-from sktl._training.initial_model import InitialModel
-from sktl._training.network import network_digest
-from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS, load_optimizer_state
-from sktl._training.targets import EncodedTargets, encode_targets, validation_mask
-from sktl._training.trainer import Trainer, TrainerState
-from sktl._utils.sklearn_compat import DocLinkMixin, Interval, StrOptions, fit_context
+from sktl._training.targets import EncodedTargets
+from sktl._utils.sklearn_compat import (
+    DocLinkMixin,
+    Interval,
+    StrOptions,
+    fit_context,
+)
 
 
 class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
-    """Fine-tune a pretrained convolutional network.
+    """Fine-tune a pretrained convolutional network for classification.
 
-    The network gets a new head, which starts as the logistic regression on its
-    features [1]_; then the head and the stages below it, all or the higher ones, are
-    trained together. It squeezes out the last few points that `PretrainedFeatures` with
-    a linear model leaves, at the price of training.
+    Replaces the classification head, initializes it with a logistic regression on the
+    frozen features (linear probe) [1]_, then fine-tunes the head and the stages below
+    it, all or only the higher ones.
 
     Parameters
     ----------
     backbone : str, default="resnet18"
-        A name from `list_backbones`, of a network that has stages.
+        Name of a backbone with stages, see `list_backbones`.
     weights : str, path-like or None, default="DEFAULT"
-        Where the numbers in the network come from, as in `PretrainedFeatures`. None is
-        random, from `random_state`: a baseline.
+        Pretrained weights to load, as in `PretrainedFeatures`. None: random weights,
+        seeded by `random_state`, as a baseline.
     trainable : {"head", "all"}, int or str, default="all"
-        What is trained: the head; all; an int n, the head and the last n stages; or the
-        name of a stage, that and everything above. What is not, is frozen: neither its
-        parameters nor the statistics of its BatchNorm move.
+        What is trained: the head; all stages; an int n, the head and the last n stages;
+        or the name of a stage, that stage and all above it. All other stages are
+        frozen, including their BatchNorm statistics.
     head_init : {"linear_probe", "random"}, default="linear_probe"
-        How the head starts. ``"linear_probe"``: as the regularized logistic regression
-        on the features of the frozen network, its strength chosen by cross-validation;
-        with hidden layers, as scikit-learn's multilayer perceptron. The statistics of
-        BatchNorm, which these features depend on, then stay as they are wherever they
-        are pretrained.
+        Initialization of the head. ``"linear_probe"``: a logistic regression on the
+        frozen features, with the regularization strength chosen by cross-validation;
+        with hidden layers, a multilayer perceptron. Pretrained BatchNorm statistics,
+        which these features depend on, are then frozen in all stages.
     hidden_layer_sizes : int or sequence of int, default=()
-        Widths of layers between the penultimate feature and the classes.
+        Widths of the hidden layers between the penultimate features and the classes.
     dropout : float, default=0.0
-        Share of values dropped before each layer of the head.
+        Dropout probability before each layer of the head.
     optimizer : {"adamw", "sgd"}, default="adamw"
-        AdamW, or SGD with Nesterov momentum 0.9. Norms of gradients are clipped at 5.
+        AdamW, or SGD with Nesterov momentum 0.9. Gradient norms are clipped at 5.
     lr : float, default=1e-4
-        Highest learning rate of the head.
+        Maximum learning rate of the head.
     layer_decay : float, default=1.0
-        Each stage learns at this many times the rate of the one above it.
+        Ratio of the learning rate of a stage to that of the stage above it.
     weight_decay : float, default=1e-2
-        Of matrices and kernels; biases and normalizations have none.
+        Weight decay; not applied to biases and normalization parameters.
     lr_schedule : {"constant", "cosine", "onecycle"}, default="cosine"
-        Course of the rate. ``"cosine"`` warms up in the first tenth of the steps.
+        Learning rate schedule. ``"cosine"`` has a warm-up of a tenth of the steps.
     max_epochs : int, default=10
-        Number of times each image is seen. 0 leaves the head as it starts.
+        Number of epochs. 0 keeps the head as it is initialized.
     augmentation : {"flip", "standard", "trivial"}, callable or None, default=None
-        How images vary from epoch to epoch. ``"flip"``: left and right.
-        ``"standard"``: a random crop of 35 to 100 % of the area, flip, colour.
-        ``"trivial"``: crop, flip and TrivialAugment [2]_. A callable turns a PIL image
-        into another.
+        Data augmentation applied during training. ``"flip"``: horizontal flips.
+        ``"standard"``: random crops of 35 to 100 % of the area, flips, color jitter.
+        ``"trivial"``: crops, flips and TrivialAugment [2]_. A callable maps a PIL image
+        to another one.
     augmentation_views : int or None, default=None
-        If given, each image has so many views, the same in each epoch, and one of
-        them, drawn at random, is seen. Frozen stages then see each view only once, see
-        the notes; fewer views than epochs save time. None varies an image anew each
-        time. Without effect without `augmentation`.
+        Number of fixed augmented views per image; one is sampled per epoch. The frozen
+        stages then compute each view only once. None: new random views in each epoch.
+        No effect without `augmentation`.
     label_smoothing : float, default=0.0
-        Share of the target that is spread over all classes.
+        Fraction of the target distribution that is spread over all classes.
     wise_ft_alpha : float, default=0.4
-        The weights that are kept lie that far on the way from the linear probe to the
-        trained network [3]_: 1 is the trained network. Without effect where training
-        does not begin with a linear probe on pretrained weights, and under
-        `early_stopping`, which chooses an epoch, and in `partial_fit`.
+        Interpolation coefficient between the linear probe (0) and the fine-tuned
+        weights (1) [3]_. No effect if training does not start from a linear probe on
+        pretrained weights, with `early_stopping`, and in `partial_fit`.
     class_weight : dict, "balanced" or None, default=None
-        Weights of classes, as everywhere in scikit-learn.
+        Weights of the classes, as in scikit-learn's classifiers.
     unfreeze_every : int or None, default=None
-        If given, training begins with the head alone, and one more stage is opened
+        If given, only the head is trained at first, and one more stage is unfrozen
         every so many epochs, up to `trainable`.
     early_stopping : bool, default=False
-        Whether to hold out a stratified part of the data, stop when the accuracy on it
-        stops rising, and keep the best epoch, which may be the linear probe.
+        Whether to hold out a stratified validation set, stop when its accuracy stops
+        improving, and keep the best epoch, which may be the linear probe.
     validation_fraction : float, default=0.1
-        Share that is held out under early stopping.
+        Fraction of the images in the validation set of early stopping.
     n_iter_no_change : int, default=5
-        Epochs without a better one after which early stopping stops.
+        Epochs without improvement after which early stopping stops.
     warm_start : bool, default=False
-        Whether `fit` goes on from the weights of the last one.
+        Whether `fit` continues from the weights of the previous fit.
     checkpoint : str, path-like or None, default=None
-        A directory where the state of the training is written after each epoch. A `fit`
-        of the same data and parameters goes on from there, on the same CPU with the
-        bits it would have had; any other is refused (functions are told apart by name
-        only). One at a time: not for a search.
+        Directory of a checkpoint that is written after each epoch. A `fit` with the
+        same data and parameters resumes from it, on the same CPU with equal bits; any
+        other fit is refused (functions are compared by name only). For one fit at a
+        time, not for a search.
     callbacks : list of skorch callbacks or None, default=None
-        Copies of them are told of each batch and epoch. One that stops by raising
-        KeyboardInterrupt, as skorch's EarlyStopping does, ends `fit` with it: use
-        `early_stopping`.
+        Copies of them are called during training. KeyboardInterrupt raised by one, as
+        by skorch's EarlyStopping, ends `fit` with it: use `early_stopping`.
     image_size : int or None, default=None
         Side in pixels to resize and crop to, instead of what the weights were trained
         with.
@@ -161,25 +161,25 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     classes_ : ndarray of shape (n_classes,)
         The labels, sorted.
     module_ : torch.nn.Sequential
-        The trained network, on the CPU: from normalized ``(n, 3, h, w)`` to logits
-        ``(n, n_classes)``. It needs nothing of this library. `predict` uses a copy, so
-        changes have no effect there.
+        A copy of the trained network, on the CPU: from normalized ``(n, 3, h, w)`` to
+        logits ``(n, n_classes)``. It does not depend on sktl. Changes to it do not
+        affect predictions and are not pickled.
     net_ : skorch.NeuralNet
-        What trained it, with its history and optimizer. Not in a pickle.
+        The net that was trained, with its history and optimizer. Not pickled.
     preprocessing_ : Preprocessing
-        What images go through before `module_`.
+        Preprocessing of the images for `module_`.
     n_iter_ : int
         Number of epochs trained.
     best_epoch_ : int
-        The epoch whose weights were kept, or mixed with those of the linear probe:
-        without early stopping the last. 0 is the state before training.
+        Epoch of the fine-tuned weights: without early stopping the last. 0 is the
+        state before training.
     loss_curve_ : list of float
         Mean training loss of each epoch.
     validation_scores_ : list of float or None
-        Accuracy on the held-out part after each epoch, under early stopping.
+        Validation accuracy after each epoch, with early stopping.
     history_ : list of dict
-        One row for each epoch, epoch 0 for the linear probe: ready for a data frame. It
-        is about the network in training, before `wise_ft_alpha` mixes it.
+        One row per epoch, and one for epoch 0, the linear probe, before interpolation
+        by `wise_ft_alpha`. ``pandas.DataFrame(history_)`` makes it a table.
     n_features_in_ : int
         Number of features seen during `fit`, for 2-D `X` and data frames.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -187,27 +187,25 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
 
     See Also
     --------
-    PretrainedFeatures : Columns for any model, without training the network.
-    PretrainedClassifier : A network as it is.
+    PretrainedFeatures : Extract image features without training the network.
+    PretrainedClassifier : Classify images without training.
 
     Notes
     -----
-    `X` has the forms described in the notes of `PretrainedFeatures`. Weights of samples
-    and classes multiply the loss of each image; samples of weight 0 are left out.
-    The accuracy of early stopping is weighted likewise.
+    `X` has the forms described in the notes of `PretrainedFeatures`. Sample weights and
+    class weights multiply the loss and the accuracy; samples of weight 0 are dropped.
 
-    Without `augmentation`, the frozen stages say the same of an image in every epoch;
-    with `augmentation_views`, of each of its views. It is computed once and kept in
-    memory, up to a gigabyte; with a `memory` it is remembered there (of views only if
-    `augmentation` is a name and `random_state` an int, which say what they show), and
-    shared by all candidates and folds of a search, so that an epoch costs only what
-    trains, whatever the size of the data. The weights have the same bits with and
-    without. Predictions with a `memory` begin where the frozen stages end, too, and
-    agree with those without up to rounding. ``verbose=1`` says how large a store may
-    become; one whose `max_bytes` are less is not used for it.
+    Without `augmentation`, the output of the frozen stages does not change between
+    epochs, so it is computed once and cached: in memory up to a gigabyte, and in
+    `memory`, if it is given, for all candidates and folds of a search. The same holds
+    for each view with `augmentation_views`, where `memory` is used only if
+    `augmentation` is a name and `random_state` an int. An epoch then costs only the
+    trainable stages. The weights have equal bits with and without `memory`; predictions
+    agree up to rounding. ``verbose=1`` reports the size on disk; a store with smaller
+    `max_bytes` is not used for activations.
 
-    Copies in the worker processes of a search share the cores among them. They would
-    also share one GPU: search with ``n_jobs=1`` there.
+    The worker processes of a search share the cores. They would also share a GPU:
+    search with ``n_jobs=1`` there.
 
     References
     ----------
@@ -219,7 +217,7 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
 
     Examples
     --------
-    Pieces of two photographs, and the network that comes with the library:
+    Tiles of two photographs, and the backbone that is bundled with sktl:
 
     >>> import numpy as np
     >>> from sklearn.datasets import load_sample_images
@@ -355,9 +353,9 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fit_context(prefer_skip_nested_validation=True)
-    @torch.inference_mode(False)  # of the caller: nothing could be trained in it
+    @torch.inference_mode(False)  # even if the caller is in inference mode
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
-        """Train the head, and as much below it as `trainable` says.
+        """Train the head and the stages that `trainable` selects.
 
         Parameters
         ----------
@@ -366,7 +364,7 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         y : array-like of shape (n_samples,)
             Labels: str, int or bool, of at least two classes.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each image counts. None is 1 for each.
+            Weights of the samples. None: 1 for each.
 
         Returns
         -------
@@ -376,57 +374,25 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If a parameter, `X`, `y` or `sample_weight` is not as it must be, an image
-            cannot be read, the checkpoint is of another run, or the loss is no number.
+            If a parameter, `X`, `y` or `sample_weight` is invalid, if an image cannot
+            be read, if the checkpoint belongs to another run, or if the loss is not
+            finite.
         KeyboardInterrupt
-            On Ctrl-C. The estimator is as it was before; the last whole epoch is in
-            the `checkpoint`.
+            On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
+            `checkpoint`.
         ConnectionError
-            If weights have to be downloaded and cannot be.
+            If weights must be downloaded and cannot be.
         MemoryError
             If a batch does not fit into memory.
         """
-        goes_on = self.warm_start and hasattr(self, "module_")
-        checked = copy.copy(self)  # a fit that is stopped changes nothing here
-        images = checked._as_images(X, reset=not goes_on)
-        given = self._labelled(images, y, sample_weight).rescaled()
-        images = images.subset(given.rows.tolist())
-        seed = self._seed()
-        if self.checkpoint is not None:
-            seed = checkpoint_seed(self.checkpoint, otherwise=seed)
-        if goes_on:
-            self._check_classes(given.classes, "warm_start")
-            start = InitialModel.from_fitted(self)
-        else:
-            start = build_initial_model(self, len(given.classes), seed)
-        images = images.with_min_decode_size(
-            start.preprocessing.min_decode_size(self.reducing_gap)
-        )
-        activations = build_frozen_activations(
-            self, start.network, images, start.preprocessing, start.pretrained
-        )
-        fraction = self.validation_fraction if self.early_stopping else None
-        held_out = validation_mask(given, fraction, seed)
-        training = build_trainer(
-            self, start, images, activations, given, held_out, TrainerState(seed)
-        )
-        checkpoint = None
-        if self.checkpoint is not None:
-            identity = run_fingerprint(self.get_params(), images, given, start.digest)
-            checkpoint = Checkpoint(self.checkpoint, identity)
-        if checkpoint is None or not checkpoint.resume(training):
-            if self.head_init == "linear_probe" and not goes_on:
-                initialize_head(training, start, activations, given, held_out)
-        training.run(None if checkpoint is None else checkpoint.save)
-        copy_feature_metadata(self, checked)
-        return self._keep(training, start, given.classes)
+        return self._fit(X, y, sample_weight)
 
     @fit_context(prefer_skip_nested_validation=True)
     @torch.inference_mode(False)
     def partial_fit(
         self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
     ) -> Self:
-        """Train for one epoch on some images, at a constant rate.
+        """Train for one epoch on some images, at a constant learning rate.
 
         Parameters
         ----------
@@ -435,83 +401,65 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         y : array-like of shape (n_samples,)
             Labels.
         classes : array-like of shape (n_classes,), default=None
-            All classes there will be; needed in the first call only. If all of them
-            are among its labels, the head starts as `head_init` says, else at random.
+            All classes; required in the first call. If all of them occur in its `y`,
+            the head starts as `head_init` says, else with random weights.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each image counts. None is 1 for each.
+            Weights of the samples. None: 1 for each.
 
         Returns
         -------
         self : object
-            The estimator, one epoch further.
+            The estimator, trained for one more epoch.
 
         Raises
         ------
         ValueError
-            As in `fit`; if `classes` are missing or others than before; and with
-            ``early_stopping`` or ``class_weight="balanced"``, which need all the data.
+            As in `fit`; if `classes` is missing or changes; and with
+            ``early_stopping`` or ``class_weight="balanced"``, which need all data.
         """
         if self.early_stopping or self.class_weight == "balanced":
             raise ValueError(
-                "partial_fit sees only some of the data, so early_stopping must be "
+                "partial_fit gets only a part of the data, so early_stopping must be "
                 "False and class_weight not 'balanced'. Got "
                 f"early_stopping={self.early_stopping!r} and "
                 f"class_weight={self.class_weight!r}. Use fit, or a dict of weights."
             )
-        first = not hasattr(self, "module_")
-        if first and classes is None:
-            raise ValueError(
-                "classes must be passed to the first call of partial_fit. Got None. "
-                "Pass all labels that there will be."
-            )
-        images = self._as_images(X, reset=first)
-        given = self._labelled(
-            images, y, sample_weight, self.classes_ if classes is None else classes
-        )
-        images = images.subset(given.rows.tolist())
-        seed = self._seed()
-        if first:
-            start = build_initial_model(self, len(given.classes), seed)
-            progress = TrainerState(seed)
-        else:
-            self._check_classes(given.classes, "partial_fit")
-            start = InitialModel.from_fitted(self)
-            progress = TrainerState(seed, self.n_iter_, list(self.history_))
-        images = images.with_min_decode_size(
-            start.preprocessing.min_decode_size(self.reducing_gap)
-        )
-        activations = build_frozen_activations(
-            self, start.network, images, start.preprocessing, start.pretrained
-        )
-        held_out = validation_mask(given, None, seed)
-        training = build_trainer(
-            self,
-            start,
-            images,
-            activations,
-            given,
-            held_out,
-            progress,
-            max_epochs=progress.epoch + 1,
-            lr_schedule="constant",
-            wise_ft_alpha=1.0,
-        )
-        if not first and hasattr(self, "net_"):
-            before = self.net_.optimizer_
-            if type(before) is type(training.net.optimizer_):
-                now = training.net.optimizer_
-                # Of fewer stages, if `trainable` was more: the head is first.
-                n_trained = sum(len(group["params"]) for group in now.param_groups)
-                state = before.state_dict()["state"].items()
-                load_optimizer_state(now, {n: v for n, v in state if n < n_trained})
-        complete = len(np.unique(given.label)) == len(given.classes)
-        if first and complete and self.head_init == "linear_probe":
-            initialize_head(training, start, activations, given, held_out)
-        training.run()
-        return self._keep(training, start, given.classes)
+        if classes is None:
+            if not hasattr(self, "_fitted_model"):
+                raise ValueError(
+                    "classes must be passed to the first call of partial_fit. Got "
+                    "None. Pass all labels that will occur."
+                )
+            classes = self.classes_
+        return self._fit(X, y, sample_weight, classes=classes, partial=True)
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        classes: Any = None,
+        partial: bool = False,
+    ) -> Self:
+        fitted: FittedModel | None = None
+        if partial or self.warm_start:
+            fitted = getattr(self, "_fitted_model", None)
+        checked = copy.copy(self)  # so that a fit that fails leaves nothing behind
+        images = checked._validate_images(X, reset=fitted is None)
+        targets = self._encode_targets(images, y, sample_weight, classes)
+        if not partial:
+            targets = targets.with_normalized_weights()
+        if fitted is not None:
+            self._check_classes(targets, "partial_fit" if partial else "warm_start")
+        fitted, trainer = fit_model(self, images, targets, fitted, partial=partial)
+        copy_feature_metadata(self, checked)
+        self._set_fitted(fitted, trainer.state.history, trainer.state.best_epoch)
+        self.net_ = trainer.net
+        return self
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Name the class of images.
+        """Predict the class of images.
 
         Parameters
         ----------
@@ -521,19 +469,19 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         y : ndarray of shape (n_samples,)
-            The most probable label of each.
+            The most probable label of each image.
 
         Raises
         ------
         ValueError
-            If an image cannot be read; the message names its row, its path and the
+            If an image cannot be read; the message contains its row, its path and the
             reason.
         """
-        logits = self._logits(X)
-        return self.classes_[logits.argmax(axis=1)]
+        outputs = self._predict_outputs(X)
+        return self._fitted_model.target.decode(outputs)
 
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
-        """Give the probabilities of all classes.
+        """Predict the probabilities of all classes.
 
         Parameters
         ----------
@@ -543,18 +491,18 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         proba : ndarray of shape (n_samples, n_classes), float32
-            In the order of `classes_`; each row adds up to 1.
+            In the order of `classes_`; each row sums to 1.
 
         Raises
         ------
         ValueError
             As in `predict`.
         """
-        proba: NDArray[np.float32] = softmax(self._logits(X), axis=1)
+        proba: NDArray[np.float32] = softmax(self._predict_outputs(X), axis=1)
         return proba
 
     def decision_function(self, X: Any) -> NDArray[np.float32]:
-        """Give the logits, whose softmax the probabilities are.
+        """Compute the logits, of which the probabilities are the softmax.
 
         Parameters
         ----------
@@ -564,18 +512,18 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         scores : ndarray of shape (n_samples, n_classes) or (n_samples,), float32
-            Of two classes, as everywhere in scikit-learn, the log-odds of the second.
+            With two classes, as in scikit-learn, the log-odds of the second.
 
         Raises
         ------
         ValueError
             As in `predict`.
         """
-        logits = self._logits(X)
+        logits = self._predict_outputs(X)
         return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the fitted estimator to a file that holds no code.
+        """Save the fitted estimator to a file that contains no code.
 
         The file is safetensors, with parameters and classes as JSON in its header.
 
@@ -587,16 +535,33 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Raises
         ------
         OSError
-            If it cannot be written.
+            If the file cannot be written.
         TypeError
-            If the labels are neither str, int, float nor bool.
+            If the labels are not str, int, float or bool.
         """
         check_is_fitted(self)
-        serialization.save(self, path)
+        parameters, others = split_parameters(self.get_params(deep=False))
+        if others:
+            warnings.warn(
+                "Only parameters with plain values are saved. Got other values of "
+                f"{', '.join(others)}, which will have their defaults again.",
+                UserWarning,
+                stacklevel=2,
+            )
+        model = SavedModel(
+            type(self).__name__,
+            parameters,
+            self._fitted_model,
+            self.history_,
+            self.best_epoch_,
+            getattr(self, "n_features_in_", None),
+            getattr(self, "feature_names_in_", None),
+        )
+        save_model(model, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read what `save` wrote; nothing in the file is executed.
+        """Load an estimator that `save` has written; nothing in the file is executed.
 
         Parameters
         ----------
@@ -611,21 +576,34 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Raises
         ------
         OSError
-            If it cannot be read.
+            If the file cannot be read.
         ValueError
-            If the file is anything else, is damaged, or its backbone is not known.
+            If it is another file or damaged, or if its backbone is unknown.
         """
-        return serialization.load(cls, path)
+        saved = load_model(path, cls.__name__)
+        unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
+        if unknown:
+            raise ValueError(
+                f"{str(path)!r} must have parameters of {cls.__name__} only. Got "
+                f"{', '.join(unknown)}. Load it with the version of sktl that saved it."
+            )
+        estimator = cls(**saved.parameters)
+        estimator._set_fitted(saved.fitted, saved.history, saved.best_epoch)
+        if saved.n_features_in is not None:
+            estimator.n_features_in_ = saved.n_features_in
+        if saved.feature_names_in is not None:
+            estimator.feature_names_in_ = saved.feature_names_in
+        return estimator
 
     def plot_history(self, ax: Any = None) -> Any:
-        """Plot loss, and accuracy under early stopping, against epochs.
+        """Plot loss, and validation score under early stopping, against epochs.
 
-        Needs matplotlib: ``pip install sktl[plot]``.
+        Requires matplotlib: ``pip install sktl[plot]``.
 
         Parameters
         ----------
         ax : matplotlib Axes, default=None
-            Where to plot. None makes a new figure.
+            Axes to plot on. None: those of a new figure.
 
         Returns
         -------
@@ -646,24 +624,30 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         ax.legend()
         return ax
 
+    @functools.cached_property
+    def module_(self) -> nn.Sequential:
+        """A copy of the trained network; see the attributes of the class."""
+        return copy.deepcopy(self._fitted_model.network)
+
     def __sklearn_tags__(self) -> Tags:
-        """Say that blobs are no images."""
+        """Return the tags: 3-D input, and no requirement on the score."""
         tags = super().__sklearn_tags__()
         tags.input_tags.three_d_array = True
         tags.classifier_tags.poor_score = True
         return tags
 
     def __sklearn_is_fitted__(self) -> bool:
-        """Say no where `fit` was interrupted, whatever it had set by then."""
-        return hasattr(self, "module_")
+        """Return whether a fit was completed."""
+        return hasattr(self, "_fitted_model")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the net and its optimizer."""
+        """Return the state without `net_` and the copy of the network."""
         state = dict(super().__getstate__())
         state.pop("net_", None)
+        state.pop("module_", None)
         return state
 
-    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+    def _validate_images(self, X: Any, *, reset: bool) -> ImageSequence:
         return validate_images(
             X,
             estimator=self,
@@ -672,11 +656,11 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
             pixel_range=self.pixel_range,
         )
 
-    def _labelled(
-        self, images: ImageSequence, y: Any, sample_weight: Any, classes: Any = None
+    def _encode_targets(
+        self, images: ImageSequence, y: Any, sample_weight: Any, classes: Any
     ) -> EncodedTargets:
-        return encode_targets(
-            images,
+        return encode_multiclass(
+            len(images),
             y,
             sample_weight,
             class_weight=self.class_weight,
@@ -684,67 +668,35 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
             estimator=self,
         )
 
-    def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
-
-    def _check_classes(self, classes: NDArray[Any], what: str) -> None:
+    def _check_classes(self, targets: EncodedTargets, caller: str) -> None:
+        classes = cast(MulticlassTarget, targets.target).classes
         if not np.array_equal(classes, self.classes_):
             raise ValueError(
-                f"{what} needs the classes it began with, {self.classes_.tolist()}. "
-                f"Got {classes.tolist()}."
+                f"{caller} must get the classes of the first fit, "
+                f"{self.classes_.tolist()}. Got {classes.tolist()}."
             )
 
-    def _keep(
-        self, training: Trainer, start: InitialModel, classes: NDArray[Any]
-    ) -> Self:
-        """Set what is left behind; until here the fitted network has not changed."""
-        progress = training.progress
-        rows = [row for row in progress.history if row["epoch"] > 0]
-        self.classes_ = classes
-        self.module_ = start.network.cpu()
-        self.net_ = training.net
-        self.preprocessing_ = start.preprocessing
-        self.n_iter_ = progress.epoch
-        self.best_epoch_ = progress.best_epoch
-        self.history_ = progress.history
+    def _set_fitted(
+        self, fitted: FittedModel, history: list[dict[str, float]], best_epoch: int
+    ) -> None:
+        rows = [row for row in history if row["epoch"] > 0]
+        self._fitted_model = fitted
+        self.__dict__.pop("module_", None)  # the copy of the previous network
+        self.classes_ = cast(MulticlassTarget, fitted.target).classes
+        self.preprocessing_ = fitted.preprocessing
+        self.history_ = history
+        self.n_iter_ = int(rows[-1]["epoch"]) if rows else 0
+        self.best_epoch_ = best_epoch
         self.loss_curve_ = [row["train_loss"] for row in rows]
-        self.validation_scores_ = (
-            [row["valid_score"] for row in rows] if self.early_stopping else None
-        )
-        self._model_config = start.model_config
-        self._n_frozen = training.n_frozen
-        n_pretrained, reference = start.pretrained
-        self._pretrained = min(n_pretrained, training.n_frozen), reference
-        self._digest = network_digest(start.network)
-        return self
+        self.validation_scores_ = None
+        if any("valid_score" in row for row in history):
+            self.validation_scores_ = [row["valid_score"] for row in rows]
 
-    def _logits(self, X: Any) -> NDArray[np.float32]:
-        """Run the trained network: ``(n_samples, n_classes)``."""
+    def _predict_outputs(self, X: Any) -> NDArray[np.float32]:
+        """Return the logits ``(n_samples, n_classes)``."""
         check_is_fitted(self)
         self._validate_params()
-        images = self._as_images(X, reset=False)
-        images = images.with_min_decode_size(
-            self.preprocessing_.min_decode_size(self.reducing_gap)
-        )
-        if self._n_frozen and self.memory is not None:
-            network = copy.deepcopy(self.module_)
-            # What somebody has done to the network since is not to be remembered.
-            if network_digest(network) == self._digest:
-                activations = build_frozen_activations(
-                    self,
-                    network,
-                    images,
-                    self.preprocessing_,
-                    self._pretrained,
-                    spread=False,  # the network is here, its weights file perhaps not
-                )
-                return activations.logits(self._n_frozen)
-        execution = ExecutionConfig.from_estimator(self).for_n_samples(len(images))
-        whole = get_compiled_model(
-            ("fine-tuned", self._digest),
-            lambda: copy.deepcopy(self.module_),
-            self.preprocessing_,
-            execution,
-            name=f"the fine-tuned {self.backbone}",
-        )
-        return forward(whole, images, self.preprocessing_, execution)
+        images = self._validate_images(X, reset=False)
+        min_size = self.preprocessing_.min_decode_size(self.reducing_gap)
+        images = images.with_min_decode_size(min_size)
+        return predict_outputs(self, self._fitted_model, images)

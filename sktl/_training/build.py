@@ -1,55 +1,80 @@
-"""Which training the parameters of an estimator and its data make."""
+"""Assembly of a training from the parameters of an estimator and its data.
+
+The parameters of the estimator are read here and nowhere else in this package.
+"""
 
 import copy
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from sktl._backbones.registry import BackboneSpec
-from sktl._images.augmentation import Augmentation, augmentation_for
-from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
-from sktl._images.preprocessing import Preprocessing
+from sktl._images.augmentation import augmentation_for
+from sktl._images.augmented_views import AugmentedViews
 from sktl._images.sequence import ImageSequence
 from sktl._inference.execution import ExecutionConfig
-from sktl._training.datasets import ImageDataset, TrainingDataset
-from sktl._training.frozen_activations import ActivationDataset, FrozenActivations
-from sktl._training.initial_model import InitialModel
-from sktl._training.linear_probe import fit_linear_probe
-from sktl._training.network import n_trainable_stages
-from sktl._training.targets import EncodedTargets
-from sktl._training.trainer import (
-    Trainer,
-    TrainerState,
-    TrainingConfig,
-    warn_of_shared_gpu,
+from sktl._training.config import TrainerState, TrainingConfig
+from sktl._training.datasets import (
+    ActivationDataset,
+    FixedViewDataset,
+    ImageDataset,
+    TrainingDataset,
 )
+from sktl._training.frozen_activations import FrozenActivations
+from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
+from sktl._training.network import count_trainable_stages
+from sktl._training.targets import EncodedTargets, Target
+from sktl._training.trainer import Trainer, warn_of_shared_gpu
 
 
-def build_initial_model(estimator: Any, n_classes: int, seed: int) -> InitialModel:
-    """Put a new head on the backbone that an estimator asks for.
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """The data of a training.
+
+    Attributes
+    ----------
+    images : ImageSequence
+        Images whose weight is positive.
+    targets : EncodedTargets
+        Their targets and weights.
+    held_out : ndarray of shape (n,), bool
+        Mask of the validation set.
+    """
+
+    images: ImageSequence
+    targets: EncodedTargets
+    held_out: NDArray[np.bool_]
+
+
+def build_initial_model(
+    estimator: Any, target: Target, fitted: FittedModel | None, seed: int
+) -> InitialModel:
+    """Return the network to train: a backbone with a new head, or a fitted one.
 
     Parameters
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    n_classes, seed
-        As `InitialModel.from_backbone` has them.
+    target : Target
+        Determines the number of outputs.
+    fitted : FittedModel or None
+        Model to continue with. None: start from the backbone.
+    seed : int
+        As in `InitialModel.from_backbone`.
 
     Returns
     -------
     InitialModel
-        With its backbone.
     """
+    config = ModelConfig.from_estimator(estimator)
+    if fitted is not None:
+        return InitialModel.from_fitted(fitted, config)
     return InitialModel.from_backbone(
-        estimator.backbone,
+        config,
         estimator.weights,
-        n_classes,
-        image_size=estimator.image_size,
-        hidden_layer_sizes=estimator.hidden_layer_sizes,
-        dropout=estimator.dropout,
+        target.n_outputs,
         seed=seed,
         progress=estimator.verbose > 0,
     )
@@ -57,209 +82,239 @@ def build_initial_model(estimator: Any, n_classes: int, seed: int) -> InitialMod
 
 def build_frozen_activations(
     estimator: Any,
-    network: nn.Sequential,
+    model: InitialModel | FittedModel,
     images: ImageSequence | AugmentedViews,
-    preprocessing: Preprocessing,
-    pretrained: tuple[int, BackboneSpec],
     *,
-    remembered: bool = True,
     n_samples: int | None = None,
-    spread: bool = True,
+    use_memory: bool = True,
+    distribute: bool = True,
 ) -> FrozenActivations:
-    """Give what the frozen part of a network says of images, or of views of them.
+    """Return the activations at the end of the frozen prefix; none is computed yet.
 
     Parameters
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    network, images, preprocessing, pretrained, spread
-        As `FrozenActivations` has them.
+    model : InitialModel or FittedModel
+        The network and its preprocessing.
+    images : ImageSequence or AugmentedViews
+        All images that activations will be read of.
     n_samples : int, default=None
-        As `ExecutionConfig.for_n_samples`; by default the number of `images`.
-    remembered : bool, default=True
-        Whether `memory` is used, if there is one.
+        Number of images of the whole call, of which `images` may be a part: it decides
+        the shape of the batches, and so the bits. None: `images` are all.
+    use_memory : bool, default=True
+        Whether activations are cached in `memory`, if it is given.
+    distribute : bool, default=True
+        Whether worker processes may compute them.
 
     Returns
     -------
     FrozenActivations
-        None of which is computed yet.
     """
     execution = ExecutionConfig.from_estimator(estimator)
     return FrozenActivations(
-        network,
+        model.network,
         images,
-        preprocessing,
+        model.preprocessing,
         execution.for_n_samples(n_samples or len(images)),
-        pretrained=pretrained,
-        memory=estimator.memory if remembered else None,
-        spread=spread,
+        pretrained=model.pretrained,
+        prefix=model.prefix if isinstance(model, FittedModel) else None,
+        memory=estimator.memory if use_memory else None,
+        distribute=distribute,
     )
 
 
 def build_trainer(
     estimator: Any,
-    start: InitialModel,
-    images: ImageSequence,
+    model: InitialModel,
+    data: TrainingData,
     activations: FrozenActivations,
-    given: EncodedTargets,
-    held_out: NDArray[np.bool_],
-    progress: TrainerState,
-    **instead: Any,
+    state: TrainerState,
+    *,
+    single_epoch: bool = False,
 ) -> Trainer:
-    """Make the training that an estimator asks for.
+    """Return the trainer that the parameters of an estimator define.
 
     Parameters
     ----------
     estimator : FineTunedCNNClassifier
         Its parameters are read.
-    start : InitialModel
+    model : InitialModel
         The network.
-    images : ImageSequence
-        Those that count.
+    data : TrainingData
+        Images and targets.
     activations : FrozenActivations
-        Of these, from `build_frozen_activations`.
-    given : EncodedTargets
-        Their labels and weights.
-    held_out : ndarray of shape (n_samples,), bool
-        Which of them are not learned from.
-    progress : TrainerState
-        Where the training stands.
-    **instead : dict
-        Settings that are others than the parameters.
+        Of all images of `data`, from `build_frozen_activations`.
+    state : TrainerState
+        State to start from.
+    single_epoch : bool, default=False
+        Whether to train for one epoch at a constant learning rate and keep its
+        weights, as `partial_fit` does, instead of `max_epochs` epochs.
 
     Returns
     -------
     Trainer
-        Not begun.
     """
     execution = ExecutionConfig.from_estimator(estimator)
     warn_of_shared_gpu(execution.device)
-    own = {name: getattr(estimator, name) for name in TrainingConfig.parameters()}
-    probed = estimator.head_init == "linear_probe"
-    settings = TrainingConfig(
-        n_trainable_stages=n_trainable_stages(estimator.trainable, start.stages),
-        # A head that was solved for these features would suffer from others.
-        fixed_statistics=probed and estimator.weights is not None,
-        patience=estimator.n_iter_no_change if estimator.early_stopping else None,
+    linear_probe = estimator.head_init == "linear_probe"
+    early_stopping = estimator.early_stopping
+    config = TrainingConfig(
+        n_trainable_stages=count_trainable_stages(estimator.trainable, model.stages),
+        # The linear probe is fitted on features with the pretrained statistics.
+        freeze_batch_norm=linear_probe and estimator.weights is not None,
+        optimizer=estimator.optimizer,
+        lr=estimator.lr,
+        layer_decay=estimator.layer_decay,
+        weight_decay=estimator.weight_decay,
+        lr_schedule="constant" if single_epoch else estimator.lr_schedule,
+        max_epochs=state.epoch + 1 if single_epoch else estimator.max_epochs,
+        label_smoothing=estimator.label_smoothing,
+        wise_ft_alpha=1.0 if single_epoch else estimator.wise_ft_alpha,
+        unfreeze_every=estimator.unfreeze_every,
+        patience=estimator.n_iter_no_change if early_stopping else None,
+        batch_size=estimator.batch_size,
         device=execution.device,
         precision=execution.precision,
-        **{**own, **instead},
+        verbose=estimator.verbose,
     )
-
-    learned, watched = _learned_and_watched(
-        estimator, start, images, activations, given, held_out, progress.seed
-    )
+    train, valid = build_datasets(estimator, model, data, activations, state.seed)
     return Trainer(
-        start.network,
-        start.preprocessing,
-        learned,
-        watched if estimator.early_stopping else None,
-        settings=settings,
-        progress=progress,
+        model.network,
+        model.preprocessing,
+        data.targets.target,
+        train,
+        valid if early_stopping else None,
+        config=config,
+        state=state,
         callbacks=copy.deepcopy(list(estimator.callbacks or ())),
     )
 
 
-def _learned_and_watched(
+def build_datasets(
     estimator: Any,
-    start: InitialModel,
-    images: ImageSequence,
+    model: InitialModel,
+    data: TrainingData,
     activations: FrozenActivations,
-    given: EncodedTargets,
-    held_out: NDArray[np.bool_],
     seed: int,
 ) -> tuple[TrainingDataset, TrainingDataset]:
-    """Say what is trained on, and what the best epoch is told by.
-
-    What is learned from varies: in each epoch anew, or as one of some fixed views, of
-    which the frozen part sees each only once. What is held out does not vary.
-    """
-    varied, preprocessing = estimator.augmentation, start.preprocessing
-    plain = augmentation_for(None, preprocessing)
-    learned, watched = np.flatnonzero(~held_out), np.flatnonzero(held_out)
-
-    def some(
-        rows: NDArray[np.intp],
-        seen: ImageSequence | AugmentedViews,
-        places: NDArray[np.intp],
-        how: Augmentation = plain,
-    ) -> ImageDataset:
-        return ImageDataset(
-            seen,
-            places,
-            given.label[rows],
-            given.weight[rows],
-            augmentation=how,
-            side=preprocessing.crop_size,
-            n_jobs=estimator.n_jobs,
-        )
-
-    def frozen(
-        seen: ImageSequence | AugmentedViews, **options: bool
-    ) -> FrozenActivations:
-        # All in the batches of the whole: so the bits are those that others remember.
-        return build_frozen_activations(
-            estimator,
-            start.network,
-            seen,
-            preprocessing,
-            start.pretrained,
-            n_samples=len(images),
-            **options,
-        )
-
-    if varied is None:
-        return (
-            ActivationDataset(some(learned, images, learned), activations),
-            ActivationDataset(some(watched, images, watched), activations),
-        )
-    # Only those that are asked for: what the frozen part says is computed for all.
-    apart = images.subset(watched.tolist())
-    to_watch = some(watched, apart, np.arange(len(watched)))
-    validation = ActivationDataset(to_watch, frozen(apart))
+    """Return the training set and the validation set, which is never augmented."""
+    if estimator.augmentation is None:
+        train = _plain_dataset(estimator, model, data, activations, ~data.held_out)
+        valid = _plain_dataset(estimator, model, data, activations, data.held_out)
+        return train, valid
+    # Activations of the validation set only: they are computed for all images given.
+    rows = np.flatnonzero(data.held_out)
+    images = data.images.subset(rows.tolist())
+    apart = build_frozen_activations(
+        estimator, model, images, n_samples=len(data.images)
+    )
+    valid = ActivationDataset(
+        _image_dataset(estimator, model, data, rows, images, None), apart
+    )
     if estimator.augmentation_views is None:
-        how = augmentation_for(varied, preprocessing)
-        return some(learned, images, learned, how), validation
+        return _augmented_dataset(estimator, model, data), valid
+    return _fixed_view_dataset(estimator, model, data, seed), valid
+
+
+def _plain_dataset(
+    estimator: Any,
+    model: InitialModel,
+    data: TrainingData,
+    activations: FrozenActivations,
+    mask: NDArray[np.bool_],
+) -> TrainingDataset:
+    """Images without augmentation: the frozen prefix sees each of them once."""
+    rows = np.flatnonzero(mask)
+    images = _image_dataset(estimator, model, data, rows, data.images, None, rows)
+    return ActivationDataset(images, activations)
+
+
+def _augmented_dataset(
+    estimator: Any, model: InitialModel, data: TrainingData
+) -> TrainingDataset:
+    """Images that are augmented anew in each epoch: nothing can be cached."""
+    rows, how = np.flatnonzero(~data.held_out), estimator.augmentation
+    return _image_dataset(estimator, model, data, rows, data.images, how, rows)
+
+
+def _fixed_view_dataset(
+    estimator: Any, model: InitialModel, data: TrainingData, seed: int
+) -> TrainingDataset:
+    """A fixed number of views per image: the frozen prefix sees each view once."""
+    rows = np.flatnonzero(~data.held_out)
+    how = estimator.augmentation
     views = AugmentedViews(
-        images.subset(learned.tolist()),
-        varied,
-        preprocessing,
+        data.images.subset(rows.tolist()),
+        how,
+        model.preprocessing,
         n_views=estimator.augmentation_views,
         seed=seed,
     )
-    # Where no other fit can ask for the same, there is nothing to remember.
-    repeats = isinstance(varied, str) and isinstance(estimator.random_state, Integral)
-    to_learn = some(learned, views, np.arange(len(learned)), APPLY_VIEW)
-    return ActivationDataset(to_learn, frozen(views, remembered=repeats)), validation
+    # Without a seed, or with a function, no other fit has the same views.
+    reproducible = isinstance(how, str) and isinstance(estimator.random_state, Integral)
+    activations = build_frozen_activations(
+        estimator, model, views, n_samples=len(data.images), use_memory=reproducible
+    )
+    dataset = FixedViewDataset(
+        views,
+        data.targets.y[rows],
+        data.targets.sample_weight[rows],
+        image_size=model.preprocessing.crop_size,
+        n_jobs=estimator.n_jobs,
+    )
+    return ActivationDataset(dataset, activations)
+
+
+def _image_dataset(
+    estimator: Any,
+    model: InitialModel,
+    data: TrainingData,
+    rows: NDArray[np.intp],
+    images: ImageSequence,
+    augmentation: Any,
+    positions: NDArray[np.intp] | None = None,
+) -> ImageDataset:
+    """Return the dataset of some rows, which stand at `positions` of `images`."""
+    return ImageDataset(
+        images,
+        np.arange(len(rows)) if positions is None else positions,
+        data.targets.y[rows],
+        data.targets.sample_weight[rows],
+        augmentation=augmentation_for(augmentation, model.preprocessing),
+        image_size=model.preprocessing.crop_size,
+        n_jobs=estimator.n_jobs,
+    )
 
 
 def initialize_head(
-    training: Trainer,
-    start: InitialModel,
+    trainer: Trainer,
+    model: InitialModel,
+    data: TrainingData,
     activations: FrozenActivations,
-    given: EncodedTargets,
-    held_out: NDArray[np.bool_],
 ) -> None:
-    """Make the head the model that is best on the frozen features: epoch 0.
+    """Set the head to a linear probe on the training set, and record epoch 0.
 
     Parameters
     ----------
-    training : Trainer
-        Not begun; the head of its network is overwritten.
-    start : InitialModel
-        Of the training.
-    activations, given, held_out
-        As `build_trainer` has them.
+    trainer : Trainer
+        Trainer of the model, not run yet.
+    model : InitialModel
+        The head of its network is overwritten.
+    data : TrainingData
+        Images and targets.
+    activations : FrozenActivations
+        Of all images of `data`.
     """
     features = activations.features()
-    learned = ~held_out
-    weight = given.weight[learned]
-    fit_linear_probe(
-        start.network[-1],
-        features[learned],
-        given.label[learned],
+    train, targets = ~data.held_out, data.targets
+    weight = targets.sample_weight[train]
+    targets.target.initialize_head(
+        model.network[-1],
+        features[train],
+        targets.y[train],
         weight / weight.mean(),
-        hidden_layer_sizes=start.model_config["hidden_layer_sizes"],
-        seed=training.progress.seed,
+        hidden_layer_sizes=model.config.hidden_layer_sizes,
+        seed=trainer.state.seed,
     )
-    training.begin(features, given.label, given.weight, held_out)
+    trainer.record_initial_epoch(features, targets, data.held_out)

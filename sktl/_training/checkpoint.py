@@ -1,6 +1,6 @@
-"""A training on disk: one file, replaced after each epoch, to go on from.
+"""Checkpoint of a training: one file, replaced after each epoch, to resume from.
 
-It says which run it belongs to, and is refused by any other.
+It contains the fingerprint of its run and is refused by any other run.
 """
 
 import contextlib
@@ -18,36 +18,36 @@ import torch
 from torch import Tensor
 
 from sktl._images.sequence import ImageSequence
+from sktl._training.config import TrainerState
 from sktl._training.targets import EncodedTargets
-from sktl._training.trainer import Trainer, TrainerState
-from sktl._utils.tensor_file import PARSE_ERRORS, read_tensors, write_tensors
+from sktl._training.trainer import Trainer
+from sktl._utils.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "sktl checkpoint of a fine-tuning, version 1"
+_FORMAT = "sktl training checkpoint, version 2"
 _NAME = "fine_tuning"
-# Parameters that do not change what comes out.
-_WITHOUT_EFFECT = {"callbacks", "checkpoint", "memory", "n_jobs", "verbose", "weights"}
-_WEIGHTS, _BEST, _START, _OPTIMIZER = "weights.", "best.", "start.", "optimizer."
+# Parameters that do not change the result.
+_IGNORED = {"callbacks", "checkpoint", "memory", "n_jobs", "verbose", "weights"}
+_WEIGHTS, _BEST, _INITIAL, _OPTIMIZER = "weights.", "best.", "initial.", "optimizer."
 
 
 class Checkpoint:
-    """The file in a directory, and the run that it is for.
+    """The checkpoint file of one run.
 
     Parameters
     ----------
     directory : str or path-like
-        Made if it is not there. One run has it at a time.
-    identity : mapping of str
-        What a run is: data, classes, parameters, versions; anything that JSON can
-        hold.
+        Directory of the file, created if needed. One run at a time may use it.
+    fingerprint : mapping of str
+        From `run_fingerprint`.
 
     Raises
     ------
     NotADirectoryError
-        If it is a file.
+        If the directory is a file.
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], identity: Mapping[str, Any]
+        self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any]
     ) -> None:
         self._file = _file_in(directory)
         folder = self._file.parent
@@ -57,162 +57,169 @@ class Checkpoint:
                 f"{str(folder)!r}, which is a file."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._identity = dict(identity)
+        self._fingerprint = dict(fingerprint)
 
-    def resume(self, training: Trainer) -> bool:
-        """Put a training where this run was.
+    def resume(self, trainer: Trainer) -> bool:
+        """Load the state of this run into a trainer.
 
         Parameters
         ----------
-        training : Trainer
-            Of the same network, not begun.
+        trainer : Trainer
+            Trainer of the same network, not run yet.
 
         Returns
         -------
         bool
-            Whether there was anything to go on from.
+            Whether there was a checkpoint.
 
         Raises
         ------
         ValueError
-            If the file is damaged, or belongs to another run; says what differs.
+            If the file is damaged, or belongs to another run: names the differences.
         """
-        for left in self._file.parent.glob(f"{_NAME}-*.tmp"):  # by a killed writer
+        for partial in self._file.parent.glob(f"{_NAME}-*.tmp"):  # of a killed process
             with contextlib.suppress(OSError):
-                left.unlink()
+                partial.unlink()
         content = _read(self._file)
         if content is None:
             return False
         tensors, document = content
-        self._check(document.get("identity"))
+        self._check_fingerprint(document.get("fingerprint"))
         try:
-            _restore(training, tensors, document)
-        except PARSE_ERRORS as error:
+            trainer.load_state(
+                _with_prefix(_WEIGHTS, tensors),
+                _parse_state(document, tensors),
+                _parse_optimizer(tensors),
+            )
+        except ValueError as error:
             raise ValueError(
                 f"The checkpoint {str(self._file)!r} must fit the network and its "
-                f"optimizer, and does not: {type(error).__name__}: {error}. Delete it "
-                "to start anew."
+                f"optimizer, and does not: {error}. Delete it to start again."
             ) from error
         return True
 
-    def save(self, training: Trainer) -> None:
-        """Write where the run is; where that fails, warn, and leave what was there.
+    def save(self, trainer: Trainer) -> None:
+        """Write the state of the run; warn and keep the previous file if that fails.
 
         Parameters
         ----------
-        training : Trainer
-            After a whole epoch.
+        trainer : Trainer
+            After a completed epoch.
         """
-        progress = training.progress
-        optimizer = training.net.optimizer_.state_dict()["state"]
-        weights = training.network.state_dict()
-        tensors = {f"{_WEIGHTS}{name}": value for name, value in weights.items()}
-        tensors |= {f"{_BEST}{name}": v for name, v in progress.best_weights.items()}
-        tensors |= {f"{_START}{name}": v for name, v in progress.start_weights.items()}
-        for number, state in optimizer.items():
-            for part, value in state.items():
+        state = trainer.state
+        groups = {
+            _WEIGHTS: trainer.network.state_dict(),
+            _BEST: state.best_weights,
+            _INITIAL: state.initial_weights,
+        }
+        tensors = {
+            f"{prefix}{name}": value
+            for prefix, weights in groups.items()
+            for name, value in weights.items()
+        }
+        optimizer = trainer.net.optimizer_.state_dict()["state"]
+        for number, values in optimizer.items():
+            for key, value in values.items():
                 if value is not None:
-                    name = f"{_OPTIMIZER}{number}.{part}"
+                    name = f"{_OPTIMIZER}{number}.{key}"
                     tensors[name] = torch.as_tensor(value)
         document = {
             "format": _FORMAT,
-            "identity": self._identity,
-            "seed": progress.seed,
-            "epoch": progress.epoch,
-            "history": progress.history,
-            "best_epoch": progress.best_epoch,
-            "best_score": progress.best_score,
+            "fingerprint": self._fingerprint,
+            "seed": state.seed,
+            "epoch": state.epoch,
+            "history": state.history,
+            "best_epoch": state.best_epoch,
+            "best_score": state.best_score,
         }
         try:
             write_tensors(self._file, tensors, document)
         except OSError as error:
             warnings.warn(
                 f"The checkpoint {str(self._file)!r} could not be written after epoch "
-                f"{progress.epoch}: {error}. Training goes on; what was there before "
+                f"{state.epoch}: {error}. Training continues; the previous checkpoint "
                 "is still there.",
                 UserWarning,
                 stacklevel=2,
             )
 
-    def _check(self, theirs: Any) -> None:
-        mine = self._identity
-        theirs = theirs if isinstance(theirs, dict) else {}
-        other = [
-            f"{name} (there {_short(theirs.get(name))}, here {_short(mine.get(name))})"
-            for name in sorted({*mine, *theirs})
-            if mine.get(name) != theirs.get(name)
+    def _check_fingerprint(self, found: Any) -> None:
+        expected = self._fingerprint
+        found = found if isinstance(found, dict) else {}
+        differences = [
+            f"{name} (in the file {_abbreviate(found.get(name))}, now "
+            f"{_abbreviate(expected.get(name))})"
+            for name in sorted({*expected, *found})
+            if expected.get(name) != found.get(name)
         ]
-        if other:
+        if differences:
             raise ValueError(
-                f"The checkpoint {str(self._file)!r} must be of this very run. It "
-                f"differs in {', '.join(other)}. Use another directory, or delete the "
-                "file to start anew."
+                f"The checkpoint {str(self._file)!r} must belong to this run. It "
+                f"differs in {', '.join(differences)}. Use another directory, or "
+                "delete the file to start again."
             )
 
 
 def run_fingerprint(
     parameters: Mapping[str, Any],
     images: ImageSequence,
-    given: EncodedTargets,
+    targets: EncodedTargets,
     digest: str,
 ) -> dict[str, Any]:
-    """Say what a run is, in values that JSON can hold.
+    """Return what identifies a run, as values that JSON can hold.
 
     Parameters
     ----------
     parameters : mapping of str
-        Of the estimator.
+        Parameters of the estimator.
     images : ImageSequence
-        Those that count.
-    given : EncodedTargets
-        Those that count, with labels and weights.
+        Images whose weight is positive.
+    targets : EncodedTargets
+        Their targets and weights.
     digest : str
-        Of the weights it starts from.
+        Digest of the initial weights.
 
     Returns
     -------
     dict of str
-        Equal for two runs that would come to the same, on the same machine.
+        Equal for two runs with the same result on the same machine.
     """
     X = hashlib.sha256(b"".join(images.content_hashes()))
     plain = {
         name: value.item() if isinstance(value, np.generic) else value
         for name, value in parameters.items()
-        if name not in _WITHOUT_EFFECT
+        if name not in _IGNORED
     }
-    chosen = {
-        name: value if isinstance(value, bool | int | float) else _named(value)
+    fingerprint = {
+        name: value if isinstance(value, bool | int | float) else _stable_repr(value)
         for name, value in plain.items()
     }
     if not isinstance(parameters["random_state"], Integral):
-        chosen["random_state"] = "none: that of the checkpoint is used"
+        fingerprint["random_state"] = "none: that of the checkpoint is used"
     return {
-        **chosen,
+        **fingerprint,
         "X": X.hexdigest(),
-        "y": hashlib.sha256(given.label.tobytes()).hexdigest(),
-        "weights of samples and classes": hashlib.sha256(
-            given.weight.tobytes()
-        ).hexdigest(),
-        "classes": [str(each) for each in given.classes.tolist()],
-        "digest of weights": digest,
+        "y": hashlib.sha256(targets.y.tobytes()).hexdigest(),
+        "sample weights": hashlib.sha256(targets.sample_weight.tobytes()).hexdigest(),
+        "target": targets.target.to_document(),
+        "initial weights": digest,
         "torch": torch.__version__.split("+")[0],
     }
 
 
-def checkpoint_seed(directory: str | os.PathLike[str], otherwise: int) -> int:
-    """Give the seed of the run whose checkpoint is in a directory.
+def checkpoint_seed(directory: str | os.PathLike[str], default: int) -> int:
+    """Return the seed of the run whose checkpoint is in a directory.
 
     Parameters
     ----------
     directory : str or path-like
-        As `Checkpoint` has it.
-    otherwise : int
-        What to give if there is none.
+        As in `Checkpoint`.
+    default : int
+        Returned if there is no checkpoint.
 
     Returns
     -------
     int
-        What a run that goes on from there has to begin with.
 
     Raises
     ------
@@ -220,7 +227,7 @@ def checkpoint_seed(directory: str | os.PathLike[str], otherwise: int) -> int:
         If the file is damaged.
     """
     content = _read(_file_in(directory))
-    return otherwise if content is None else int(content[1]["seed"])
+    return default if content is None else int(content[1]["seed"])
 
 
 def _file_in(directory: str | os.PathLike[str]) -> Path:
@@ -237,51 +244,70 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
-        raise ValueError(f"{error} Delete it to start anew.") from error
+        raise ValueError(f"{error} Delete it to start again.") from error
     seed = document.get("seed")
-    whole = type(seed) is int and 0 <= seed < 2**31
-    if document.get("format") != _FORMAT or not whole:
+    has_seed = type(seed) is int and 0 <= seed < 2**31
+    if document.get("format") != _FORMAT or not has_seed:
         raise ValueError(
-            f"The checkpoint {str(file)!r} must be of the format {_FORMAT!r}. Got "
-            f"{document.get('format')!r}{'' if whole else ' without a seed'}. Use "
+            f"The checkpoint {str(file)!r} must have the format {_FORMAT!r}. Got "
+            f"{document.get('format')!r}{'' if has_seed else ' without a seed'}. Use "
             "another directory."
         )
     return tensors, document
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 50 else f"{text[:20]}…"
-
-
-def _named(value: Any) -> str:
-    """Give the text of a value, without where in the memory of a process it is."""
-    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))
-
-
-def _restore(
-    training: Trainer, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
-) -> None:
-    optimizer: dict[int, dict[str, Tensor]] = {}
-    for name, value in _below(_OPTIMIZER, tensors).items():
-        number, part = name.split(".", 1)
-        optimizer.setdefault(int(number), {})[part] = value
-    accuracy, minus_loss = document["best_score"]
-    progress = TrainerState(
+def _parse_state(
+    document: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> TrainerState:
+    """Return the state in a document; raise a ValueError if a value is invalid."""
+    epochs = [document.get("epoch"), document.get("best_epoch")]
+    score, history = document.get("best_score"), document.get("history")
+    if not all(type(epoch) is int for epoch in epochs):
+        raise ValueError("its epochs must be ints")
+    if not (
+        isinstance(score, list)
+        and len(score) == 2
+        and all(type(value) in (int, float) for value in score)
+    ):
+        raise ValueError("its best score must be two numbers")
+    if not (
+        isinstance(history, list) and all(isinstance(row, dict) for row in history)
+    ):
+        raise ValueError("its history must be a list of dicts")
+    return TrainerState(
         seed=int(document["seed"]),
         epoch=int(document["epoch"]),
-        history=[dict(row) for row in document["history"]],
+        history=[dict(row) for row in history],
         best_epoch=int(document["best_epoch"]),
-        best_score=(float(accuracy), float(minus_loss)),
-        best_weights=_below(_BEST, tensors),
-        start_weights=_below(_START, tensors),
+        best_score=(float(score[0]), float(score[1])),
+        best_weights=_with_prefix(_BEST, tensors),
+        initial_weights=_with_prefix(_INITIAL, tensors),
     )
-    training.restore(_below(_WEIGHTS, tensors), progress, optimizer)
 
 
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _parse_optimizer(tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in _with_prefix(_OPTIMIZER, tensors).items():
+        number, _, key = name.partition(".")
+        if not re.fullmatch(r"\d{1,9}", number, re.ASCII):
+            raise ValueError(f"its optimizer has a tensor {name!r}")
+        state.setdefault(int(number), {})[key] = value
+    return state
+
+
+def _with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
+
+
+def _abbreviate(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 50 else f"{text[:20]}…"
+
+
+def _stable_repr(value: Any) -> str:
+    """Return the text of a value without memory addresses."""
+    return re.sub(r" at 0x[0-9A-Fa-f]+", "", str(value))

@@ -1,7 +1,7 @@
-"""Which images a training step sees: shuffled, varied, in batches of even size.
+"""Datasets and the data loader of training: shuffled batches of even size.
 
-Decoding runs in threads ahead of the training. Pixels that are the same in every epoch
-are kept in memory if they fit into a budget.
+Images are decoded in threads ahead of the training. Pixels that do not change between
+epochs are cached in memory if they are small enough.
 """
 
 import itertools
@@ -15,119 +15,139 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sktl._images.augmentation import Augmentation
-from sktl._images.augmented_views import AugmentedViews
+from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
 from sktl._images.sequence import ImageSequence
 from sktl._inference.parallel import map_in_threads, n_decoding_threads
+from sktl._training.frozen_activations import FrozenActivations
 
-_MOST_KEPT = 2**30  # bytes of pixels
+_MAX_CACHED_BYTES = 2**30  # of pixels
 
 Batch = tuple[Tensor, tuple[Tensor, Tensor]]
 
 
+class TrainingDataset(Protocol):
+    """Interface of the datasets: batches of pixels, or of cached activations."""
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def set_frozen_depth(self, n_frozen: int) -> None:
+        """Set the number of frozen parts of the network from now on."""
+
+    def cache_activations(self, n_epochs: int) -> None:
+        """Compute what is cached for the next `n_epochs` epochs.
+
+        The trainer calls it before it seeds the global random number generators, which
+        other processes and threads may need meanwhile.
+        """
+
+    def batches(
+        self, order: Sequence[int], n_batches: int
+    ) -> Generator[Batch, None, None]:
+        """Yield the batches of an epoch; see `ImageDataset.batches`."""
+
+
 class ImageDataset(Dataset[Any]):
-    """Some rows of the user's images, with labels and weights, to train on.
+    """Pixels of some images, with targets and weights.
 
     Parameters
     ----------
     images : ImageSequence or AugmentedViews
-        All of them.
+        All images.
     rows : ndarray of int
-        Positions of those that are meant; of views, of their images.
-    label : ndarray of int, as long as `rows`
-        From 0.
-    weight : ndarray of float, as long as `rows`
-        How much each counts: 1 on average.
+        Positions in `images` of the images of this dataset.
+    y : ndarray of shape (len(rows), ...)
+        Encoded targets.
+    sample_weight : ndarray of shape (len(rows),)
+        Weights, of mean 1.
     augmentation : Augmentation
-        What is done to an image.
-    side : int
-        Of the pixels it gives.
+        Applied to each image.
+    image_size : int
+        Side in pixels of the result.
     n_jobs : int or None
-        Threads that decode, see `n_decoding_threads`.
+        Number of decoding threads, see `n_decoding_threads`.
 
     Attributes
     ----------
     n_views : int
-        Of each image.
+        Number of views per image: 1.
     """
+
+    n_views = 1
 
     def __init__(
         self,
         images: ImageSequence | AugmentedViews,
         rows: NDArray[np.intp],
-        label: NDArray[np.intp],
-        weight: NDArray[np.float64],
+        y: NDArray[Any],
+        sample_weight: NDArray[np.float64],
         *,
         augmentation: Augmentation,
-        side: int,
+        image_size: int,
         n_jobs: int | None,
     ) -> None:
         self._images = images
         self._rows = rows
-        self.n_views = images.n_views if isinstance(images, AugmentedViews) else 1
-        self._label = torch.from_numpy(label.astype(np.int64))
-        self._weight = torch.from_numpy(weight.astype(np.float32))
+        self._y = torch.from_numpy(y)
+        self._sample_weight = torch.from_numpy(sample_weight.astype(np.float32))
         self._augmentation = augmentation
         self._n_threads = n_decoding_threads(n_jobs)
-        self._kept: NDArray[np.uint8] | None = None
-        self._is_kept = np.zeros(len(rows), dtype=bool)
+        self._pixels: NDArray[np.uint8] | None = None
+        self._is_cached = np.zeros(len(rows), dtype=bool)
+        shape = (len(rows), image_size, image_size, 3)
         if (
             augmentation.deterministic_gives_pixels
-            and len(rows) * side * side * 3 <= _MOST_KEPT
+            and np.prod(shape) <= _MAX_CACHED_BYTES
         ):
-            self._kept = np.empty((len(rows), side, side, 3), dtype=np.uint8)
+            self._pixels = np.empty(shape, dtype=np.uint8)
 
     def __len__(self) -> int:
-        """Give the number of images."""
+        """Return the number of images."""
         return len(self._rows)
 
     def set_frozen_depth(self, n_frozen: int) -> None:
-        """Nothing: its pixels are for the whole network, whatever of it trains."""
+        """Do nothing: pixels are the input of the whole network."""
 
     def cache_activations(self, n_epochs: int) -> None:
-        """Nothing: its images are decoded as they are needed."""
+        """Do nothing: images are decoded when they are needed."""
 
-    def seen(self, order: Sequence[int]) -> NDArray[np.intp]:
-        """Say where, among all images or views, those are that are seen this time.
+    def positions(self, order: Sequence[int]) -> NDArray[np.intp]:
+        """Return the positions in `images` of some images of this dataset.
 
         Parameters
         ----------
         order : sequence of int
-            Positions, from 0 to one less than the length.
+            Positions in this dataset.
 
         Returns
         -------
         ndarray of shape (len(order),)
-            Of views, one of each image, drawn from torch's global generator.
         """
-        rows = self._rows[np.asarray(order)]
-        if self.n_views == 1:
-            return rows
-        drawn = torch.randint(self.n_views, (len(rows),)).numpy()
-        return rows * self.n_views + drawn
+        return self._rows[np.asarray(order)]
 
-    def targets(self, part: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
-        """Give labels and weights of some of the images, each of shape (n,)."""
-        at = torch.from_numpy(part)
-        return self._label[at], self._weight[at]
+    def targets(self, order: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """Return targets and weights of some images of this dataset."""
+        index = torch.from_numpy(order)
+        return self._y[index], self._sample_weight[index]
 
     def batches(
         self, order: Sequence[int], n_batches: int
     ) -> Generator[Batch, None, None]:
-        """Give pixels, labels and weights in that order, in batches of even size.
+        """Yield pixels, targets and weights, in batches of even size.
 
         Parameters
         ----------
         order : sequence of int
-            Positions, from 0 to one less than the length.
+            Positions in this dataset.
         n_batches : int
-            How many; they differ in size by at most 1.
+            Number of batches; their sizes differ by at most 1.
 
         Yields
         ------
         pixels : Tensor of shape (n, side, side, 3), uint8
-            Varied by the augmentation.
+            Augmented.
         target : (Tensor, Tensor)
-            Labels and weights, each of shape (n,).
+            Encoded targets and weights, each of length n.
 
         Raises
         ------
@@ -135,67 +155,132 @@ class ImageDataset(Dataset[Any]):
             If an image cannot be read: names the row, the path and the reason.
         """
         largest = -(-len(order) // n_batches)
-        prepared = map_in_threads(
-            self._prepared,
-            list(zip(order, self.seen(order).tolist(), strict=True)),
+        decoded = map_in_threads(
+            self._decode,
+            list(zip(order, self.positions(order).tolist(), strict=True)),
             n_threads=self._n_threads,
             n_ahead=2 * max(largest, self._n_threads),
         )
         try:
             for part in np.array_split(np.asarray(order), n_batches):
-                items = itertools.islice(prepared, len(part))
+                items = itertools.islice(decoded, len(part))
                 pixels = np.stack([self._augmentation.random(item) for item in items])
                 yield torch.from_numpy(pixels), self.targets(part)
         finally:
-            prepared.close()
+            decoded.close()
 
-    def _prepared(self, places: tuple[int, int]) -> Any:
-        position, row = places  # among these images, and among all
-        deterministic: Callable[[Any], Any] = self._augmentation.deterministic
-        if self._kept is None:
-            return deterministic(self._images[row])
-        if not self._is_kept[position]:
-            self._kept[position] = deterministic(self._images[row])
-            self._is_kept[position] = True
-        return self._kept[position]
+    def _decode(self, positions: tuple[int, int]) -> Any:
+        row, position = positions  # in this dataset, and in all images
+        transform: Callable[[Any], Any] = self._augmentation.deterministic
+        if self._pixels is None:
+            return transform(self._images[position])
+        if not self._is_cached[row]:
+            self._pixels[row] = transform(self._images[position])
+            self._is_cached[row] = True
+        return self._pixels[row]
 
 
-class TrainingDataset(Protocol):
-    """What a training takes its batches from: pixels, or what a frozen part gives."""
+class FixedViewDataset(ImageDataset):
+    """One of several fixed views of each image, sampled anew in each epoch.
+
+    Parameters
+    ----------
+    views : AugmentedViews
+        The views, of all images of this dataset.
+    y, sample_weight, image_size, n_jobs
+        As in `ImageDataset`.
+
+    Attributes
+    ----------
+    n_views : int
+        Number of views per image.
+    """
+
+    def __init__(
+        self,
+        views: AugmentedViews,
+        y: NDArray[Any],
+        sample_weight: NDArray[np.float64],
+        *,
+        image_size: int,
+        n_jobs: int | None,
+    ) -> None:
+        super().__init__(
+            views,
+            np.arange(len(y)),
+            y,
+            sample_weight,
+            augmentation=APPLY_VIEW,
+            image_size=image_size,
+            n_jobs=n_jobs,
+        )
+        self.n_views = views.n_views
+
+    def positions(self, order: Sequence[int]) -> NDArray[np.intp]:
+        """Sample a view of each image from torch's global generator."""
+        rows = super().positions(order)
+        view = torch.randint(self.n_views, (len(rows),)).numpy()
+        return rows * self.n_views + view
+
+
+class ActivationDataset(Dataset[Any]):
+    """Activations at the end of the frozen prefix, in place of pixels.
+
+    Parameters
+    ----------
+    images : ImageDataset
+        The images, with targets and weights. Its pixels are the batches while nothing
+        is frozen.
+    activations : FrozenActivations
+        Activations of all images, or of all views.
+    """
+
+    def __init__(self, images: ImageDataset, activations: FrozenActivations) -> None:
+        self._images = images
+        self._activations = activations
+        self._n_frozen = 0
 
     def __len__(self) -> int:
-        """Give the number of images."""
+        """Return the number of images."""
+        return len(self._images)
 
     def set_frozen_depth(self, n_frozen: int) -> None:
-        """Say how many parts of the network, from below, are frozen from now on."""
+        """Set the number of frozen parts of the network from now on."""
+        self._n_frozen = n_frozen
 
     def cache_activations(self, n_epochs: int) -> None:
-        """Do what is done once, for so many epochs, before the first batch.
-
-        Whoever trains holds the global generators; here other processes may be waited
-        for, which need theirs.
-        """
+        """Compute the activations, unless most views would never be sampled."""
+        if self._n_frozen and n_epochs >= self._images.n_views:
+            self._activations.compute(self._n_frozen)
 
     def batches(
         self, order: Sequence[int], n_batches: int
     ) -> Generator[Batch, None, None]:
-        """Give images, labels and weights; see `ImageDataset.batches`."""
+        """Yield activations, targets and weights; see `ImageDataset.batches`."""
+        if self._n_frozen == 0:
+            yield from self._images.batches(order, n_batches)
+            return
+        positions = np.array_split(self._images.positions(order), n_batches)
+        parts = np.array_split(np.asarray(order), n_batches)
+        for part, rows in zip(parts, positions, strict=True):
+            x = self._activations.rows(self._n_frozen, rows.tolist())
+            yield x, self._images.targets(part)
 
 
 class BatchLoader:
-    """What skorch iterates over: one epoch of batches.
+    """Data loader of one epoch, in the interface that skorch expects.
 
-    The last batch is not a small rest, on which BatchNorm would see next to nothing:
-    all have the same size, at most `batch_size`, give or take one image.
+    All batches have the same size, at most `batch_size`, give or take one image. A
+    small last batch would give poor BatchNorm statistics.
 
     Parameters
     ----------
-    dataset : ImageDataset or ActivationDataset
+    dataset : TrainingDataset
         The images.
     batch_size : int
-        Largest number of images of a batch.
+        Maximum number of images of a batch.
     shuffle : bool, default=False
-        Whether in an order drawn from torch's global generator.
+        Whether the order is drawn from torch's global generator.
     """
 
     def __init__(
@@ -206,11 +291,11 @@ class BatchLoader:
         self._shuffle = shuffle
 
     def __len__(self) -> int:
-        """Give the number of batches."""
+        """Return the number of batches."""
         return -(-len(self._dataset) // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go through the images once."""
+        """Iterate over the images once."""
         n = len(self._dataset)
         order = torch.randperm(n).tolist() if self._shuffle else range(n)
         return self._dataset.batches(order, len(self))

@@ -1,9 +1,9 @@
-"""Where a training starts: a network with its head, and all that belongs to it."""
+"""The network that a training starts from, and the one that it ends with."""
 
 import copy
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -12,8 +12,112 @@ from torch import nn
 
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.preprocessing import Preprocessing
-from sktl._training.network import replace_head
+from sktl._training.network import (
+    network_digest,
+    output_shape,
+    replace_head,
+    stage_names,
+)
+from sktl._training.targets import Target
 from sktl._utils.random_state import temporary_seed
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The parameters of an estimator that define its network.
+
+    Attributes
+    ----------
+    backbone, weights, image_size, hidden_layer_sizes, dropout
+        As in `FineTunedCNNClassifier`, in plain types: `weights` as str and
+        `hidden_layer_sizes` as a tuple.
+    """
+
+    backbone: str
+    weights: str
+    image_size: int | None
+    hidden_layer_sizes: tuple[int, ...]
+    dropout: float
+
+    @classmethod
+    def from_estimator(cls, estimator: Any) -> Self:
+        """Return the config of an estimator; raise a ValueError if it is invalid."""
+        size = estimator.image_size
+        return cls(
+            estimator.backbone,
+            str(estimator.weights),
+            None if size is None else int(size),
+            _hidden_layer_sizes(estimator.hidden_layer_sizes),
+            float(estimator.dropout),
+        )
+
+
+@dataclass(frozen=True)
+class PretrainedPrefix:
+    """The parts of a network that still have the weights of its backbone.
+
+    Attributes
+    ----------
+    n_parts : int
+        Number of parts, counted from the input.
+    backbone : BackboneSpec
+        The backbone.
+    """
+
+    n_parts: int
+    backbone: BackboneSpec
+
+
+@dataclass(frozen=True)
+class FrozenPrefix:
+    """The parts of a network that were frozen at the end of a training.
+
+    Attributes
+    ----------
+    n_parts : int
+        Number of parts, counted from the input: the frozen depth.
+    digest : str
+        Digest of their weights, part of the cache key of activations.
+    output_shape : tuple of int
+        Shape of the activations of one image.
+    """
+
+    n_parts: int
+    digest: str
+    output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedModel:
+    """What a fit leaves behind, for predictions, warm starts and saving.
+
+    Attributes
+    ----------
+    network : nn.Sequential
+        The trained network, on the CPU, in evaluation mode. No other object holds it,
+        and it never changes, so that `digest` stays its digest.
+    preprocessing : Preprocessing
+        Preprocessing of the images.
+    target : Target
+        Decodes the outputs.
+    config : ModelConfig
+        Parameters that define the network.
+    digest : str
+        Digest of the network.
+    pretrained : PretrainedPrefix
+        The parts that have never been trained.
+    prefix : FrozenPrefix or None
+        The parts that were frozen at the end of the training. None if there are none,
+        or if the weights come from a saved file.
+    """
+
+    network: nn.Sequential
+    preprocessing: Preprocessing
+    target: Target
+    config: ModelConfig
+    digest: str
+    pretrained: PretrainedPrefix
+    prefix: FrozenPrefix | None
 
 
 @dataclass(eq=False)
@@ -23,136 +127,163 @@ class InitialModel:
     Attributes
     ----------
     network : nn.Sequential
-        From `replace_head`; nobody else holds it.
+        From `replace_head`. No other object holds it.
     preprocessing : Preprocessing
-        What images go through before.
-    model_config : dict
-        What `replace_head` was asked for, of values that JSON can hold.
+        Preprocessing of the images.
+    config : ModelConfig
+        Parameters that define the network.
     digest : str
-        Of the weights it starts from, without the new head.
-    pretrained : (int, BackboneSpec)
-        As `FrozenActivations` has it.
+        Digest of the weights that the training starts from, without a new head.
+    pretrained : PretrainedPrefix
+        The parts that have the weights of the backbone.
     """
 
     network: nn.Sequential
     preprocessing: Preprocessing
-    model_config: dict[str, Any]
+    config: ModelConfig
     digest: str
-    pretrained: tuple[int, BackboneSpec]
+    pretrained: PretrainedPrefix
 
     @property
     def stages(self) -> list[str]:
-        """Names of the stages, the lowest first."""
-        return [name for name, _ in self.network.named_children()][:-2]
+        """Names of the stages, in order."""
+        return stage_names(self.network)
 
     @classmethod
     def from_backbone(
         cls,
-        name: str,
+        config: ModelConfig,
         weights: str | os.PathLike[str] | None,
-        n_classes: int,
+        n_outputs: int,
         *,
-        image_size: int | None,
-        hidden_layer_sizes: int | Sequence[int],
-        dropout: float,
         seed: int,
         progress: bool,
     ) -> Self:
-        """Put a new head on a backbone.
+        """Return a backbone with a new head.
 
         Parameters
         ----------
-        name, weights, progress
-            As `load_backbone` has them.
-        n_classes, hidden_layer_sizes, dropout
-            As `replace_head` has them.
-        image_size : int or None
-            As `Backbone.preprocessing_at` has it.
+        config : ModelConfig
+            Parameters that define the network.
+        weights, progress
+            As in `load_backbone`.
+        n_outputs : int
+            Number of outputs.
         seed : int
-            Of the new head, and of random weights.
+            Seed of the new head, and of random weights.
 
         Returns
         -------
         InitialModel
-            At the weights of the backbone.
 
         Raises
         ------
         ValueError, ConnectionError
-            As these functions do.
+            As `load_backbone` and `replace_head` do.
         """
-        seed_of_weights = seed if weights is None else 0
+        weights_seed = seed if weights is None else 0
         backbone = load_backbone(
-            name, weights, random_state=seed_of_weights, progress=progress
+            config.backbone, weights, random_state=weights_seed, progress=progress
         )
-        model_config: dict[str, Any] = {
-            "hidden_layer_sizes": _widths(hidden_layer_sizes),
-            "dropout": float(dropout),
-        }
         with temporary_seed(torch.device("cpu"), seed):
-            network = replace_head(backbone, n_classes, **model_config)
+            network = replace_head(
+                backbone,
+                n_outputs,
+                hidden_layer_sizes=config.hidden_layer_sizes,
+                dropout=config.dropout,
+            )
+        spec = BackboneSpec.to(backbone, weights, weights_seed)
         return cls(
             network,
-            backbone.preprocessing_at(image_size),
-            {
-                "backbone": name,
-                "weights": str(weights),
-                "image_size": None if image_size is None else int(image_size),
-                **model_config,
-            },
+            backbone.preprocessing_at(config.image_size),
+            config,
             backbone.digest,
-            (len(network) - 1, BackboneSpec.to(backbone, weights, seed_of_weights)),
+            PretrainedPrefix(len(network) - 1, spec),
         )
 
     @classmethod
-    def from_fitted(cls, estimator: Any) -> Self:
-        """Go on from a fitted FineTunedCNNClassifier.
+    def from_fitted(cls, fitted: FittedModel, config: ModelConfig) -> Self:
+        """Return a copy of a fitted model, to continue its training.
 
         Parameters
         ----------
-        estimator : FineTunedCNNClassifier
-            Fitted. It keeps its network; a copy is trained.
+        fitted : FittedModel
+            It is not changed.
+        config : ModelConfig
+            Of the parameters that the estimator has now.
 
         Returns
         -------
         InitialModel
-            At the weights that the estimator has.
 
         Raises
         ------
         ValueError
-            If its parameters ask for another network than it has.
+            If the parameters define another network.
         """
-        model_config = estimator._model_config
-        asked = {
-            "backbone": estimator.backbone,
-            "weights": str(estimator.weights),
-            "image_size": estimator.image_size,
-            "hidden_layer_sizes": _widths(estimator.hidden_layer_sizes),
-            "dropout": estimator.dropout,
-        }
-        other = [name for name, value in asked.items() if value != model_config[name]]
-        if other:
+        changed = [
+            field.name
+            for field in fields(ModelConfig)
+            if getattr(config, field.name) != getattr(fitted.config, field.name)
+        ]
+        if changed:
             raise ValueError(
-                "warm_start and partial_fit go on with the network there is, so its "
-                f"parameters must be those it was made with. Got other values of "
-                f"{', '.join(other)}. Fit with warm_start=False."
+                "warm_start and partial_fit continue with the fitted network, so the "
+                "parameters that define it must not change. Got other values of "
+                f"{', '.join(changed)}. Fit with warm_start=False."
             )
         return cls(
-            copy.deepcopy(estimator.module_),
-            estimator.preprocessing_,
-            model_config,
-            estimator._digest,
-            estimator._pretrained,
+            copy.deepcopy(fitted.network),
+            fitted.preprocessing,
+            config,
+            fitted.digest,
+            fitted.pretrained,
+        )
+
+    def to_fitted(self, target: Target, n_frozen: int) -> FittedModel:
+        """Return the fitted model after the network has been trained.
+
+        Parameters
+        ----------
+        target : Target
+            Decodes the outputs.
+        n_frozen : int
+            Number of parts that are frozen at the end of the training.
+
+        Returns
+        -------
+        FittedModel
+            With a copy of the network.
+        """
+        network = copy.deepcopy(self.network.cpu()).eval().requires_grad_(True)
+        backbone = self.pretrained.backbone
+        pretrained = PretrainedPrefix(min(self.pretrained.n_parts, n_frozen), backbone)
+        prefix = None
+        if n_frozen:
+            frozen = network[:n_frozen]
+            prefix = FrozenPrefix(
+                n_frozen,
+                backbone.digest
+                if n_frozen <= pretrained.n_parts
+                else network_digest(frozen),
+                output_shape(frozen, self.preprocessing.crop_size),
+            )
+        return FittedModel(
+            network,
+            self.preprocessing,
+            target,
+            self.config,
+            network_digest(network),
+            pretrained,
+            prefix,
         )
 
 
-def _widths(hidden_layer_sizes: int | Sequence[int]) -> list[int]:
-    given = hidden_layer_sizes
-    widths: list[Any] = np.ravel(given).tolist() if np.size(given) else []
+def _hidden_layer_sizes(sizes: int | Sequence[int]) -> tuple[int, ...]:
+    widths: list[Any] = np.ravel(sizes).tolist() if np.size(sizes) else []
     if not all(type(width) is int and width >= 1 for width in widths):
         raise ValueError(
             "The 'hidden_layer_sizes' parameter must be positive ints, one for each "
-            f"hidden layer. Got {given!r} instead."
+            f"hidden layer. Got {sizes!r} instead."
         )
-    return widths
+    return tuple(widths)

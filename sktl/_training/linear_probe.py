@@ -1,9 +1,8 @@
-"""How a new head starts: as the model that scikit-learn finds on the frozen features.
+"""Linear probe: the head starts as a model fitted on the frozen features.
 
-Fine-tuning from a random head first destroys what the network knows, to make room for
-an answer that a logistic regression would have found at once. So the head is solved
-first and handed over (Kumar et al., *Fine-Tuning can Distort Pretrained Features and
-Underperform Out-of-Distribution*, 2022).
+Fine-tuning from a random head first distorts the pretrained features. Starting from
+the logistic regression on the frozen features avoids that (Kumar et al., *Fine-Tuning
+can Distort Pretrained Features and Underperform Out-of-Distribution*, 2022).
 """
 
 import warnings
@@ -22,67 +21,138 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 
-# Inverse strengths of the penalty, from strong to weak, as `C` of LogisticRegression.
+# Inverse regularization strengths, as `C` of LogisticRegression.
 C_GRID = np.logspace(-4, 1, 6)
 _N_FOLDS = 5
-_SMALL = 2**22  # values of the features
-_MANY = 2000  # images; from here on one held-out fifth tells enough
-_LEAST_SCALE = 1e-6  # of the largest deviation of a feature
-_MAX_ITER = {"regression": 1000, "perceptron": 200}  # scikit-learn's, and ample
+_MAX_SINGLE_THREADED = 2**22  # values of the feature matrix
+_MIN_FOR_SINGLE_SPLIT = 2000  # images; one held-out fifth is accurate enough then
+_MIN_RELATIVE_SCALE = 1e-6  # of the largest standard deviation of a feature
+_MAX_ITER = {"logistic_regression": 1000, "mlp": 200}  # both more than needed
 
 
 def fit_linear_probe(
     head: nn.Module,
     features: NDArray[np.float32],
-    label: NDArray[np.intp],
-    weight: NDArray[np.float64],
+    y: NDArray[np.intp],
+    sample_weight: NDArray[np.float64],
     *,
     hidden_layer_sizes: Sequence[int] = (),
     seed: int = 0,
 ) -> float:
-    """Put the coefficients of a regularized logistic regression into a head.
+    """Set the weights of a head to those of a regularized logistic regression.
 
-    With hidden layers, those of a multilayer perceptron. Features are standardized
-    for it, and the coefficients scaled back. The strength of the penalty is the one
-    with the least cross-validated log loss.
+    With hidden layers, to those of a multilayer perceptron. The model is fitted on
+    standardized features and its coefficients are scaled back. The regularization
+    strength is the one with the least cross-validated log loss.
 
     Parameters
     ----------
     head : nn.Module
         Its linear layers are overwritten.
     features : ndarray of shape (n_samples, n_features), float32
-        What the head sees.
-    label : ndarray of shape (n_samples,)
-        From 0 to one less than the number of outputs of the head. All occur.
-    weight : ndarray of shape (n_samples,)
-        How much each sample counts, in the penalty's scale: 1 on average.
-    hidden_layer_sizes : sequence of int
+        Input of the head.
+    y : ndarray of shape (n_samples,)
+        Encoded targets, from 0 to the number of outputs of the head minus one. Every
+        class must occur.
+    sample_weight : ndarray of shape (n_samples,)
+        Sample weights of mean 1, so that the regularization has the usual scale.
+    hidden_layer_sizes : sequence of int, default=()
         Widths of the hidden layers of the head.
     seed : int, default=0
-        For the folds, and where a perceptron starts.
+        Seed of the folds and of the initial weights of a perceptron.
 
     Returns
     -------
     float
-        The inverse strength chosen, as `C` of
+        The selected inverse regularization strength, as `C` of
         :obj:`sklearn.linear_model.LogisticRegression`.
     """
-    scaler = StandardScaler().fit(features, sample_weight=weight)
-    # A column next to all others constant is one, not a denormal made as large as they.
-    scaler.scale_ = np.maximum(scaler.scale_, _LEAST_SCALE * np.sqrt(scaler.var_.max()))
+    scaler = StandardScaler().fit(features, sample_weight=sample_weight)
+    # A feature that is constant up to rounding is not scaled up to unit variance.
+    min_scale = _MIN_RELATIVE_SCALE * np.sqrt(scaler.var_.max())
+    scaler.scale_ = np.maximum(scaler.scale_, min_scale)
     x = scaler.transform(features.astype(np.float64))
     hidden = tuple(hidden_layer_sizes)
-    with warnings.catch_warnings(), threadpool_limits(_n_threads(x), "blas"):
-        # A start need not be the optimum: training goes on from there.
+    # Threads slow down products of small matrices: a perceptron on 200 images took ten
+    # times as long with two threads as with one.
+    n_threads = 1 if x.size < _MAX_SINGLE_THREADED else None
+    with warnings.catch_warnings(), threadpool_limits(n_threads, "blas"):
+        # The head need not be optimal, since training continues from it.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        # That there are few images of a class is so of a fold, not of what is given.
+        # A fold may have few images of a class where the whole data set has many.
         warnings.filterwarnings("ignore", "The number of unique classes")
-        C = select_C(x, label, weight, hidden, seed)
-        model = _fitted(C, x, label, weight, hidden, seed)
+        C = select_C(x, y, sample_weight, hidden, seed)
+        model = _fit_model(C, x, y, sample_weight, hidden, seed)
+    _copy_coefficients(model, scaler, head)
+    return C
+
+
+def select_C(
+    x: NDArray[np.float64],
+    y: NDArray[np.intp],
+    sample_weight: NDArray[np.float64],
+    hidden: tuple[int, ...],
+    seed: int,
+) -> float:
+    """Return the C of `C_GRID` with the least log loss on held-out folds."""
+    smallest_class = int(np.bincount(y).min())
+    if smallest_class < 2:  # cross-validation needs two images of each class
+        return float(C_GRID[len(C_GRID) // 2])
+    splitter: Any
+    if len(y) >= _MIN_FOR_SINGLE_SPLIT:
+        # At least one image of each class on average, as scikit-learn requires.
+        n_valid = max(-(-len(y) // 5), int(y.max()) + 1)
+        splitter = StratifiedShuffleSplit(1, test_size=n_valid, random_state=seed)
+    else:
+        n_folds = min(_N_FOLDS, smallest_class)
+        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
+    losses = np.zeros(len(C_GRID))
+    for train, valid in splitter.split(x, y):
+        if not sample_weight[valid].any():
+            continue
+        for i, C in enumerate(C_GRID):
+            model = _fit_model(
+                C, x[train], y[train], sample_weight[train], hidden, seed
+            )
+            losses[i] += log_loss(
+                y[valid],
+                model.predict_proba(x[valid]),
+                labels=model.classes_,
+                sample_weight=sample_weight[valid],
+            )
+    return float(C_GRID[losses.argmin()])
+
+
+def _fit_model(
+    C: float,
+    x: NDArray[np.float64],
+    y: NDArray[np.intp],
+    sample_weight: NDArray[np.float64],
+    hidden: tuple[int, ...],
+    seed: int,
+) -> Any:
+    model: Any
     if hidden:
+        # Its penalty is alpha / n, that of the logistic regression 1 / (C n).
+        model = MLPClassifier(
+            hidden,
+            solver="lbfgs",
+            alpha=1 / C,
+            max_iter=_MAX_ITER["mlp"],
+            random_state=seed,
+        )
+    else:
+        model = LogisticRegression(C=C, max_iter=_MAX_ITER["logistic_regression"])
+    return model.fit(x, y, sample_weight=sample_weight)
+
+
+def _copy_coefficients(model: Any, scaler: StandardScaler, head: nn.Module) -> None:
+    """Copy the coefficients of a fitted model to the linear layers of a head."""
+    if isinstance(model, MLPClassifier):
         layers = list(zip(model.coefs_, model.intercepts_, strict=True))
     else:
         layers = [(model.coef_.T, model.intercept_)]
+    # The first layer takes features that are not standardized.
     matrix, bias = layers[0]  # (n_features, n_outputs), (n_outputs,)
     matrix = matrix / scaler.scale_[:, None]
     layers[0] = matrix, bias - scaler.mean_ @ matrix
@@ -94,66 +164,3 @@ def fit_linear_probe(
         for module, (matrix, bias) in zip(linear, layers, strict=True):
             module.weight.copy_(torch.from_numpy(matrix.T))
             module.bias.copy_(torch.from_numpy(bias))
-    return C
-
-
-def _n_threads(x: NDArray[np.float64]) -> int | None:
-    # Of a product of small matrices, threads spend most of their time waiting for each
-    # other: a perceptron on 200 images took ten times as long on two as on one.
-    return 1 if x.size < _SMALL else None
-
-
-def select_C(
-    x: NDArray[np.float64],
-    label: NDArray[np.intp],
-    weight: NDArray[np.float64],
-    hidden: tuple[int, ...],
-    seed: int,
-) -> float:
-    smallest = int(np.bincount(label).min())
-    splitter: Any
-    if smallest < 2:  # a single image of a class cannot be learned and tested on
-        return float(C_GRID[len(C_GRID) // 2])
-    if len(label) >= _MANY:
-        # At least one image of each class on average, or scikit-learn refuses.
-        n_held_out = max(-(-len(label) // 5), int(label.max()) + 1)
-        splitter = StratifiedShuffleSplit(1, test_size=n_held_out, random_state=seed)
-    else:
-        n_folds = min(_N_FOLDS, smallest)
-        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
-    losses = np.zeros(len(C_GRID))
-    for train, test in splitter.split(x, label):
-        if not weight[test].any():
-            continue
-        for i, C in enumerate(C_GRID):
-            model = _fitted(C, x[train], label[train], weight[train], hidden, seed)
-            losses[i] += log_loss(
-                label[test],
-                model.predict_proba(x[test]),
-                labels=model.classes_,
-                sample_weight=weight[test],
-            )
-    return float(C_GRID[losses.argmin()])
-
-
-def _fitted(
-    C: float,
-    x: NDArray[np.float64],
-    label: NDArray[np.intp],
-    weight: NDArray[np.float64],
-    hidden: tuple[int, ...],
-    seed: int,
-) -> Any:
-    model: Any
-    if hidden:
-        # Its penalty is alpha / n, where that of the regression is 1 / (C n).
-        model = MLPClassifier(
-            hidden,
-            solver="lbfgs",
-            alpha=1 / C,
-            max_iter=_MAX_ITER["perceptron"],
-            random_state=seed,
-        )
-    else:
-        model = LogisticRegression(C=C, max_iter=_MAX_ITER["regression"])
-    return model.fit(x, label, sample_weight=weight)

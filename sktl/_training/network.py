@@ -1,8 +1,8 @@
-"""Which part of a network trains: a frozen prefix, stages that learn, and a new head.
+"""The network in training: a frozen prefix, trainable stages, and a new head.
 
-Depth is counted in stages, so that ``2`` means the same in every architecture. Frozen
-means frozen: neither the parameters nor the running statistics of BatchNorm move, and
-no gradient is computed for what lies below.
+Depth is counted in stages, so that ``trainable=2`` means the same in every
+architecture. Frozen stages are in evaluation mode and no gradient is computed for them:
+neither their parameters nor their BatchNorm statistics change.
 """
 
 import copy
@@ -10,12 +10,13 @@ import difflib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sktl._backbones.backbone import Backbone
+from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._utils.tensor_file import state_dict_digest
 
 NECK, HEAD = "neck", "head"
@@ -24,81 +25,106 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 def replace_head(
     backbone: Backbone,
-    n_classes: int,
+    n_outputs: int,
     *,
     hidden_layer_sizes: Sequence[int] = (),
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Put a new head on a copy of a pretrained network.
+    """Return a copy of a pretrained network with a new head.
 
     Parameters
     ----------
     backbone : Backbone
-        With stages.
-    n_classes : int
+        Backbone with stages.
+    n_outputs : int
         Number of outputs.
     hidden_layer_sizes : sequence of int, default=()
-        Widths of the layers between the penultimate feature and the outputs, each
-        followed by a ReLU.
+        Widths of the hidden layers of the head, each followed by a ReLU.
     dropout : float, default=0.0
-        Share of the values that is dropped before each layer of the new head. It
-        replaces the dropout immediately before the old one.
+        Dropout probability before each layer of the head. It replaces the dropout
+        immediately before the old classification layer.
 
     Returns
     -------
     nn.Sequential
-        The stages by name; ``"neck"``, from the last stage to the penultimate feature
-        ``(n, n_features)``; and ``"head"``, from there to the logits
-        ``(n, n_classes)``, initialized by torch. Every parameter requires a gradient.
+        The stages by name; ``"neck"``, from the last stage to the penultimate features
+        ``(n, n_features)``; and ``"head"``, from there to the outputs
+        ``(n, n_outputs)``, initialized by torch. Every parameter requires a gradient.
 
     Raises
     ------
     ValueError
-        If the backbone has no stages, or its head is no row of modules in which its
-        last linear layer stands.
+        If the backbone has no stages, or if its head is not an nn.Sequential that
+        contains its last linear layer.
     """
-    # One call, so that what is shared before is shared after.
+    # One deepcopy of all three, so that shared modules stay shared.
     stages, old_head, last = copy.deepcopy(
         (backbone.stages, backbone.head, backbone.last_linear)
     )
-    blocks = list(_flat(old_head))
+    blocks = list(_flatten(old_head))
     if last not in blocks:
         raise ValueError(
-            f"The head of {backbone.name!r} must be an nn.Sequential with its last "
-            f"linear layer in it, to get a new one. Got {type(old_head).__name__} "
-            f"around {backbone.penultimate!r}. Make it a Sequential."
+            f"The head of {backbone.name!r} must be an nn.Sequential that contains its "
+            f"last linear layer, to be replaced. Got {type(old_head).__name__} around "
+            f"{backbone.penultimate!r}. Make it an nn.Sequential."
         )
     neck = blocks[: blocks.index(last)]
     while neck and isinstance(neck[-1], nn.Dropout):
         del neck[-1]
-    if isinstance(last, nn.Conv2d):  # its input is a map: the mean over all places
+    if isinstance(last, nn.Conv2d):  # (n, c, h, w) -> (n, c)
         neck += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
         width = last.in_channels
     else:
         width = cast(nn.Linear, last).in_features
     parts = OrderedDict(stages)
     parts[NECK] = nn.Sequential(*neck)
-    parts[HEAD] = _new_head(width, n_classes, hidden_layer_sizes, dropout)
+    parts[HEAD] = _new_head(width, n_outputs, hidden_layer_sizes, dropout)
     return nn.Sequential(parts).requires_grad_(True)
 
 
+def stage_names(network: nn.Sequential) -> list[str]:
+    """Return the names of the stages of a network from `replace_head`, in order."""
+    return [name for name, _ in network.named_children()][:-2]
+
+
 def network_digest(network: nn.Sequential) -> str:
-    """Give the sha256 of a network: of its weights, and of what is done with them."""
-    # The weights alone do not tell a stride of 1 from one of 2.
+    """Return the sha256 of the weights and of the printed form of a network."""
+    # The weights do not distinguish a stride of 1 from a stride of 2.
     content = state_dict_digest(network.state_dict())
     return hashlib.sha256(f"{network} {content}".encode()).hexdigest()
 
 
-def n_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
-    """Say how many of the highest stages train.
+def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
+    """Return the shape of the output of a network for one image, without the batch.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        Network, or a prefix of one, in any mode; it is not changed.
+    image_size : int
+        Side of the image in pixels.
+
+    Returns
+    -------
+    tuple of int
+        Such as ``(512, 7, 7)``.
+    """
+    image = next(network.parameters()).new_zeros(1, 3, image_size, image_size)
+    # A copy, since the network may be in training mode.
+    evaluated = copy.deepcopy(network).eval()
+    with torch.no_grad():
+        return tuple(evaluated(image).shape[1:])
+
+
+def count_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
+    """Return the number of stages, counted from the head, that are trained.
 
     Parameters
     ----------
     trainable : {"head", "all"}, int or str
-        Only the head; all; the head and that many of the last stages; or the name of
-        the lowest stage that trains.
+        The parameter of the estimator.
     stages : sequence of str
-        Names, the lowest first.
+        Names of the stages, in order.
 
     Returns
     -------
@@ -108,7 +134,7 @@ def n_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
     Raises
     ------
     ValueError
-        If there is no such stage, or there are fewer.
+        If there is no such stage, or if there are fewer stages.
     """
     if trainable == "head":
         return 0
@@ -131,180 +157,161 @@ def n_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
     return int(trainable)
 
 
-def n_frozen_parts(network: nn.Sequential, n_trainable: int) -> int:
-    """Say how many parts of a network are frozen while some stages train.
+def count_frozen_parts(network: nn.Sequential, n_trainable_stages: int) -> int:
+    """Return the number of frozen parts of a network: the frozen depth.
 
     Parameters
     ----------
     network : nn.Sequential
-        From `replace_head`.
-    n_trainable : int
-        Number of stages, from above, that train with the head. The neck trains with
-        the last stage.
+        From `replace_head`. Its parts are the stages, the neck and the head.
+    n_trainable_stages : int
+        Number of stages, counted from the head, that are trained. The neck is trained
+        with the last stage.
 
     Returns
     -------
     int
-        From 0 to all but the head.
+        From 0 to the number of parts minus one, since the head is always trained.
     """
     n_stages = len(network) - 2
-    return n_stages - n_trainable if n_trainable else n_stages + 1  # the neck too
+    return n_stages - n_trainable_stages if n_trainable_stages else n_stages + 1
 
 
 class PartiallyFrozen(nn.Module):
-    """A network of which only the upper part trains, for as long as it is in here.
+    """Network with a frozen prefix.
 
     Parameters
     ----------
     network : nn.Sequential
         From `replace_head`.
-    n_trainable : int
-        As in `n_frozen_parts`.
+    n_trainable_stages : int
+        As in `count_frozen_parts`.
     precision : torch.dtype, default=torch.float32
-        What is computed in; parameters stay float32.
-    fixed_statistics : bool, default=False
-        Whether BatchNorm normalizes by the statistics it came with where its stage
-        trains, too.
-    fused_prefix : callable, default=None
+        Precision of the computation; parameters stay float32.
+    freeze_batch_norm : bool, default=False
+        Whether BatchNorm layers of trainable stages stay in evaluation mode.
+    fuse_prefix : callable, default=None
         Returns a faster module with the same output as the frozen prefix. Called when
-        images come in after the frozen depth changed. None: the prefix itself.
+        images come in after the frozen depth has changed. None: the prefix itself.
 
     Attributes
     ----------
     n_frozen : int
-        Number of parts that are frozen now.
+        Number of frozen parts.
     """
 
     def __init__(
         self,
         network: nn.Sequential,
-        n_trainable: int,
+        n_trainable_stages: int,
         precision: torch.dtype = torch.float32,
-        fixed_statistics: bool = False,
-        fused_prefix: Callable[[nn.Sequential], nn.Module] | None = None,
+        freeze_batch_norm: bool = False,
+        fuse_prefix: Callable[[nn.Sequential], nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.fused_prefix = fused_prefix
-        self.fixed_statistics = fixed_statistics
+        self.fuse_prefix = fuse_prefix
+        self.freeze_batch_norm = freeze_batch_norm
         self.network = network
         self.precision = precision
-        self.unfreeze(n_trainable)
+        self.unfreeze(n_trainable_stages)
 
-    def unfreeze(self, n_trainable: int) -> None:
-        """Let the head and `n_trainable` stages train, and nothing else."""
-        self.n_frozen = n_frozen_parts(self.network, n_trainable)
+    def unfreeze(self, n_trainable_stages: int) -> None:
+        """Make the head and `n_trainable_stages` stages trainable, freeze the rest."""
+        self.n_frozen = count_frozen_parts(self.network, n_trainable_stages)
         for depth, part in enumerate(self.network):
             part.requires_grad_(depth >= self.n_frozen)
-        self._trains = [(cast(nn.Module, self), True), *self._which_train()]
+        self._modes = [(cast(nn.Module, self), True), *self._training_modes()]
         self.train(self.training)
-        self._frozen: tuple[nn.Module, ...] = ()
+        self.release_prefix()
+
+    def release_prefix(self) -> None:
+        """Free the memory of the fused prefix; it is made again when needed."""
+        # In a tuple, so that its parameters are not registered in this module.
+        self._prefix: tuple[nn.Module, ...] = ()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch to training, all but what is frozen."""
-        # skorch says it before every step, and the head alone steps in less time than
-        # it takes to switch all modules: so it is seen first whether any is to switch.
-        if all(module.training is (mode and on) for module, on in self._trains):
+        """Set the trainable stages to training mode, and frozen ones to evaluation."""
+        # skorch calls this before every step, and a step of the head alone takes less
+        # time than setting the mode of all modules. So first check if any changes.
+        if all(module.training is (mode and on) for module, on in self._modes):
             return self
         super().train(mode)
         for part in self.network[: self.n_frozen]:
             part.eval()
         for module in self.network.modules():
-            if self.fixed_statistics and isinstance(module, _BATCH_NORMS):
+            if self.freeze_batch_norm and isinstance(module, _BATCH_NORMS):
                 module.eval()
         return self
 
-    def _which_train(self) -> Iterator[tuple[nn.Module, bool]]:
+    def _training_modes(self) -> Iterator[tuple[nn.Module, bool]]:
         for depth, part in enumerate(self.network):
             for module in part.modules():
-                fixed = self.fixed_statistics and isinstance(module, _BATCH_NORMS)
-                yield module, depth >= self.n_frozen and not fixed
+                frozen = self.freeze_batch_norm and isinstance(module, _BATCH_NORMS)
+                yield module, depth >= self.n_frozen and not frozen
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits ``(n, n_classes)`` of ``(n, 3, h, w)``, float32."""
-        if not self._frozen:  # made when it is needed: where activations come in, never
-            frozen = self.network[: self.n_frozen]
-            # In a tuple, or its parameters would be among those of this module.
-            fused_prefix = (
-                self.fused_prefix(frozen)
-                if self.fused_prefix and len(frozen)
-                else frozen
-            )
-            self._frozen = (fused_prefix,)
-        with self._mixed(x), torch.no_grad():
-            x = self._frozen[0](x)
+        """Return the outputs ``(n, n_outputs)`` for ``(n, 3, h, w)``, float32."""
+        if not self._prefix:  # never needed where activations come in
+            prefix = self.network[: self.n_frozen]
+            fuse = self.fuse_prefix if len(prefix) else None
+            self._prefix = (prefix if fuse is None else fuse(prefix),)
+        with self._autocast(x), torch.no_grad():
+            x = self._prefix[0](x)
         return self.forward_trainable(x)
 
     def forward_trainable(self, x: Tensor) -> Tensor:
-        """Give the logits of what the frozen part gives."""
-        with self._mixed(x):
-            logits: Tensor = self.network[self.n_frozen :](x)
-        return logits.float()
+        """Return the outputs for activations at the end of the frozen prefix."""
+        with self._autocast(x):
+            outputs: Tensor = self.network[self.n_frozen :](x)
+        return outputs.float()
 
-    def _mixed(self, x: Tensor) -> torch.autocast:
-        mixed = self.precision != torch.float32
-        return torch.autocast(x.device.type, self.precision, enabled=mixed)
+    def _autocast(self, x: Tensor) -> torch.autocast:
+        enabled = self.precision != torch.float32
+        return torch.autocast(x.device.type, self.precision, enabled=enabled)
 
 
-def parameter_groups(
-    network: nn.Sequential,
-    n_trainable: int,
-    *,
-    lr: float,
-    layer_decay: float,
-    weight_decay: float,
-) -> list[dict[str, Any]]:
-    """Group the parameters of a network by depth, for an optimizer.
+class NormalizedInput(nn.Module):
+    """Network that takes pixels, which it normalizes, or cached activations.
 
     Parameters
     ----------
-    network : nn.Sequential
-        From `replace_head`.
-    n_trainable : int
-        Number of stages that will ever train, as in `n_frozen_parts`. An optimizer asks
-        for the gradient of each parameter in each step, so the others are left out.
-    lr : float
-        Learning rate of the head.
-    layer_decay : float
-        Each stage learns at this many times the rate of the one above it. This is
-        what timm calls layer decay, after Clark et al., *ELECTRA*, 2020.
-    weight_decay : float
-        Of matrices and kernels. Biases and the parameters of normalizations have none.
-
-    Returns
-    -------
-    list of dict
-        For the head first, then downwards; empty groups are left out. The neck belongs
-        to the last stage.
+    network : PartiallyFrozen
+        Network in training.
+    preprocessing : Preprocessing
+        Defines mean and standard deviation.
     """
-    parts = dict(network.named_children())
-    depths: list[list[nn.Module]] = [[parts.pop(HEAD)], [parts.pop(NECK)]]
-    stages = list(parts.values())[::-1]
-    depths[1].insert(0, stages[0])
-    depths += [[stage] for stage in stages[1:]]
-    groups = []
-    for depth, modules in enumerate(depths[: 1 + n_trainable]):
-        parameters = [p for module in modules for p in module.parameters()]
-        rate = lr * layer_decay**depth
-        for decay, chosen in (
-            (weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    return groups
+
+    def __init__(self, network: PartiallyFrozen, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.partially_frozen = network
+        self.normalization = Normalization(preprocessing)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the outputs ``(n, n_outputs)`` for pixels or activations.
+
+        Pixels are uint8 ``(n, side, side, 3)``; activations are float32, as the frozen
+        prefix returns them.
+        """
+        if x.dtype == torch.uint8:
+            outputs: Tensor = self.partially_frozen(self.normalization(x))
+            return outputs
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return self.partially_frozen.forward_trainable(
+            x.contiguous(memory_format=layout)
+        )
 
 
-def _flat(module: nn.Module) -> Iterator[nn.Module]:
-    """Give the modules of nested Sequentials in the order in which they run."""
+def _flatten(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules of nested Sequentials in the order in which they run."""
     if type(module) is nn.Sequential:
         for child in module:
-            yield from _flat(child)
+            yield from _flatten(child)
     else:
         yield module
 
 
 def _new_head(
-    width: int, n_classes: int, hidden_layer_sizes: Sequence[int], dropout: float
+    width: int, n_outputs: int, hidden_layer_sizes: Sequence[int], dropout: float
 ) -> nn.Sequential:
     layers: list[nn.Module] = []
     for hidden in hidden_layer_sizes:
@@ -312,5 +319,5 @@ def _new_head(
         layers += [nn.Linear(width, hidden), nn.ReLU()]
         width = hidden
     layers += [nn.Dropout(dropout)] if dropout else []
-    layers.append(nn.Linear(width, n_classes))
+    layers.append(nn.Linear(width, n_outputs))
     return nn.Sequential(*layers)

@@ -1,141 +1,197 @@
-"""What a step of training is: the loss, the optimizer, and how fast it goes."""
+"""Optimizers, parameter groups and the learning rate schedule."""
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sktl._training.network import parameter_groups
+from sktl._training.network import HEAD, NECK
 
 LR_SCHEDULES = {"constant", "cosine", "onecycle"}
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "sgd": partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+_WARM_UP = 0.1  # fraction of the steps
+
+
+@dataclass(frozen=True)
+class _Optimizer:
+    """An optimizer of torch, and its state for each parameter."""
+
+    create: Callable[..., torch.optim.Optimizer]
+    state: tuple[str, ...]
+
+
+OPTIMIZERS = {
+    "adamw": _Optimizer(torch.optim.AdamW, ("step", "exp_avg", "exp_avg_sq")),
+    "sgd": _Optimizer(
+        partial(torch.optim.SGD, momentum=0.9, nesterov=True), ("momentum_buffer",)
+    ),
 }
-# What each of them remembers of a parameter.
-_STATE: dict[type, tuple[str, ...]] = {
-    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
-    torch.optim.SGD: ("momentum_buffer",),
-}
-_WARM_UP = 0.1  # of all steps
-
-
-class WeightedCrossEntropy(nn.Module):
-    """Mean of the cross entropies of a batch, each times the weight of its image.
-
-    Parameters
-    ----------
-    label_smoothing : float
-        Share of the target that is spread evenly over all classes.
-    """
-
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-        """Give the loss of ``(n, n_classes)`` for labels and weights ``(n,)`` each."""
-        label, weight = target
-        losses = F.cross_entropy(
-            logits, label, reduction="none", label_smoothing=self.label_smoothing
-        )
-        return (losses * weight).mean()
 
 
 def lr_lambda(lr_schedule: str, step: int, n_steps: int) -> float:
-    """Say what the learning rate is multiplied with in a step, counted from 0.
+    """Return the factor of the learning rate in a step, counted from 0.
 
-    ``"constant"``: 1. ``"cosine"``: from 0 up to 1 in the first tenth of the steps,
-    then along a cosine down to 0 (Loshchilov and Hutter, *SGDR*, 2017).
-    ``"onecycle"``: from 1/25 up to 1 in the first three tenths and down to 0, both
-    along cosines (Smith and Topin, *Super-Convergence*, 2018).
+    Parameters
+    ----------
+    lr_schedule : {"constant", "cosine", "onecycle"}
+        ``"constant"``: 1. ``"cosine"``: linear warm-up from 0 to 1 in the first tenth
+        of the steps, then a cosine down to 0 (Loshchilov and Hutter, *SGDR*, 2017).
+        ``"onecycle"``: a cosine from 1/25 up to 1 in the first three tenths, then a
+        cosine down to 0 (Smith and Topin, *Super-Convergence*, 2018).
+    step : int
+        Number of the step.
+    n_steps : int
+        Number of steps of the training.
+
+    Returns
+    -------
+    float
+        From 0 to 1.
     """
     if lr_schedule == "constant":
         return 1.0
     if lr_schedule == "cosine":
-        n_up, start = math.ceil(_WARM_UP * n_steps), 0.0
-        up = (step + 1) / (n_up + 1)
+        n_warm_up, initial = math.ceil(_WARM_UP * n_steps), 0.0
+        progress = (step + 1) / (n_warm_up + 1)
     else:
-        n_up, start = math.ceil(0.3 * n_steps), 1 / 25
-        up = (1 - math.cos(math.pi * step / n_up)) / 2
-    if step < n_up:
-        return start + (1 - start) * up
-    return (1 + math.cos(math.pi * (step - n_up) / max(1, n_steps - n_up))) / 2
+        n_warm_up, initial = math.ceil(0.3 * n_steps), 1 / 25
+        progress = (1 - math.cos(math.pi * step / n_warm_up)) / 2
+    if step < n_warm_up:
+        return initial + (1 - initial) * progress
+    n_left = max(1, n_steps - n_warm_up)
+    return (1 + math.cos(math.pi * (step - n_warm_up) / n_left)) / 2
+
+
+def parameter_groups(
+    network: nn.Sequential,
+    n_trainable_stages: int,
+    *,
+    lr: float,
+    layer_decay: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Group the parameters of a network by depth, with a learning rate for each.
+
+    Parameters
+    ----------
+    network : nn.Sequential
+        From `sktl._training.network.replace_head`.
+    n_trainable_stages : int
+        Number of stages that will ever be trained. The others have no group, since an
+        optimizer reads the gradient of each of its parameters in each step.
+    lr : float
+        Learning rate of the head.
+    layer_decay : float
+        Ratio of the learning rate of a stage to that of the stage above it; layer decay
+        of Clark et al., *ELECTRA*, 2020.
+    weight_decay : float
+        Weight decay; not applied to biases and normalization parameters.
+
+    Returns
+    -------
+    list of dict
+        From the head downwards, without empty groups. The neck belongs to the last
+        stage.
+    """
+    parts = dict(network.named_children())
+    head, neck = parts.pop(HEAD), parts.pop(NECK)
+    stages = list(parts.values())[::-1]
+    depths = [[head], [stages[0], neck], *([stage] for stage in stages[1:])]
+    groups = []
+    for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
+        parameters = [p for module in modules for p in module.parameters()]
+        for decay, chosen in (
+            (weight_decay, [p for p in parameters if p.ndim > 1]),
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+        ):
+            if chosen:
+                rate = lr * layer_decay**depth
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return groups
 
 
 def make_optimizer(
     network: nn.Sequential,
-    n_trainable: int,
+    n_trainable_stages: int,
     optimizer: str,
     layer_decay: float,
     weight_decay: float,
     parameters: Any,
     lr: float,
 ) -> torch.optim.Optimizer:
-    """Make an optimizer, in skorch's way of asking for one.
+    """Make an optimizer, with the arguments that skorch passes to one.
 
     Parameters
     ----------
-    network : nn.Sequential
-        From `sktl._training.network.replace_head`.
+    network, n_trainable_stages, layer_decay, weight_decay, lr
+        As in `parameter_groups`.
     optimizer : {"adamw", "sgd"}
-        Which.
-    n_trainable, layer_decay, weight_decay, lr
-        As `parameter_groups` has them.
+        Name of the optimizer.
     parameters : list
-        The one group that skorch would have; instead of it there is one for each depth.
+        The one group of all parameters that skorch passes; not used.
 
     Returns
     -------
     torch.optim.Optimizer
-        Each of its groups has its rate as ``"highest_lr"`` too.
+        Each group has its learning rate as ``"max_lr"`` too.
     """
     groups = parameter_groups(
-        network, n_trainable, lr=lr, layer_decay=layer_decay, weight_decay=weight_decay
+        network,
+        n_trainable_stages,
+        lr=lr,
+        layer_decay=layer_decay,
+        weight_decay=weight_decay,
     )
     for group in groups:
-        group["highest_lr"] = group["lr"]
-    return OPTIMIZERS[optimizer](groups)
+        group["max_lr"] = group["lr"]
+    return OPTIMIZERS[optimizer].create(groups)
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Tensor]]
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    state: Mapping[int, Mapping[str, Tensor]],
 ) -> None:
-    """Give an optimizer the state that one for the same parameters had.
+    """Load the state of an optimizer for the same parameters.
 
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
-        It is changed.
+        From `make_optimizer`; it is changed.
+    name : {"adamw", "sgd"}
+        Name of the optimizer.
     state : mapping
         The ``"state"`` of its state dict.
 
     Raises
     ------
     ValueError
-        If it is that of an optimizer of another kind, or for other parameters.
+        If the state belongs to another optimizer or to other parameters.
     """
-    names = _STATE[type(optimizer)]
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    laid_out: dict[int, dict[str, Tensor]] = {}
+    loaded: dict[int, dict[str, Tensor]] = {}
     for number, values in state.items():
-        like = parameters[number]
-        shapes = {name: () if name == "step" else like.shape for name in names}
-        if {name: value.shape for name, value in values.items()} != shapes or not all(
+        if not 0 <= number < len(parameters):
+            raise ValueError(f"its optimizer has a parameter {number} too many")
+        parameter = parameters[number]
+        expected = {
+            key: () if key == "step" else parameter.shape
+            for key in OPTIMIZERS[name].state
+        }
+        if {key: value.shape for key, value in values.items()} != expected or not all(
             value.is_floating_point() for value in values.values()
         ):
             raise ValueError(f"the state of parameter {number} is of another optimizer")
-        # In the memory layout of the parameter, as it was: a sum in another order may
+        # In the memory layout of the parameter, as it was: sums in another order may
         # round differently.
-        laid_out[number] = {
-            name: torch.empty_like(like).copy_(value)
-            if value.shape == like.shape
+        loaded[number] = {
+            key: torch.empty_like(parameter).copy_(value)
+            if value.shape == parameter.shape
             else value.clone()
-            for name, value in values.items()
+            for key, value in values.items()
         }
-    optimizer.load_state_dict({"state": laid_out, "param_groups": groups})
+    optimizer.load_state_dict({"state": loaded, "param_groups": groups})

@@ -1,177 +1,262 @@
-"""A fitted classifier in one file of which nothing is executed when it is read."""
+"""Saved models: parameters, fitted attributes and weights in one safetensors file.
+
+Nothing in the file is executed when it is loaded. Everything in it is validated, so
+that a file that was made by hand raises a ValueError.
+"""
 
 import os
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.weights import load_weights_into, skip_weight_allocation
 from sktl._images.preprocessing import Preprocessing
+from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
+from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest, replace_head
+from sktl._utils.json_values import from_json, to_json
 from sktl._utils.random_state import preserve_rng_state
-from sktl._utils.tensor_file import PARSE_ERRORS, read_tensors, write_tensors
+from sktl._utils.tensor_file import read_tensors, write_tensors
 
-Estimator = TypeVar("Estimator")
-_FORMAT = "sktl FineTunedCNNClassifier, version 1"
-_FITTED = [
-    "n_iter_",
-    "best_epoch_",
-    "loss_curve_",
-    "validation_scores_",
-    "history_",
-    "n_features_in_",
-    "feature_names_in_",
-]
+_FORMAT = "sktl fine-tuned model, version 2"
+# A new kind of target adds the function that reads its document.
+_TARGETS = {"multiclass": multiclass_from_document}
+_NUMBER = (int, float)
 
 
-def save(estimator: Any, path: str | os.PathLike[str]) -> None:
-    """Write a fitted classifier to a file.
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """Content of a file.
+
+    Attributes
+    ----------
+    estimator : str
+        Name of the class of the estimator.
+    parameters : dict of str
+        Parameters of the estimator.
+    fitted : FittedModel
+        The network.
+    history : list of dict
+        Attribute ``history_``.
+    best_epoch : int
+        Attribute ``best_epoch_``.
+    n_features_in : int or None
+        Attribute ``n_features_in_``, if there is one.
+    feature_names_in : ndarray of shape (n_features_in,), object, or None
+        Attribute ``feature_names_in_``, if there is one.
+    """
+
+    estimator: str
+    parameters: dict[str, Any]
+    fitted: FittedModel
+    history: list[dict[str, float]]
+    best_epoch: int
+    n_features_in: int | None
+    feature_names_in: NDArray[np.object_] | None
+
+
+def split_parameters(
+    parameters: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the parameters that can be saved, and the names of the others."""
+    plain, others = {}, []
+    for name, value in parameters.items():
+        try:
+            to_json(value)
+        except TypeError:
+            others.append(name)
+        else:
+            plain[name] = value
+    return plain, others
+
+
+def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
+    """Write a model to a file.
 
     Parameters
     ----------
-    estimator : FineTunedCNNClassifier
-        Fitted.
+    model : SavedModel
+        The model.
     path : str or path-like
         Name of the file.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If the file cannot be written.
     TypeError
-        If the labels are neither str, int, float nor bool.
+        If the labels are not str, int, float or bool.
     """
-    parameters, left_out = {}, []
-    for name, value in estimator.get_params(deep=False).items():
-        try:
-            parameters[name] = to_json(value)
-        except TypeError:
-            left_out.append(name)
-    if left_out:
-        warnings.warn(
-            f"Only parameters of plain values are saved; {', '.join(left_out)} will "
-            "have the default again.",
-            UserWarning,
-            stacklevel=3,
-        )
+    fitted, names = model.fitted, model.feature_names_in
     document = {
         "format": _FORMAT,
-        "parameters": parameters,
-        "network": estimator._model_config,
-        "preprocessing": asdict(estimator.preprocessing_),
-        "classes": to_json(estimator.classes_.tolist()),
-        "dtype_of_classes": estimator.classes_.dtype.str,
-        "fitted": {
-            name: to_json(getattr(estimator, name))
-            for name in _FITTED
-            if hasattr(estimator, name)
-        },
+        "estimator": model.estimator,
+        "parameters": {k: to_json(v) for k, v in model.parameters.items()},
+        "network": asdict(fitted.config),
+        "preprocessing": asdict(fitted.preprocessing),
+        "target": fitted.target.to_document(),
+        "history": model.history,
+        "best_epoch": model.best_epoch,
+        "n_features_in": model.n_features_in,
+        "feature_names_in": None if names is None else names.tolist(),
     }
-    write_tensors(Path(path).expanduser(), estimator.module_.state_dict(), document)
+    write_tensors(Path(path).expanduser(), fitted.network.state_dict(), document)
 
 
-def load(kind: Callable[..., Estimator], path: str | os.PathLike[str]) -> Estimator:
-    """Read what `save` wrote.
+def load_model(path: str | os.PathLike[str], estimator: str) -> SavedModel:
+    """Read a file that `save_model` has written.
 
     Parameters
     ----------
-    kind : class
-        FineTunedCNNClassifier, which this room does not know.
     path : str or path-like
         Name of the file.
+    estimator : str
+        Name of the class that the file must be of.
 
     Returns
     -------
-    FineTunedCNNClassifier
-        Fitted.
+    SavedModel
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ValueError
-        If it is anything else, is damaged, or its backbone is not known.
+        If it is another file or damaged, or if its backbone is unknown.
     """
     tensors, document = read_tensors(Path(path).expanduser())
-    if document.get("format") != _FORMAT:
+    if (document.get("format"), document.get("estimator")) != (_FORMAT, estimator):
         raise ValueError(
-            f"{str(path)!r} must be a file of FineTunedCNNClassifier.save. Got a file "
-            f"of the format {document.get('format')!r}."
+            f"{str(path)!r} must be a file of {estimator}.save. Got a file of the "
+            f"format {document.get('format')!r} and the estimator "
+            f"{document.get('estimator')!r}."
         )
     try:
-        parameters = document["parameters"].items()
-        estimator = kind(**{name: from_json(value) for name, value in parameters})
-        for name, value in _fitted(document, tensors).items():
-            setattr(estimator, name, value)
-        return estimator
-    except PARSE_ERRORS as error:
+        return _parse(document, tensors)
+    except ValueError as error:
         raise ValueError(
-            f"{str(path)!r} must be a file of FineTunedCNNClassifier.save, and its "
-            "backbone the network that it was. Got "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"{str(path)!r} must be an unchanged file of {estimator}.save, and its "
+            f"backbone must be known. Got: {' '.join(str(error).split())}"
         ) from error
 
 
-def _fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
-    given = document["fitted"]
-    fitted = {name: from_json(given[name]) for name in _FITTED if name in given}
-    for name in ("loss_curve_", "validation_scores_", "history_"):
-        if fitted[name] is not None:
-            fitted[name] = list(fitted[name])
-    if "feature_names_in_" in fitted:
-        fitted["feature_names_in_"] = np.array(fitted["feature_names_in_"], object)
-    classes = np.array(document["classes"], np.dtype(document["dtype_of_classes"]))
-    network = _rebuilt(document["network"], len(classes), tensors)
-    return fitted | {
-        "classes_": classes,
-        "module_": network,
-        "preprocessing_": Preprocessing(**document["preprocessing"]),
-        "_model_config": document["network"],
-        "_digest": network_digest(network),
-        # Which weights the lower part has is not known: so nothing remembered is used.
-        "_n_frozen": 0,
-        "_pretrained": (0, BackboneSpec(document["network"]["backbone"], None, 0, "")),
-    }
+def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
+    parameters = _get(document, "parameters", dict)
+    names = document.get("feature_names_in")
+    if names is not None:
+        _require(_is_list_of(names, str), "its feature names must be a list of str")
+        names = np.array(names, dtype=object)
+    n_features = document.get("n_features_in")
+    _require(
+        n_features is None or (type(n_features) is int and n_features > 0),
+        "its number of features must be a positive int",
+    )
+    history = _get(document, "history", list)
+    _require(
+        all(
+            isinstance(row, dict)
+            and {"epoch", "train_loss"} <= row.keys()
+            and all(type(value) in _NUMBER for value in row.values())
+            for row in history
+        ),
+        "its history must be a list of rows of numbers",
+    )
+    return SavedModel(
+        _get(document, "estimator", str),
+        {name: from_json(value) for name, value in parameters.items()},
+        _parse_fitted(document, tensors),
+        history,
+        _get(document, "best_epoch", int),
+        n_features,
+        names,
+    )
 
 
-def _rebuilt(
-    model_config: dict[str, Any], n_classes: int, tensors: dict[str, Tensor]
+def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> FittedModel:
+    config = _parse_config(_get(document, "network", dict))
+    described = _get(document, "target", dict)
+    kind = _get(described, "kind", str)
+    _require(kind in _TARGETS, f"its kind of target {kind!r} is unknown")
+    target = _TARGETS[kind](described)
+    network = _build_network(config, target.n_outputs, tensors)
+    return FittedModel(
+        network,
+        _parse_preprocessing(_get(document, "preprocessing", dict)),
+        target,
+        config,
+        network_digest(network),
+        # Which parts have the weights of the backbone is not saved, so that nothing
+        # that is cached for the backbone is used.
+        PretrainedPrefix(0, BackboneSpec(config.backbone, None, 0, "")),
+        None,
+    )
+
+
+def _parse_config(document: dict[str, Any]) -> ModelConfig:
+    size = document.get("image_size")
+    widths = _get(document, "hidden_layer_sizes", list)
+    _require(size is None or type(size) is int, "its image_size must be an int or None")
+    _require(
+        all(type(width) is int and width > 0 for width in widths),
+        "its hidden_layer_sizes must be positive ints",
+    )
+    return ModelConfig(
+        _get(document, "backbone", str),
+        _get(document, "weights", str),
+        size,
+        tuple(widths),
+        float(_get(document, "dropout", _NUMBER)),
+    )
+
+
+def _parse_preprocessing(document: dict[str, Any]) -> Preprocessing:
+    mean, std = _get(document, "mean", list), _get(document, "std", list)
+    _require(
+        _is_list_of(mean + std, int, float), "its mean and std must be lists of numbers"
+    )
+    return Preprocessing(
+        _get(document, "resize_size", int),
+        _get(document, "crop_size", int),
+        _get(document, "interpolation", str),
+        tuple(mean),
+        tuple(std),
+    )
+
+
+def _build_network(
+    config: ModelConfig, n_outputs: int, tensors: dict[str, Tensor]
 ) -> nn.Sequential:
-    backbone = load_backbone(model_config["backbone"], None)
-    # Without memory for the head: how wide it says it is need not be true.
+    backbone = load_backbone(config.backbone, None)
+    # No memory is allocated for the widths in the file, which may be invalid.
     with preserve_rng_state(), skip_weight_allocation():
         network = replace_head(
             backbone,
-            n_classes,
-            hidden_layer_sizes=model_config["hidden_layer_sizes"],
-            dropout=model_config["dropout"],
+            n_outputs,
+            hidden_layer_sizes=config.hidden_layer_sizes,
+            dropout=config.dropout,
         )
     load_weights_into(network, tensors, "Those of the file")
     return network.eval()
 
 
-def to_json(value: Any) -> Any:
-    """Turn a value into what JSON can hold, and `from_json` can turn back."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, list | tuple | np.ndarray):
-        return [to_json(each) for each in value]
-    if isinstance(value, dict):
-        return {"pairs": [[to_json(k), to_json(v)] for k, v in value.items()]}
-    raise TypeError(f"Got a {type(value).__name__}, which JSON cannot hold.")
+def _get(document: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
+    value = document.get(name)
+    # A bool is an int to isinstance, but not to JSON.
+    valid = isinstance(value, kind) and not isinstance(value, bool)
+    _require(valid, f"its {name!r} is missing or has an invalid type")
+    return value
 
 
-def from_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: from_json(each) for key, each in value["pairs"]}
-    return tuple(map(from_json, value)) if isinstance(value, list) else value
+def _is_list_of(values: Any, *kinds: type) -> bool:
+    return isinstance(values, list) and all(type(value) in kinds for value in values)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

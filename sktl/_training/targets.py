@@ -1,172 +1,140 @@
-"""What is learned from: classes, the label of each image, and how much it counts."""
+"""Targets: the interface of a kind of target, and the split into train and valid.
 
+A kind of target is a module of its own with a class that implements `Target`
+(`sktl._training.multiclass`, for one class per image). Regression and multilabel
+targets are further modules beside it. The trainer, the linear probe, the checkpoint
+and the saved file use the interface only.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.model_selection import train_test_split
-from sklearn.utils import check_consistent_length
-from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets
+from torch import nn
 
-from sktl._images.sequence import ImageSequence
-from sktl._utils.sklearn_compat import check_sample_weight, check_y
+
+class Target(Protocol):
+    """One kind of target: encoding, loss, score, initial head, decoding, saving.
+
+    Encoding is a function of the module, which returns `EncodedTargets`, since every
+    kind has its own parameters there.
+    """
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of outputs of the network."""
+
+    def loss(self, label_smoothing: float) -> nn.Module:
+        """Return the loss: ``(outputs, (y, sample_weight))`` to a scalar."""
+
+    def score(
+        self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
+    ) -> float:
+        """Return the validation score, the higher the better."""
+
+    def initialize_head(
+        self,
+        head: nn.Module,
+        features: NDArray[np.float32],
+        y: NDArray[Any],
+        sample_weight: NDArray[np.float64],
+        *,
+        hidden_layer_sizes: Sequence[int],
+        seed: int,
+    ) -> None:
+        """Set the weights of a head to those of a linear probe on the features."""
+
+    def is_complete(self, y: NDArray[Any]) -> bool:
+        """Return whether a linear probe can be fitted on these encoded targets."""
+
+    def strata(self, y: NDArray[Any]) -> NDArray[Any] | None:
+        """Return the label of each sample to stratify a split by, or None."""
+
+    def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the predictions for outputs of the network."""
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the target as values that JSON can hold."""
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedTargets:
-    """Images that count, with what they are.
+    """Targets and weights of the samples whose weight is positive.
 
     Attributes
     ----------
-    classes : ndarray of shape (n_classes,)
-        Sorted.
+    target : Target
+        Kind of target.
     rows : ndarray of shape (n,), int
-        Their positions in X. Samples of weight 0 are left out.
-    label : ndarray of shape (n,), int
-        Positions in `classes`.
-    weight : ndarray of shape (n,), float64
-        How much each counts, of the sample and of its class together.
+        Positions of the samples in X.
+    y : ndarray of shape (n, ...)
+        Encoded target of each sample.
+    sample_weight : ndarray of shape (n,), float64
+        Product of the sample weight and the class weight.
     """
 
-    classes: NDArray[Any]
+    target: Target
     rows: NDArray[np.intp]
-    label: NDArray[np.intp]
-    weight: NDArray[np.float64]
+    y: NDArray[Any]
+    sample_weight: NDArray[np.float64]
 
-    def rescaled(self) -> "EncodedTargets":
-        """Give the same with weights whose mean is 1."""
-        return replace(self, weight=self.weight / self.weight.mean())
-
-
-def encode_targets(
-    images: ImageSequence,
-    y: Any,
-    sample_weight: Any,
-    *,
-    class_weight: Any,
-    classes: Any = None,
-    estimator: BaseEstimator,
-) -> EncodedTargets:
-    """Check labels and weights.
-
-    Parameters
-    ----------
-    images : ImageSequence
-        What they are for.
-    y : array-like of shape (n_samples,)
-        Labels: str, int or bool.
-    sample_weight : array-like of shape (n_samples,) or None
-        None is 1 for each.
-    class_weight : dict, "balanced" or None
-        As everywhere in scikit-learn.
-    classes : array-like of shape (n_classes,) or None
-        The classes there are. None: those of `y`, of which there must be two.
-    estimator : BaseEstimator
-        On behalf of which they are checked.
-
-    Returns
-    -------
-    EncodedTargets
-        The images whose weight is not 0.
-
-    Raises
-    ------
-    ValueError
-        If `y` is no classification target, lengths differ, every weight is 0, one of
-        a class is negative, or there are fewer than two classes, or others than in
-        `classes`.
-    """
-    name = type(estimator).__name__
-    if y is None:
-        raise ValueError(f"{name} requires y to be passed, but the target y is None.")
-    y = check_y(y, estimator=estimator)
-    check_classification_targets(y)
-    check_consistent_length(images, y)
-    weight = check_sample_weight(
-        sample_weight, y, dtype=np.float64, ensure_non_negative=True
-    )
-    if not weight.any():
-        raise ValueError(
-            "Sample weights must contain at least one non-zero number. Got zeros only."
-        )
-    rows = np.flatnonzero(weight)
-    y, weight = y[rows], weight[rows]
-    present = np.unique(y)
-    if classes is None:
-        classes = present
-    classes = np.unique(np.asarray(classes))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{name} needs images of at least two classes. Got one class: "
-            f"{classes.tolist()}."
-        )
-    if not np.isin(present, classes).all():
-        raise ValueError(
-            f"y must have labels of the classes {classes.tolist()} only. Got "
-            f"{np.setdiff1d(present, classes).tolist()} as well."
-        )
-    label = np.searchsorted(classes, y)
-    of_class = compute_class_weight(
-        class_weight, classes=classes, y=y, sample_weight=weight
-    )
-    weight = weight * of_class[label]
-    if not (np.isfinite(of_class).all() and of_class.min() >= 0 and weight.any()):
-        raise ValueError(
-            "class_weight must not be negative nor infinite, and positive for a class "
-            f"in y. Got {class_weight!r}."
-        )
-    return EncodedTargets(classes, rows, label, weight)
+    def with_normalized_weights(self) -> Self:
+        """Return the same targets with weights of mean 1."""
+        weight = self.sample_weight
+        return replace(self, sample_weight=weight / weight.mean())
 
 
 def validation_mask(
-    given: EncodedTargets, fraction: float | None, seed: int
+    targets: EncodedTargets, validation_fraction: float | None, seed: int
 ) -> NDArray[np.bool_]:
-    """Choose a stratified part to watch a training by.
+    """Select the validation set, stratified by class.
 
     Parameters
     ----------
-    given : EncodedTargets
-        All that is given.
-    fraction : float or None
-        Size of the part. None: nothing.
+    targets : EncodedTargets
+        Targets of all samples.
+    validation_fraction : float or None
+        Fraction of the samples to hold out. None: no validation set.
     seed : int
-        Decides which.
+        Seed of the split.
 
     Returns
     -------
     ndarray of shape (n,), bool
-        A mask over `given.rows`.
+        True for held-out samples.
 
     Raises
     ------
     ValueError
-        If there are too few of a class to divide them.
+        If a stratified split is impossible.
     """
-    held_out = np.zeros(len(given.rows), dtype=bool)
-    if fraction is not None:
-        try:
-            _, chosen = train_test_split(
-                np.arange(len(given.rows)),
-                test_size=fraction,
-                stratify=given.label,
-                random_state=seed,
-            )
-        except ValueError as error:
+    held_out = np.zeros(len(targets.rows), dtype=bool)
+    if validation_fraction is None:
+        return held_out
+    strata = targets.target.strata(targets.y)
+    got = f"Got validation_fraction={validation_fraction!r}"
+    try:
+        _, valid = train_test_split(
+            np.arange(len(targets.rows)),
+            test_size=validation_fraction,
+            stratify=strata,
+            random_state=seed,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "early_stopping holds out a stratified validation set, which must be "
+            f"possible. {got} of {len(targets.rows)} images: {error} Change "
+            "validation_fraction, or set early_stopping=False."
+        ) from error
+    held_out[valid] = True
+    if strata is not None:
+        missing = np.setdiff1d(strata[held_out], strata[~held_out])
+        if len(missing):
             raise ValueError(
-                "early_stopping holds out a stratified part of the images, which "
-                f"must be possible. Got validation_fraction={fraction!r} of "
-                f"{len(given.rows)}: {error} Change it, or early_stopping."
-            ) from error
-        held_out[chosen] = True
-        left = np.isin(given.label, given.label[~held_out])
-        if not left.all():
-            gone = given.classes[np.unique(given.label[~left])]
-            raise ValueError(
-                "Images of each class must be left to learn from. Got "
-                f"validation_fraction={fraction!r}, which holds out all of "
-                f"{gone.tolist()}."
+                f"Images of each class must be left to train on. {got}, which holds "
+                f"out all images of {missing.tolist()}. Reduce validation_fraction."
             )
     return held_out

@@ -1,17 +1,14 @@
-"""The training of a partly frozen network: a skorch net, and its epochs.
+"""The training loop: a skorch net, trained one epoch at a time.
 
-skorch does a step and an epoch; what stands around it is here, in one visible loop:
-everything random of an epoch comes from its number, so that an interrupted run goes on
-with the bits it would have had; the best epoch is kept; and an interrupt is an
-interrupt.
+skorch runs the steps of an epoch. The loop over epochs is here, because skorch's own
+takes Ctrl-C for early stopping. All random numbers of an epoch are derived from its
+number, so that a resumed training gives the same bits.
 """
 
 import contextlib
 import copy
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from functools import partial
 from multiprocessing import current_process
 from typing import Any
@@ -20,139 +17,55 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from skorch import NeuralNet
-from skorch.callbacks import Callback
 from skorch.helper import predefined_split
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from sktl._images.preprocessing import Normalization, Preprocessing
+from sktl._images.preprocessing import Preprocessing
 from sktl._inference.engines import reraise_out_of_memory
 from sktl._inference.execution import PRECISIONS
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
-from sktl._training.datasets import BatchLoader, TrainingDataset
-from sktl._training.network import PartiallyFrozen
-from sktl._training.optim import (
-    WeightedCrossEntropy,
-    load_optimizer_state,
-    lr_lambda,
-    make_optimizer,
+from sktl._training.callbacks import (
+    DivergenceCheck,
+    GradientClipping,
+    LearningRateScheduler,
+    ProgressBar,
+    ValidationScore,
+    divergence_error,
 )
+from sktl._training.config import TrainerState, TrainingConfig, check_state_dict
+from sktl._training.datasets import BatchLoader, TrainingDataset
+from sktl._training.network import NormalizedInput, PartiallyFrozen
+from sktl._training.optim import load_optimizer_state, make_optimizer
+from sktl._training.targets import EncodedTargets, Target
 from sktl._utils.random_state import temporary_seed
-
-_LARGEST_GRADIENT = 5.0  # norm over all parameters; a step in a smooth loss has less
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How to train; named and explained as in `FineTunedCNNClassifier`."""
-
-    n_trainable_stages: int
-    fixed_statistics: bool  # of BatchNorm
-    optimizer: str
-    lr: float
-    layer_decay: float
-    weight_decay: float
-    lr_schedule: str
-    max_epochs: int
-    label_smoothing: float
-    wise_ft_alpha: float
-    unfreeze_every: int | None
-    patience: int | None  # n_iter_no_change, or None without early stopping
-    batch_size: int
-    device: torch.device
-    precision: str
-    verbose: int
-
-    @classmethod
-    def parameters(cls) -> list[str]:
-        """Name those that are parameters of the estimator as they are."""
-        derived = {"n_trainable_stages", "fixed_statistics", "patience"}
-        derived |= {"device", "precision"}  # what "auto" is on this machine
-        return [each.name for each in fields(cls) if each.name not in derived]
-
-    def n_trainable_in(self, epoch: int) -> int:
-        """Say how many stages train in an epoch, counted from 0."""
-        if self.unfreeze_every is None:
-            return self.n_trainable_stages
-        return min(self.n_trainable_stages, int(epoch // self.unfreeze_every))
-
-
-@dataclass
-class TrainerState:
-    """How far a training is; with the weights, all that it needs to go on.
-
-    Attributes
-    ----------
-    seed : int
-        From which, with the number of an epoch, everything random of it comes.
-    epoch : int
-        Number of epochs done.
-    history : list of dict
-        One row for each epoch, the first of which may be the state before training.
-    best_epoch : int
-        The best so far; without early stopping the last.
-    best_score : tuple of two floats
-        Accuracy on the held-out part, and its loss with a minus.
-    best_weights : dict of str to Tensor
-        Of that epoch; empty without early stopping.
-    start_weights : dict of str to Tensor
-        Of epoch 0, to be mixed into the last; empty if they are not to be.
-    """
-
-    seed: int
-    epoch: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best_score: tuple[float, float] = (-math.inf, -math.inf)
-    best_weights: dict[str, Tensor] = field(default_factory=dict)
-    start_weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def check(self, network: nn.Module, settings: TrainingConfig) -> None:
-        """Raise a ValueError if no training of this kind can stand there."""
-        watched = settings.patience is not None
-        names = {"epoch", "train_loss", "lr", "n_trainable_stages"}
-        names |= {"valid_loss", "valid_score"} if watched else set()
-        for row in self.history:
-            if row.keys() != names or not all(
-                type(value) in (int, float) for value in row.values()
-            ):
-                raise ValueError(f"its history must have numbers for {sorted(names)}")
-        if not 0 <= self.best_epoch <= self.epoch <= settings.max_epochs:
-            raise ValueError(f"epoch {self.epoch} is none of {settings.max_epochs}")
-        if watched and self.history and not self.best_weights:
-            raise ValueError("there are no weights of the best epoch")
-        own = {n: (v.shape, v.dtype) for n, v in network.state_dict().items()}
-        for weights in (self.best_weights, self.start_weights):
-            if weights and own != {n: (v.shape, v.dtype) for n, v in weights.items()}:
-                raise ValueError("there are weights of another network")
 
 
 class Trainer:
-    """A network in training.
+    """Trainer of a partially frozen network.
 
     Parameters
     ----------
     network : nn.Sequential
-        From `replace_head`. It is moved to the device, and trained in place.
+        From `replace_head`. It is moved to the device and trained in place.
     preprocessing : Preprocessing
-        Whose mean and deviation the pixels are normalized with.
-    training : ImageDataset or ActivationDataset
-        To learn from.
-    validation : ImageDataset, ActivationDataset or None
-        To tell the best epoch by.
-    settings : TrainingConfig
-        How.
-    progress : TrainerState
-        Where it stands; it is kept up to date.
+        Defines mean and standard deviation of the pixels.
+    target : Target
+        Defines loss and validation score.
+    train, valid : TrainingDataset
+        Training set and validation set. Without early stopping, `valid` is None.
+    config : TrainingConfig
+        Settings.
+    state : TrainerState
+        State to start from; it is updated.
     callbacks : sequence of skorch callbacks
-        Of the user's.
+        Callbacks of the user.
 
     Attributes
     ----------
     network : nn.Sequential
-        What is trained.
-    progress : TrainerState
-        Where it stands.
+        The network in training.
+    state : TrainerState
+        Current state.
     net : skorch.NeuralNet
         Takes pixels ``(n, side, side, 3)``, uint8.
     """
@@ -161,72 +74,85 @@ class Trainer:
         self,
         network: nn.Sequential,
         preprocessing: Preprocessing,
-        training: TrainingDataset,
-        validation: TrainingDataset | None,
+        target: Target,
+        train: TrainingDataset,
+        valid: TrainingDataset | None,
         *,
-        settings: TrainingConfig,
-        progress: TrainerState,
+        config: TrainingConfig,
+        state: TrainerState,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self.progress = progress
-        self._settings = settings
         self.network = network
-        self._training = training
-        network.to(settings.device)
+        self.state = state
+        self._config = config
+        self._target = target
+        self._train, self._valid = train, valid
+        self._n_steps_per_epoch = len(BatchLoader(train, config.batch_size))
+        network.to(config.device)
         network.to(memory_format=torch.channels_last)
-        precision = PRECISIONS[settings.precision]
-        self._n_trainable = settings.n_trainable_in(progress.epoch)
-        self._validation = validation
         self._partial = PartiallyFrozen(
             network,
-            self._n_trainable,
-            precision,
-            settings.fixed_statistics,
-            partial(_folded, side=preprocessing.crop_size, device=settings.device),
+            config.n_trainable_in(state.epoch),
+            PRECISIONS[config.precision],
+            config.freeze_batch_norm,
+            partial(_fuse_prefix, side=preprocessing.crop_size, device=config.device),
         )
-        self._open(self._n_trainable)
-        self._watch = TrainingCallback(
-            settings, len(BatchLoader(training, settings.batch_size))
+        self._unfreeze(config.n_trainable_in(state.epoch))
+        n_steps = config.max_epochs * self._n_steps_per_epoch
+        self._scheduler = LearningRateScheduler(
+            config.lr_schedule, self._n_steps_per_epoch, config.max_epochs
         )
-        self.net = NeuralNet(
+        self._divergence_check = DivergenceCheck(config.lr)
+        self._validation_score = ValidationScore(target)
+        self._progress_bar = ProgressBar(n_steps)
+        self.net = self._make_net(preprocessing, callbacks)
+
+    def _make_net(
+        self, preprocessing: Preprocessing, callbacks: Sequence[Any]
+    ) -> NeuralNet:
+        config = self._config
+        return NeuralNet(
             NormalizedInput(self._partial, preprocessing),
-            WeightedCrossEntropy,
-            criterion__label_smoothing=settings.label_smoothing,
+            self._target.loss(config.label_smoothing),
             optimizer=partial(
                 make_optimizer,
-                network,
-                settings.n_trainable_stages,
-                settings.optimizer,
-                settings.layer_decay,
-                settings.weight_decay,
+                self.network,
+                config.n_trainable_stages,
+                config.optimizer,
+                config.layer_decay,
+                config.weight_decay,
             ),
-            lr=settings.lr,
-            batch_size=settings.batch_size,
+            lr=config.lr,
+            batch_size=config.batch_size,
             iterator_train=BatchLoader,
             iterator_train__shuffle=True,
             iterator_valid=BatchLoader,
-            train_split=None if validation is None else predefined_split(validation),
+            train_split=None if self._valid is None else predefined_split(self._valid),
             callbacks=[
-                ("sktl_watch", self._watch),
+                ("sktl_scheduler", self._scheduler),
+                ("sktl_gradient_clipping", GradientClipping()),
+                ("sktl_divergence_check", self._divergence_check),
+                ("sktl_validation_score", self._validation_score),
+                ("sktl_progress_bar", self._progress_bar),
                 *callbacks,
             ],
             callbacks__print_log=None,
-            device=settings.device,
+            device=config.device,
             verbose=0,
         ).initialize()
 
     @property
     def n_frozen(self) -> int:
-        """How many parts of the network, from below, are frozen now."""
+        """Number of parts of the network that are frozen now."""
         return self._partial.n_frozen
 
     def run(self, after_epoch: Callable[["Trainer"], None] | None = None) -> None:
-        """Train until `max_epochs` are done, or early stopping says so.
+        """Train until `max_epochs` are completed or early stopping ends the training.
 
         Parameters
         ----------
         after_epoch : callable, default=None
-            Called after each epoch, to save it.
+            Called after each epoch, to write a checkpoint.
 
         Raises
         ------
@@ -237,294 +163,234 @@ class Trainer:
         ValueError
             If the loss is not finite, or an image cannot be read.
         """
-        settings, progress = self._settings, self.progress
-        self.net.notify("on_train_begin", X=self._training, y=None)
-        with self._watch.bar(progress.epoch):
-            while progress.epoch < settings.max_epochs and not self._is_over():
-                self._epoch()
+        config, state = self._config, self.state
+        bar: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if config.verbose:
+            bar = self._progress_bar.show(state.epoch * self._n_steps_per_epoch)
+        self.net.notify("on_train_begin", X=self._train, y=None)
+        with bar:
+            while state.epoch < config.max_epochs and not self._should_stop():
+                self._run_epoch()
                 if after_epoch is not None:
                     after_epoch(self)
-        self.net.notify("on_train_end", X=self._training, y=None)
-        if progress.best_weights:
-            self.network.load_state_dict(progress.best_weights)
-        elif progress.start_weights:
-            self.network.load_state_dict(self._mixed())
-        # Else the net, which is left behind, would hold the images that were watched,
-        # a gradient for each weight, and a copy of what was frozen.
-        self._partial.fused_prefix = None
-        self._partial.unfreeze(self._n_trainable)
-        self.net.train_split = None
-        self.net.optimizer_.zero_grad()
+        self.net.notify("on_train_end", X=self._train, y=None)
+        if state.best_weights:
+            self.network.load_state_dict(state.best_weights)
+        elif state.initial_weights:
+            self.network.load_state_dict(self._interpolated_weights())
+        self._release_memory()
         self.network.eval()
 
-    def _epoch(self) -> None:
-        settings, progress = self._settings, self.progress
-        n_trainable = settings.n_trainable_in(progress.epoch)
+    def _release_memory(self) -> None:
+        """Release what the net, a fitted attribute, would keep alive."""
+        self._partial.fuse_prefix = None
+        self._partial.release_prefix()
+        self.net.train_split = None
+        self.net.optimizer_.zero_grad()
+
+    def _run_epoch(self) -> None:
+        config, state = self._config, self.state
+        n_trainable = config.n_trainable_in(state.epoch)
         if n_trainable != self._n_trainable:
-            self._open(n_trainable)
-        self._watch.start(progress.epoch)
-        for dataset in (self._training, self._validation):
-            if dataset is not None:
-                dataset.cache_activations(settings.max_epochs - progress.epoch)
+            self._unfreeze(n_trainable)
+        self._scheduler.start_epoch(state.epoch)
+        self._divergence_check.start_epoch(state.epoch)
+        for dataset in self._datasets():
+            dataset.cache_activations(config.max_epochs - state.epoch)
         with (
-            temporary_seed(settings.device, progress.seed, progress.epoch),
-            reraise_out_of_memory(settings.batch_size),
+            temporary_seed(config.device, state.seed, state.epoch),
+            reraise_out_of_memory(config.batch_size),
             _reraise_batch_norm_error(),
             torch.enable_grad(),
         ):
-            # Not `fit`, which takes an interrupt for the wish to stop early.
-            self.net.fit_loop(self._training, epochs=1)
-        progress.epoch += 1
-        trained = self.network[self._partial.n_frozen :]
-        state = trained.state_dict().values()
-        if not torch.stack([value.isfinite().all() for value in state]).all():
-            raise _diverged("weights", "NaN or infinity", progress.epoch, settings.lr)
-        row = {
-            "epoch": progress.epoch,
-            "train_loss": float(self.net.history[-1, "train_loss"]),
-        }
-        if settings.patience is not None:
-            row["valid_loss"] = float(self.net.history[-1, "valid_loss"])
-            row["valid_score"] = self._watch.accuracy()
-        row["lr"] = float(self._watch.rate)
+            # Not `fit`, which takes Ctrl-C for early stopping.
+            self.net.fit_loop(self._train, epochs=1)
+        state.epoch += 1
+        self._check_weights()
+        history = self.net.history
+        row = {"epoch": state.epoch, "train_loss": float(history[-1, "train_loss"])}
+        if config.patience is not None:
+            row["valid_loss"] = float(history[-1, "valid_loss"])
+            row["valid_score"] = self._validation_score.score()
+        row["lr"] = float(self._scheduler.lr)
         row["n_trainable_stages"] = int(n_trainable)
         self._record(row)
 
-    def _open(self, n_trainable: int) -> None:
-        """Let some stages train from now on."""
+    def _check_weights(self) -> None:
+        """Raise a ValueError if a trained weight is not finite."""
+        weights = self.network[self._partial.n_frozen :].state_dict().values()
+        if not torch.stack([value.isfinite().all() for value in weights]).all():
+            epoch, lr = self.state.epoch, self._config.lr
+            raise divergence_error("weights", "NaN or infinity", epoch, lr)
+
+    def _datasets(self) -> list[TrainingDataset]:
+        return [self._train] if self._valid is None else [self._train, self._valid]
+
+    def _unfreeze(self, n_trainable: int) -> None:
         self._n_trainable = n_trainable
         self._partial.unfreeze(n_trainable)
-        for dataset in (self._training, self._validation):
-            if dataset is not None:
-                dataset.set_frozen_depth(self._partial.n_frozen)
+        for dataset in self._datasets():
+            dataset.set_frozen_depth(self._partial.n_frozen)
 
     def _record(self, row: dict[str, float]) -> None:
-        """Enter an epoch, and keep its weights if it is the best."""
-        progress = self.progress
-        progress.history.append(row)
-        if self._settings.patience is None:
-            progress.best_epoch = progress.epoch
+        """Append a row to the history, and keep the weights of the best epoch."""
+        state = self.state
+        state.history.append(row)
+        if self._config.patience is None:
+            state.best_epoch = state.epoch
             return
-        # Of epochs with the same hits, the one with the lower loss. Rounded, since
-        # sums of the same weights in another order differ in the last bits.
+        # Ties are decided by the loss. The score is rounded, since sums of the same
+        # weights in another order differ in the last bits.
         score = (round(row["valid_score"], 6), -row["valid_loss"])
-        if score > progress.best_score:
-            progress.best_epoch, progress.best_score = progress.epoch, score
-            progress.best_weights = self._copied()
+        if score > state.best_score:
+            state.best_epoch, state.best_score = state.epoch, score
+            state.best_weights = self._copy_weights()
 
-    def _copied(self) -> dict[str, Tensor]:
-        # On the CPU: an accelerator may have no room for them.
-        state = self.network.state_dict()
-        return {name: value.to("cpu", copy=True) for name, value in state.items()}
+    def _copy_weights(self) -> dict[str, Tensor]:
+        # On the CPU, since an accelerator may lack the memory for a copy.
+        weights = self.network.state_dict()
+        return {name: value.to("cpu", copy=True) for name, value in weights.items()}
 
-    def _mixed(self) -> dict[str, Tensor]:
-        """Mix the weights of epoch 0 and of the last (Wortsman et al., 2022)."""
-        start, alpha = self.progress.start_weights, self._settings.wise_ft_alpha
+    def _interpolated_weights(self) -> dict[str, Tensor]:
+        """Interpolate the weights of epoch 0 and the last (Wortsman et al., 2022)."""
+        initial, alpha = self.state.initial_weights, self._config.wise_ft_alpha
         return {
-            name: start[name].to(end.device).lerp(end, alpha)
-            if end.is_floating_point()
-            else end
-            for name, end in self.network.state_dict().items()
+            name: initial[name].to(last.device).lerp(last, alpha)
+            if last.is_floating_point()
+            else last
+            for name, last in self.network.state_dict().items()
         }
 
-    def _is_over(self) -> bool:
-        patience = self._settings.patience
-        waited = self.progress.epoch - self.progress.best_epoch
-        return patience is not None and waited >= patience
+    def _should_stop(self) -> bool:
+        patience = self._config.patience
+        n_waited = self.state.epoch - self.state.best_epoch
+        return patience is not None and n_waited >= patience
 
-    def begin(
+    def record_initial_epoch(
         self,
         features: NDArray[np.float32],
-        label: NDArray[np.intp],
-        weight: NDArray[np.float64],
+        targets: EncodedTargets,
         held_out: NDArray[np.bool_],
     ) -> None:
-        """Make the head as it is now epoch 0, from what it says of known features.
+        """Record the state before training as epoch 0.
 
         Parameters
         ----------
         features : ndarray of shape (n, n_features)
-            What the head sees of each image.
-        label, weight : ndarray of shape (n,)
-            Theirs.
+            Input of the head for each image.
+        targets : EncodedTargets
+            Targets and weights of the images.
         held_out : ndarray of shape (n,), bool
-            Which of them are not trained on.
+            Mask of the validation set.
         """
         head = self.network[-1].eval()
         with torch.inference_mode():
-            x = torch.from_numpy(features).to(self._settings.device)
-            logits = head(x).float().cpu()
+            x = torch.from_numpy(features).to(self._config.device)
+            outputs = head(x).float().cpu()
         head.train()
-        target = torch.from_numpy(label), torch.from_numpy(weight).float()
+        y, weight = targets.y, targets.sample_weight
 
-        def loss(chosen: NDArray[np.bool_]) -> float:
-            at = torch.from_numpy(chosen)
-            chosen_target = target[0][at], target[1][at]
-            result: Tensor = self.net.criterion_(logits[at], chosen_target)
-            return result.item()
+        def loss(mask: NDArray[np.bool_]) -> float:
+            target = torch.from_numpy(y[mask]), torch.from_numpy(weight[mask]).float()
+            value: Tensor = self.net.criterion_(outputs[torch.from_numpy(mask)], target)
+            return value.item()
 
         row: dict[str, float] = {"epoch": 0, "train_loss": loss(~held_out)}
-        if self._settings.patience is not None:
-            hits = logits.numpy().argmax(axis=1) == label
+        config = self._config
+        if config.patience is not None:
             row["valid_loss"] = loss(held_out)
-            row["valid_score"] = float(
-                np.average(hits[held_out], weights=weight[held_out])
+            row["valid_score"] = self._target.score(
+                outputs.numpy()[held_out], y[held_out], weight[held_out]
             )
         self._record({**row, "lr": 0.0, "n_trainable_stages": 0})
-        settings = self._settings
-        # Between two networks that normalize differently lies none that works.
-        if settings.fixed_statistics and settings.patience is None:
-            if settings.wise_ft_alpha < 1:
-                self.progress.start_weights = self._copied()
+        # Networks with different BatchNorm statistics cannot be interpolated.
+        if config.freeze_batch_norm and config.patience is None:
+            if config.wise_ft_alpha < 1:
+                self.state.initial_weights = self._copy_weights()
 
-    def restore(
+    def load_state(
         self,
         weights: Mapping[str, Tensor],
-        progress: TrainerState,
+        state: TrainerState,
         optimizer: Mapping[int, Mapping[str, Tensor]],
     ) -> None:
-        """Go back to where a training was: with the same bits from there on."""
-        progress.check(self.network, self._settings)
+        """Load the state of an interrupted training.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor
+            State dict of the network.
+        state : TrainerState
+            State after the last completed epoch.
+        optimizer : mapping
+            As in `load_optimizer_state`.
+
+        Raises
+        ------
+        ValueError
+            If they belong to another training.
+        """
+        state.validate(self.network, self._config)
+        check_state_dict(self.network, dict(weights))
         self.network.load_state_dict(weights)
-        self.progress = progress
-        # Again: what is frozen has other weights now.
-        self._open(self._settings.n_trainable_in(progress.epoch))
-        load_optimizer_state(self.net.optimizer_, optimizer)
+        self.state = state
+        # Drop the fused prefix, which was made of other weights.
+        self._unfreeze(self._config.n_trainable_in(state.epoch))
+        self._load_optimizer(optimizer)
+
+    def continue_optimizer(self, previous: torch.optim.Optimizer) -> None:
+        """Load the state of the optimizer of the previous training, if it is alike.
+
+        Parameters
+        ----------
+        previous : torch.optim.Optimizer
+            From a training of the same network, perhaps with other trainable stages.
+        """
+        optimizer = self.net.optimizer_
+        if type(previous) is type(optimizer):
+            # The head comes first, so that fewer trainable stages have fewer states.
+            n_trained = sum(len(group["params"]) for group in optimizer.param_groups)
+            state = previous.state_dict()["state"].items()
+            self._load_optimizer({n: v for n, v in state if n < n_trained})
+
+    def _load_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
+        load_optimizer_state(self.net.optimizer_, self._config.optimizer, state)
 
 
 def warn_of_shared_gpu(device: torch.device) -> None:
-    """Warn in a worker process of joblib that it shares a GPU with the others."""
+    """Warn if several worker processes of joblib train on the same GPU."""
     if device.type == "cpu" or not current_process().name.startswith("Loky"):
         return
     if torch.accelerator.device_count() == 1:
         warnings.warn(
-            "Several worker processes train on one GPU: each has its own copy of "
-            "everything, they slow each other down, and its memory may not do for all. "
-            "Search with n_jobs=1, or give each worker a GPU of its own.",
+            "Several worker processes share one GPU, which is slow and may run out of "
+            "memory. Search with n_jobs=1, or give each worker a GPU of its own.",
             UserWarning,
             stacklevel=3,
         )
 
 
-def _folded(frozen: nn.Sequential, *, side: int, device: torch.device) -> nn.Sequential:
-    """Give a copy without BatchNorm: what does not train needs none of its own."""
-    mine = copy.deepcopy(frozen).cpu().eval()
+def _fuse_prefix(
+    prefix: nn.Sequential, *, side: int, device: torch.device
+) -> nn.Sequential:
+    """Return a copy of the frozen prefix with fused BatchNorm."""
+    fused = copy.deepcopy(prefix).cpu().eval()
     with torch.no_grad():
-        fuse_batch_norm(mine, side)
-    mine.to(device)
-    return mine.to(memory_format=torch.channels_last)
-
-
-def _layout_of(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if x.ndim == 4 else torch.contiguous_format
-
-
-class NormalizedInput(nn.Module):
-    """A network that normalizes what it is given, on its own device."""
-
-    def __init__(self, partly: PartiallyFrozen, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.partially_frozen = partly
-        self.normalization = Normalization(preprocessing)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give the logits ``(n, n_classes)`` of pixels or of activations.
-
-        Pixels are ``(n, side, side, 3)``, uint8; activations what the frozen part gives
-        of them, float32.
-        """
-        if x.dtype != torch.uint8:
-            return self.partially_frozen.forward_trainable(
-                x.contiguous(memory_format=_layout_of(x))
-            )
-        logits: Tensor = self.partially_frozen(self.normalization(x))
-        return logits
-
-
-class TrainingCallback(Callback):
-    """Sets the rate of each step, clips gradients, counts hits, looks at the loss."""
-
-    def __init__(self, settings: TrainingConfig, n_batches: int) -> None:
-        self.settings = settings
-        self.n_batches = n_batches
-        self.rate = 0.0  # of the head, in the last step
-        self._bar: Any = None
-        self.start(0)
-
-    def start(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0."""
-        self._step = epoch * self.n_batches
-        self._hits = self._weight = 0.0
-
-    def accuracy(self) -> float:
-        """Give the weighted share of hits on what is held out."""
-        return self._hits / self._weight
-
-    @contextlib.contextmanager
-    def bar(self, epoch: int) -> Iterator[None]:
-        """Show a bar from there on, if anything is to be shown."""
-        if not self.settings.verbose:
-            yield
-            return
-        n_steps = self.settings.max_epochs * self.n_batches
-        done = epoch * self.n_batches
-        with tqdm(total=n_steps, initial=done, unit="step", delay=1) as self._bar:
-            yield
-        self._bar = None
-
-    def on_batch_begin(
-        self, net: Any, batch: Any = None, training: bool = False, **rest: Any
-    ) -> None:
-        """Set the rates."""
-        if training:
-            n_steps = self.settings.max_epochs * self.n_batches
-            factor = lr_lambda(self.settings.lr_schedule, self._step, n_steps)
-            for group in net.optimizer_.param_groups:
-                group["lr"] = factor * group["highest_lr"]
-            self.rate = net.optimizer_.param_groups[0]["lr"]
-
-    def on_grad_computed(self, net: Any, *args: Any, **rest: Any) -> None:
-        """Clip the norm of what trains; skorch's own would go through all there is."""
-        groups = net.optimizer_.param_groups
-        trained = [p for group in groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(trained, _LARGEST_GRADIENT)
-
-    def on_batch_end(
-        self, net: Any, batch: Any = None, training: bool = False, **rest: Any
-    ) -> None:
-        """Look at what came out."""
-        label, weight = batch[1]
-        if not training:
-            hits = rest["y_pred"].argmax(1).cpu() == label
-            self._hits += float((hits * weight).sum())
-            self._weight += float(weight.sum())
-            return
-        self._step += 1
-        if self._bar is not None:
-            self._bar.update()
-        loss = net.history[-1, "batches", -1, "train_loss"]
-        if not math.isfinite(loss):
-            epoch = (self._step - 1) // self.n_batches + 1
-            raise _diverged("loss", str(loss), epoch, self.settings.lr)
+        fuse_batch_norm(fused, side)
+    fused.to(device)
+    return fused.to(memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager
 def _reraise_batch_norm_error() -> Iterator[None]:
-    """Turn what torch says where BatchNorm has one value to normalize."""
+    """Reraise torch's error for BatchNorm on a single value with advice."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
         raise ValueError(
-            "BatchNorm must see more than one value of a channel to train. Got batches "
-            "of one image, of which one position is left. Raise batch_size or "
-            "image_size, or train fewer stages."
+            "BatchNorm must get more than one value per channel to train. Got batches "
+            "of one image with one position left. Raise batch_size or image_size, or "
+            "train fewer stages."
         ) from error
-
-
-def _diverged(what: str, got: str, epoch: int, lr: float) -> ValueError:
-    return ValueError(
-        f"The {what} in training must be finite. Got {got} in epoch {epoch} with "
-        f"lr={lr}. Reduce lr, or train fewer stages."
-    )

@@ -1,0 +1,227 @@
+"""Multiclass targets: one class per image, of any label type."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_consistent_length
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sktl._training.linear_probe import fit_linear_probe
+from sktl._training.targets import EncodedTargets
+from sktl._utils.json_values import from_json, to_json
+from sktl._utils.sklearn_compat import check_sample_weight, check_y
+
+
+class WeightedCrossEntropy(nn.Module):
+    """Mean over a batch of the cross-entropies times the sample weights.
+
+    Parameters
+    ----------
+    label_smoothing : float, default=0.0
+        Fraction of the target distribution that is spread evenly over all classes.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the loss of logits ``(n, n_classes)`` and targets, weights ``(n,)``."""
+        y, sample_weight = target
+        losses = F.cross_entropy(
+            logits, y, reduction="none", label_smoothing=self.label_smoothing
+        )
+        return (losses * sample_weight).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class MulticlassTarget:
+    """Target with one class per image; implements `sktl._training.targets.Target`.
+
+    Attributes
+    ----------
+    classes : ndarray of shape (n_classes,)
+        Labels, sorted. An encoded target is a position in it.
+    """
+
+    classes: NDArray[Any]
+
+    @property
+    def n_outputs(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+    def loss(self, label_smoothing: float) -> nn.Module:
+        """Return the weighted cross-entropy."""
+        return WeightedCrossEntropy(label_smoothing)
+
+    def score(
+        self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
+    ) -> float:
+        """Return the weighted accuracy of logits ``(n, n_classes)``."""
+        return float(np.average(outputs.argmax(axis=1) == y, weights=sample_weight))
+
+    def initialize_head(
+        self,
+        head: nn.Module,
+        features: NDArray[np.float32],
+        y: NDArray[Any],
+        sample_weight: NDArray[np.float64],
+        *,
+        hidden_layer_sizes: Sequence[int],
+        seed: int,
+    ) -> None:
+        """Set the weights of the head to those of a logistic regression."""
+        fit_linear_probe(
+            head,
+            features,
+            y,
+            sample_weight,
+            hidden_layer_sizes=hidden_layer_sizes,
+            seed=seed,
+        )
+
+    def is_complete(self, y: NDArray[Any]) -> bool:
+        """Return whether every class occurs."""
+        return len(np.unique(y)) == len(self.classes)
+
+    def strata(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return the labels."""
+        return self.classes[y]
+
+    def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the most probable label of each row."""
+        return self.classes[outputs.argmax(axis=1)]
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the classes as values that JSON can hold."""
+        return {
+            "kind": "multiclass",
+            "classes": to_json(self.classes.tolist()),
+            "dtype": self.classes.dtype.str,
+        }
+
+
+def multiclass_from_document(document: dict[str, Any]) -> MulticlassTarget:
+    """Return the target that `MulticlassTarget.to_document` describes.
+
+    Parameters
+    ----------
+    document : dict
+        From a file; anything may be in it.
+
+    Returns
+    -------
+    MulticlassTarget
+
+    Raises
+    ------
+    ValueError
+        If it is not such a description.
+    """
+    classes, dtype = document.get("classes"), document.get("dtype")
+    if not isinstance(classes, list):
+        raise ValueError("its classes must be a list")
+    labels = list(from_json(classes))
+    if not all(isinstance(label, bool | int | float | str) for label in labels):
+        raise ValueError("its classes must be str, int, float or bool")
+    try:
+        decoded = np.array(labels, np.dtype(dtype))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"its classes must have a valid dtype: {error}") from error
+    if decoded.tolist() != labels or len(np.unique(decoded)) < max(2, len(labels)):
+        raise ValueError("its classes must be at least two different labels")
+    return MulticlassTarget(decoded)
+
+
+def encode_multiclass(
+    n_samples: int,
+    y: Any,
+    sample_weight: Any,
+    *,
+    class_weight: Any,
+    classes: Any = None,
+    estimator: BaseEstimator,
+) -> EncodedTargets:
+    """Validate and encode labels and weights.
+
+    Parameters
+    ----------
+    n_samples : int
+        Number of images.
+    y : array-like of shape (n_samples,)
+        Labels: str, int or bool.
+    sample_weight : array-like of shape (n_samples,) or None
+        Weights of the samples. None: 1 for each.
+    class_weight : dict, "balanced" or None
+        Weights of the classes, as in scikit-learn's classifiers.
+    classes : array-like of shape (n_classes,) or None
+        All classes. None: those that occur in `y`.
+    estimator : BaseEstimator
+        Named in errors.
+
+    Returns
+    -------
+    EncodedTargets
+        Of the samples whose weight is not 0.
+
+    Raises
+    ------
+    ValueError
+        If `y` is not a classification target or lengths differ; if all weights are 0
+        or a class weight is negative; if there are fewer than two classes; or if `y`
+        contains labels that are not in `classes`.
+    """
+    name = type(estimator).__name__
+    if y is None:
+        raise ValueError(f"{name} requires y to be passed, but the target y is None.")
+    y = check_y(y, estimator=estimator)
+    check_classification_targets(y)
+    check_consistent_length(range(n_samples), y)
+    weight = check_sample_weight(
+        sample_weight, y, dtype=np.float64, ensure_non_negative=True
+    )
+    if not weight.any():
+        raise ValueError(
+            "Sample weights must contain at least one non-zero number. Got zeros only."
+        )
+    rows = np.flatnonzero(weight)
+    y, weight = y[rows], weight[rows]
+    classes = _valid_classes(y, classes, name)
+    encoded = np.searchsorted(classes, y)
+    class_weights = compute_class_weight(
+        class_weight, classes=classes, y=y, sample_weight=weight
+    )
+    weight = weight * class_weights[encoded]
+    valid = np.isfinite(class_weights).all() and class_weights.min() >= 0
+    if not (valid and weight.any()):
+        raise ValueError(
+            "class_weight must be finite and not negative, and positive for a class "
+            f"in y. Got {class_weight!r}."
+        )
+    return EncodedTargets(MulticlassTarget(classes), rows, encoded, weight)
+
+
+def _valid_classes(y: NDArray[Any], classes: Any, name: str) -> NDArray[Any]:
+    """Return the sorted classes; raise if `y` does not fit them."""
+    present = np.unique(y)
+    valid: NDArray[Any] = present if classes is None else np.unique(np.asarray(classes))
+    if len(valid) < 2:
+        raise ValueError(
+            f"{name} needs images of at least two classes. Got one class: "
+            f"{valid.tolist()}."
+        )
+    unknown = np.setdiff1d(present, valid)
+    if len(unknown):
+        raise ValueError(
+            f"y must contain only the classes {valid.tolist()}. Got "
+            f"{unknown.tolist()} as well."
+        )
+    return valid
