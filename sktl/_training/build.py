@@ -224,7 +224,7 @@ def _plain_dataset(
     activations: FrozenActivations,
     mask: NDArray[np.bool_],
 ) -> TrainingDataset:
-    """Images without augmentation: the frozen prefix sees each of them once."""
+    """Return images without augmentation: the frozen prefix sees each image once."""
     rows = np.flatnonzero(mask)
     images = _image_dataset(estimator, model, data, rows, data.images, None, rows)
     return ActivationDataset(images, activations)
@@ -233,7 +233,7 @@ def _plain_dataset(
 def _augmented_dataset(
     estimator: Any, model: InitialModel, data: TrainingData
 ) -> TrainingDataset:
-    """Images that are augmented anew in each epoch: nothing can be cached."""
+    """Return images that are augmented anew in each epoch: nothing can be cached."""
     rows, how = np.flatnonzero(~data.held_out), estimator.augmentation
     return _image_dataset(estimator, model, data, rows, data.images, how, rows)
 
@@ -241,7 +241,7 @@ def _augmented_dataset(
 def _fixed_view_dataset(
     estimator: Any, model: InitialModel, data: TrainingData, seed: int
 ) -> TrainingDataset:
-    """A fixed number of views per image: the frozen prefix sees each view once."""
+    """Return fixed views of the images: the frozen prefix sees each view once."""
     rows = np.flatnonzero(~data.held_out)
     how = estimator.augmentation
     views = AugmentedViews(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sktl._training.linear_probe import fit_linear_probe
-from sktl._training.targets import EncodedTargets
+from sktl._training.targets import EncodedTargets, Target
 from sktl._utils.json_values import from_json, to_json
 from sktl._utils.sklearn_compat import check_sample_weight, check_y
 
@@ -33,7 +33,7 @@ class WeightedCrossEntropy(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the loss of logits ``(n, n_classes)`` and targets, weights ``(n,)``."""
+        """Return the loss of logits ``(n, n_classes)`` for targets and weights."""
         y, sample_weight = target
         losses = F.cross_entropy(
             logits, y, reduction="none", label_smoothing=self.label_smoothing
@@ -87,6 +87,15 @@ class MulticlassTarget:
             hidden_layer_sizes=hidden_layer_sizes,
             seed=seed,
         )
+
+    def check_unchanged(self, previous: Target, caller: str) -> None:
+        """Raise a ValueError if the classes differ from those of a previous fit."""
+        expected = cast(MulticlassTarget, previous).classes
+        if not np.array_equal(self.classes, expected):
+            raise ValueError(
+                f"{caller} must get the classes of the first fit, {expected.tolist()}. "
+                f"Got {self.classes.tolist()}."
+            )
 
     def is_complete(self, y: NDArray[Any]) -> bool:
         """Return whether every class occurs."""

@@ -47,6 +47,9 @@ class Target(Protocol):
     ) -> None:
         """Set the weights of a head to those of a linear probe on the features."""
 
+    def check_unchanged(self, previous: "Target", caller: str) -> None:
+        """Raise a ValueError if a fitted model has another target than this one."""
+
     def is_complete(self, y: NDArray[Any]) -> bool:
         """Return whether a linear probe can be fitted on these encoded targets."""
 

@@ -1,0 +1,236 @@
+"""Base class of the fine-tuned estimators."""
+
+import copy
+import functools
+import os
+import warnings
+from abc import abstractmethod
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils import Tags
+from sklearn.utils.validation import check_is_fitted
+from torch import nn
+
+from sktl._images.sequence import ImageSequence
+from sktl._images.validation import copy_feature_metadata, validate_images
+from sktl._training.fit import fit_model
+from sktl._training.initial_model import FittedModel
+from sktl._training.prediction import predict_outputs
+from sktl._training.serialization import (
+    SavedModel,
+    load_model,
+    save_model,
+    split_parameters,
+)
+from sktl._training.targets import EncodedTargets, Target
+
+
+class BaseFineTunedCNN(BaseEstimator):
+    """What all fine-tuned estimators share, whatever the kind of their target.
+
+    A subclass declares its parameters, encodes the target, and predicts from the
+    outputs of the network.
+    """
+
+    # Parameters that are read here; each subclass has them in its ``__init__``.
+    image_shape: Any
+    pixel_range: Any
+    reducing_gap: float | None
+    warm_start: bool
+
+    @abstractmethod
+    def _encode_targets(
+        self, n_samples: int, y: Any, sample_weight: Any, classes: Any
+    ) -> EncodedTargets:
+        """Validate and encode targets and weights."""
+
+    @abstractmethod
+    def _set_target(self, target: Target) -> None:
+        """Set the fitted attributes that depend on the kind of target."""
+
+    def _fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any,
+        *,
+        classes: Any = None,
+        partial: bool = False,
+    ) -> Self:
+        fitted: FittedModel | None = None
+        if partial or self.warm_start:
+            fitted = getattr(self, "_fitted_model", None)
+        checked = copy.copy(self)  # so that a fit that fails leaves nothing behind
+        images = checked._validate_images(X, reset=fitted is None)
+        targets = self._encode_targets(len(images), y, sample_weight, classes)
+        if not partial:
+            targets = targets.with_normalized_weights()
+        if fitted is not None:
+            caller = "partial_fit" if partial else "warm_start"
+            targets.target.check_unchanged(fitted.target, caller)
+        fitted, trainer = fit_model(self, images, targets, fitted, partial=partial)
+        copy_feature_metadata(self, checked)
+        self._set_fitted(fitted, trainer.state.history, trainer.state.best_epoch)
+        self.net_ = trainer.net
+        return self
+
+    def _set_fitted(
+        self, fitted: FittedModel, history: list[dict[str, float]], best_epoch: int
+    ) -> None:
+        rows = [row for row in history if row["epoch"] > 0]
+        self._fitted_model = fitted
+        self.__dict__.pop("module_", None)  # the copy of the previous network
+        self._set_target(fitted.target)
+        self.preprocessing_ = fitted.preprocessing
+        self.history_ = history
+        self.n_iter_ = int(rows[-1]["epoch"]) if rows else 0
+        self.best_epoch_ = best_epoch
+        self.loss_curve_ = [row["train_loss"] for row in rows]
+        self.validation_scores_ = None
+        if any("valid_score" in row for row in history):
+            self.validation_scores_ = [row["valid_score"] for row in rows]
+
+    def _predict_outputs(self, X: Any) -> NDArray[np.float32]:
+        """Return the outputs of the network: ``(n_samples, n_outputs)``."""
+        check_is_fitted(self)
+        self._validate_params()
+        images = self._validate_images(X, reset=False)
+        min_size = self.preprocessing_.min_decode_size(self.reducing_gap)
+        images = images.with_min_decode_size(min_size)
+        return predict_outputs(self, self._fitted_model, images)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save the fitted estimator to a file that contains no code.
+
+        The file is safetensors, with parameters and classes as JSON in its header.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Name of the file, such as ``"ants_and_bees.safetensors"``.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        TypeError
+            If the labels are not str, int, float or bool.
+        """
+        check_is_fitted(self)
+        parameters, others = split_parameters(self.get_params(deep=False))
+        if others:
+            warnings.warn(
+                "Only parameters with plain values are saved. Got other values of "
+                f"{', '.join(others)}, which will have their defaults again.",
+                UserWarning,
+                stacklevel=2,
+            )
+        model = SavedModel(
+            type(self).__name__,
+            parameters,
+            self._fitted_model,
+            self.history_,
+            self.best_epoch_,
+            getattr(self, "n_features_in_", None),
+            getattr(self, "feature_names_in_", None),
+        )
+        save_model(model, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Load an estimator that `save` has written; nothing in the file is executed.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Name of the file.
+
+        Returns
+        -------
+        estimator : object
+            Fitted, of this class. Pretrained weights are not needed.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read.
+        ValueError
+            If it is another file or damaged, or if its backbone is unknown.
+        """
+        saved = load_model(path, cls.__name__)
+        unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
+        if unknown:
+            raise ValueError(
+                f"{str(path)!r} must have parameters of {cls.__name__} only. Got "
+                f"{', '.join(unknown)}. Load it with the version of sktl that saved it."
+            )
+        estimator = cls(**saved.parameters)
+        estimator._set_fitted(saved.fitted, saved.history, saved.best_epoch)
+        if saved.n_features_in is not None:
+            estimator.n_features_in_ = saved.n_features_in
+        if saved.feature_names_in is not None:
+            estimator.feature_names_in_ = saved.feature_names_in
+        return estimator
+
+    def plot_history(self, ax: Any = None) -> Any:
+        """Plot loss, and validation score under early stopping, against epochs.
+
+        Requires matplotlib: ``pip install sktl[plot]``.
+
+        Parameters
+        ----------
+        ax : matplotlib Axes, default=None
+            Axes to plot on. None: those of a new figure.
+
+        Returns
+        -------
+        matplotlib Axes
+            With the plot.
+        """
+        check_is_fitted(self)
+        import matplotlib.pyplot as plt
+
+        ax = plt.subplots()[1] if ax is None else ax
+        for name in ("train_loss", "valid_loss", "valid_score"):
+            rows = [row for row in self.history_ if name in row]
+            if rows:
+                epochs = [row["epoch"] for row in rows]
+                ax.plot(epochs, [row[name] for row in rows], label=name)
+        ax.axvline(self.best_epoch_, color="0.8", zorder=0, label="best")
+        ax.set(xlabel="epoch", title=f"{self.backbone}, {self.trainable} trained")
+        ax.legend()
+        return ax
+
+    @functools.cached_property
+    def module_(self) -> nn.Sequential:
+        """A copy of the trained network; see the attributes of the class."""
+        return copy.deepcopy(self._fitted_model.network)
+
+    def __sklearn_tags__(self) -> Tags:
+        """Return the tags: arrays of images are valid input."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        return tags
+
+    def __sklearn_is_fitted__(self) -> bool:
+        """Return whether a fit was completed."""
+        return hasattr(self, "_fitted_model")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without `net_` and the copy of the network."""
+        state = dict(super().__getstate__())
+        state.pop("net_", None)
+        state.pop("module_", None)
+        return state
+
+    def _validate_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        return validate_images(
+            X,
+            estimator=self,
+            reset=reset,
+            image_shape=self.image_shape,
+            pixel_range=self.pixel_range,
+        )
