@@ -38,7 +38,7 @@ from torch.nn import functional as F
 
 from sktl import FineTunedCNNClassifier
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import n_trainable_stages, replace_head
+from sktl._training.network import count_trainable_stages, replace_head
 
 LR, WEIGHT_DECAY = 1e-4, 1e-2
 
@@ -60,7 +60,7 @@ class Script(nn.Module):
         self.network = replace_head(backbone, 2)
         self.network.to(memory_format=torch.channels_last)
         names = [name for name, _ in self.network.named_children()]
-        n_trainable = n_trainable_stages(trainable, names[:-2])
+        n_trainable = count_trainable_stages(trainable, names[:-2])
         # If only the head is trainable, the pooling before it is frozen too.
         self.n_frozen = len(names) - 2 - n_trainable if n_trainable else len(names) - 1
         for part in self.network[: self.n_frozen]:

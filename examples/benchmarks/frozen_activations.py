@@ -44,7 +44,11 @@ from torch.nn import functional as F
 
 from sktl import FeatureStore, FineTunedCNNClassifier
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import n_frozen_parts, n_trainable_stages, replace_head
+from sktl._training.network import (
+    count_frozen_parts,
+    count_trainable_stages,
+    replace_head,
+)
 
 RATES, HEADS, DECAYS = [1e-3, 1e-4, 1e-5], [(), (64,)], [1e-2]
 GIGABYTE = 2**30
@@ -67,8 +71,8 @@ class Script(nn.Module):
         self.network = replace_head(backbone, 2, hidden_layer_sizes=hidden)
         self.network.to(memory_format=torch.channels_last)
         stages = [name for name, _ in self.network.named_children()][:-2]
-        self.n_frozen = n_frozen_parts(
-            self.network, n_trainable_stages(trainable, stages)
+        self.n_frozen = count_frozen_parts(
+            self.network, count_trainable_stages(trainable, stages)
         )
         for part in self.network[: self.n_frozen]:
             part.requires_grad_(False)
