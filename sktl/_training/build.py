@@ -1,6 +1,6 @@
 """Assembly of a training from the parameters of an estimator and its data.
 
-The parameters of the estimator are read here and nowhere else in this package.
+Modules below this one get typed settings, and never see the estimator.
 """
 
 import copy
