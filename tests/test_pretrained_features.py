@@ -245,7 +245,7 @@ def test_a_name_registered_again_is_the_new_network(paths):
 def test_images_too_small_for_a_network_of_ones_own(paths):
     size = Preprocessing(resize_size=64, crop_size=64)
     register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
-    with pytest.raises(ValueError, match=r"images of 32 pixels a side, and does not"):
+    with pytest.raises(ValueError, match=r"does not support images of 32 x 32"):
         PretrainedFeatures("own", image_size=32).fit(paths)
 
 

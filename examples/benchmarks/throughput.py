@@ -59,7 +59,7 @@ import sktl
 from sktl import PretrainedFeatures
 from sktl._backbones.registry import load_backbone
 from sktl._images.sequence import ImageSequence
-from sktl._inference import execution
+from sktl._inference import engines, execution
 from sktl._inference.parallel import map_in_threads
 
 BATCH_SIZE = 32
@@ -294,7 +294,7 @@ def network_alone(
 
 def keep_all_networks() -> contextlib.AbstractContextManager[Any]:
     """Let sktl keep the networks of all methods; by default it keeps the last few."""
-    return mock.patch("sktl._inference.engines._MAX_PREPARED", 100)
+    return mock.patch.object(engines.compiled_models, "max_size", 100)
 
 
 def in_turns(

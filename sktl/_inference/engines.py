@@ -1,17 +1,17 @@
-"""A network made ready to compute: folded, converted, on its device.
+"""Compiled models: networks prepared for inference on a device by an engine.
 
-Every engine computes what torch would. Before an engine is used, its answer to a
-random image is compared with torch's; a network that it cannot take, or gets wrong,
-is computed by torch, with a warning.
+Before an engine is used, its output for random images is compared with that of torch.
+If the output differs, or the engine does not support the network, torch is the
+fallback, with a warning.
 """
 
 import contextlib
 import re
 import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,35 +19,39 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sktl._backbones.feature_extractor import reraise_invalid_size
 from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._inference.execution import PRECISIONS, ExecutionConfig, import_openvino
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
+from sktl._inference.openvino_conversion import convert_to_openvino
+from sktl._utils.keyed_cache import KeyedCache
 
 Pixels = NDArray[np.uint8]
 Rows = NDArray[np.float32]
 
-_MAX_PREPARED = 4
-_MAX_SHAPES = 2  # of batches, that one network is compiled for: one image, and many
-# How far an engine may be from torch: a share of the largest output, and as much more
-# as rounding makes where large numbers add up to a small one.
-_SAME = {"float32": (1e-4, 1e-5), "bfloat16": (0.1, 0.01), "float16": (0.1, 0.01)}
+_MAX_SHAPES = 2  # batch shapes per network: one image, and a full batch
+# Largest difference between an engine and torch: relative to the largest output, and
+# absolute, for the rounding of small sums of large numbers.
+_TOLERANCE = {"float32": (1e-4, 1e-5), "bfloat16": (0.1, 0.01), "float16": (0.1, 0.01)}
 
-_prepared: OrderedDict[Hashable, "CompiledModel"] = OrderedDict()
-_prepared_lock = threading.Lock()
+# Clones of an estimator and repeated calls share a compiled model.
+compiled_models: KeyedCache[Hashable, "CompiledModel"] = KeyedCache(max_size=4)
+# torch.export patches torch for the whole process while it runs.
+_export_lock = threading.Lock()
 
 
 class CompiledModel(Protocol):
-    """A network ready to compute; several threads may use it at once.
+    """A network prepared for inference; threads may use it at the same time.
 
     Attributes
     ----------
     execution : ExecutionConfig
-        How it computes.
+        Device, precision and engine.
     widths : tuple of int or None
-        Of a `FeatureExtractor`, the number of columns of each layer.
+        Number of columns of each layer of a `FeatureExtractor`.
     n_ahead : int
-        How many batches to start before the first is asked for: more than 0 where a
-        device computes while the processor goes on.
+        Number of batches to start before the result of the first is requested. Above 0
+        on devices that compute asynchronously.
     """
 
     execution: ExecutionConfig
@@ -55,22 +59,22 @@ class CompiledModel(Protocol):
     n_ahead: int
 
     def start(self, pixels: Pixels) -> Callable[[], Rows]:
-        """Start on a batch.
+        """Start to compute a batch.
 
         Parameters
         ----------
         pixels : ndarray of shape (n, side, side, 3), uint8
-            Free to be changed as soon as this returns.
+            May be overwritten as soon as this method returns.
 
         Returns
         -------
         callable
-            Waits, and gives the output ``(n, n_outputs)``, float32.
+            Waits for the output and returns it: ``(n, n_outputs)``, float32.
 
         Raises
         ------
         MemoryError
-            If the batch does not fit; it says what to change.
+            If the batch does not fit into memory.
         """
 
 
@@ -82,103 +86,105 @@ def get_compiled_model(
     *,
     name: str,
 ) -> CompiledModel:
-    """Make the network that `build` gives ready to compute.
+    """Return a compiled model, from the cache if it was compiled before.
+
+    Threads wait only for a model with the same key, preprocessing and execution.
 
     Parameters
     ----------
     key : hashable
-        What `build` depends on. The last few networks are kept under it and what
-        follows, so that clones of an estimator and repeated calls share one. (The
-        cache of backbones is another one: of each, several may be made.)
+        Everything that determines the network that `build` returns. The last used
+        models are cached by this key, `preprocessing` and `execution`.
     build : callable
-        Gives a network that nobody else holds; it is changed here. It turns ``(n, 3,
-        side, side)`` into ``(n, n_outputs)``.
+        Returns a network that is not shared, since it is modified here. The network
+        takes ``(n, 3, side, side)`` and returns ``(n, n_outputs)``.
     preprocessing : Preprocessing
-        Of the images that it is made for: their size and normalization.
+        Determines size and normalization of the images.
     execution : ExecutionConfig
-        How it is to compute.
+        Device, precision and engine.
     name : str
-        Of the network, for a warning.
+        Name of the network in a warning.
 
     Returns
     -------
     CompiledModel
-        Shared.
+        Shared by all callers with the same arguments.
 
     Raises
     ------
     ValueError
-        If the network does not run on images of that size.
+        If the network does not support the size of the images.
+    MemoryError
+        If one image does not fit into memory.
 
     Warns
     -----
     RuntimeWarning
-        If the engine cannot compute this network.
+        If the engine does not support the network.
     """
-    key = (key, preprocessing, execution)
-    with _prepared_lock:
-        if key not in _prepared:
-            _prepared[key] = _prepare(build().eval(), preprocessing, execution, name)
-            while len(_prepared) > _MAX_PREPARED:
-                _prepared.popitem(last=False)
-        _prepared.move_to_end(key)
-        return _prepared[key]
+    return compiled_models.get_or_create(
+        (key, preprocessing, execution),
+        lambda: _compile(build().eval(), preprocessing, execution, name),
+    )
 
 
-def _prepare(
+def _compile(
     network: nn.Module,
     preprocessing: Preprocessing,
     execution: ExecutionConfig,
     name: str,
 ) -> CompiledModel:
+    """Compile a network with its engine, or with torch as the fallback."""
     side = preprocessing.crop_size
-    with torch.no_grad(), _reraise_invalid_size(side), reraise_out_of_memory(1):
+    with torch.no_grad(), reraise_invalid_size(side), reraise_out_of_memory(1):
         fuse_batch_norm(network, side)
-    widths = getattr(network, "widths", None)  # before anything traces the network
-    made: CompiledModel | None = None
+    widths = getattr(network, "widths", None)  # before an engine traces the network
+    model: CompiledModel | None = None
     if execution.engine != "torch":
         try:
-            made = _checked(network, preprocessing, execution)
+            model = _compile_and_compare(network, preprocessing, execution)
         except Exception as error:
-            # Broad on purpose: what a compiler stumbles over is as various as networks
-            # are, and each of them can be computed without one.
+            # Broad on purpose: compilers raise exceptions of many types for networks
+            # that they do not support, and torch can compute each of these networks.
             warnings.warn(
-                f"engine={execution.engine!r} cannot compute {name}, so torch does; "
-                "engine='torch' has it so without a warning. The reason: "
+                f"engine={execution.engine!r} does not support {name}, so torch is "
+                "used instead. Set engine='torch' to silence this warning. Reason: "
                 f"{str(error) or type(error).__name__}",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    made = made or TorchNetwork(network, preprocessing, execution)
-    made.widths = widths
-    return made
+    model = model or TorchNetwork(network, preprocessing, execution)
+    model.widths = widths
+    return model
 
 
-def _checked(
+def _compile_and_compare(
     network: nn.Module, preprocessing: Preprocessing, execution: ExecutionConfig
 ) -> CompiledModel:
-    """Let another engine than torch take a network, if its answers are torch's."""
+    """Compile a network with an engine and compare its output with that of torch."""
     side = preprocessing.crop_size
-    # Different ones, and not as many as a network was traced with: one that counts its
-    # images may have had the number written into it.
+    # Another number of images than the network is traced with: tracing may have
+    # turned the number of images into a constant.
     images = np.random.default_rng(0).integers(0, 256, (3, side, side, 3), np.uint8)
     exact = replace(execution, precision="float32", engine="torch")
     expected = TorchNetwork(network, preprocessing, exact).start(images)()
-    made = _OTHERS[execution.engine](network, preprocessing, execution)
-    got = made.start(images)()
+    model = _ENGINES[execution.engine](network, preprocessing, execution)
+    got = model.start(images)()
     if got.shape != expected.shape:
         raise ArithmeticError(
             f"its output has shape {got.shape}, not {expected.shape}."
         )
-    distance = np.abs(got - expected).max()
-    share, more = _SAME[execution.precision]
-    if not distance <= share * np.abs(expected).max() + more:
-        raise ArithmeticError(f"its output differs from torch's by {distance:.2g}.")
-    return made
+    difference = np.abs(got - expected).max()
+    relative, absolute = _TOLERANCE[execution.precision]
+    if not difference <= relative * np.abs(expected).max() + absolute:
+        raise ArithmeticError(
+            f"its output differs from that of torch by {difference:.2g}."
+        )
+    return model
 
 
 class _PixelInput(nn.Module):
-    """A network that takes pixels as they are decoded, and gives float32."""
+    """A network with normalization in front, for decoded pixels; returns float32."""
 
     def __init__(
         self, network: nn.Module, preprocessing: Preprocessing, dtype: torch.dtype
@@ -189,13 +195,14 @@ class _PixelInput(nn.Module):
         self._dtype = dtype
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Turn ``(n, side, side, 3)``, uint8, into ``(n, n_outputs)``, float32."""
+        """Map ``(n, side, side, 3)``, uint8, to ``(n, n_outputs)``, float32."""
+        # (n, side, side, 3) -> (n, 3, side, side) -> (n, n_outputs)
         out: Tensor = self.network(self.normalization(pixels).to(self._dtype))
         return out.float()
 
 
 class TorchNetwork:
-    """A network that torch computes step by step. See `CompiledModel`."""
+    """Compute a network eagerly with torch; see `CompiledModel`."""
 
     def __init__(
         self,
@@ -211,14 +218,14 @@ class TorchNetwork:
         self._module.to(execution.device)
 
     def start(self, pixels: Pixels) -> Callable[[], Rows]:
-        """Start on a batch; see `CompiledModel`."""
+        """Start to compute a batch; see `CompiledModel`."""
         with reraise_out_of_memory(len(pixels)), self.execution.exact_inference_mode():
             x = torch.from_numpy(pixels)
             if self.execution.device.type != "cuda":
                 out: Rows = self._run(x.to(self.execution.device)).cpu().numpy()
                 return lambda: out
-            # From pinned memory the copies need no processor. The two buffers come
-            # from torch's cache, which gives them out again when the copies are done.
+            # Copies from and to pinned memory are asynchronous. Both buffers come from
+            # torch's caching allocator, which reuses them when the copies are done.
             x = x.pin_memory().to(self.execution.device, non_blocking=True)
             on_device = self._run(x)
             host = torch.empty(on_device.shape, pin_memory=True)
@@ -240,7 +247,7 @@ class TorchNetwork:
 
 
 class CompiledNetwork(TorchNetwork):
-    """A network that ``torch.compile`` has made one program of, for each shape."""
+    """Compute a network with ``torch.compile``, compiled once per batch shape."""
 
     def __init__(
         self,
@@ -249,23 +256,20 @@ class CompiledNetwork(TorchNetwork):
         execution: ExecutionConfig,
     ) -> None:
         super().__init__(network, preprocessing, execution)
-        self._programs: OrderedDict[torch.Size, Callable[[Tensor], Tensor]]
-        self._programs = OrderedDict()
+        self._programs: KeyedCache[torch.Size, Callable[[Tensor], Tensor]]
+        self._programs = KeyedCache(_MAX_SHAPES)
         self._lock = threading.Lock()
 
     def _run(self, x: Tensor) -> Tensor:
         with self._lock:
-            if x.shape not in self._programs:
-                self._programs[x.shape] = self._compiled(x)
-                while len(self._programs) > _MAX_SHAPES:
-                    self._programs.popitem(last=False)
-            self._programs.move_to_end(x.shape)
-            return self._programs[x.shape](x)
+            program = self._programs.get_or_create(x.shape, partial(self._program, x))
+            return program(x)
 
-    def _compiled(self, x: Tensor) -> Callable[[Tensor], Tensor]:
-        # Exported first: torch.compile counts how often it compiled a function, whoever
-        # called it, and gives up after a few; each export is a function of its own.
-        exported = torch.export.export(self._module, (x,)).module()
+    def _program(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        # Exported first: torch.compile counts the compilations of a function and stops
+        # after a few. Each export is a new function.
+        with _export_lock:
+            exported = torch.export.export(self._module, (x,)).module()
         program: Callable[[Tensor], Tensor] = torch.compile(
             exported, fullgraph=True, dynamic=False, options={"freezing": True}
         )
@@ -273,11 +277,10 @@ class CompiledNetwork(TorchNetwork):
 
 
 class OpenVINONetwork:
-    """A network that OpenVINO computes on the CPU. See `CompiledModel`.
+    """Compute a network with OpenVINO on the CPU; see `CompiledModel`.
 
-    Tracing, converting and compiling take 0.2 s for a ResNet: the frontend is called
-    itself, since ``openvino.convert_model`` takes several times as long around it. So
-    nothing is kept on disk, where it would have to be trusted.
+    Tracing, conversion and compilation of a ResNet take 0.2 s, so nothing is cached on
+    disk, where it would have to be verified.
     """
 
     n_ahead = 0
@@ -288,26 +291,15 @@ class OpenVINONetwork:
         preprocessing: Preprocessing,
         execution: ExecutionConfig,
     ) -> None:
-        openvino = import_openvino()
-        from openvino.frontend import FrontEndManager
-        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-
         self.execution = execution
         self.widths: tuple[int, ...] | None = None
         side = preprocessing.crop_size
-        images = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+        example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
         module = _PixelInput(network, preprocessing, torch.float32).eval()
-        with torch.no_grad(), warnings.catch_warnings():
-            # Of tracing being old, and of Python values in it; the result is checked.
-            warnings.simplefilter("ignore")
-            graph = _traced(module, images)
-            decoder = TorchScriptPythonDecoder(
-                module, graph_element=graph, alias_db=graph.alias_db()
-            )
-        frontend = FrontEndManager().load_by_framework("pytorch")
-        self._model = frontend.convert(frontend.load(decoder))
-        self._core = openvino.Core()
-        self._requests: OrderedDict[Hashable, Any] = OrderedDict()
+        self._model = convert_to_openvino(module, example)
+        self._core = import_openvino().Core()
+        self._requests: KeyedCache[tuple[tuple[int, ...], int], Any]
+        self._requests = KeyedCache(_MAX_SHAPES)
         self._lock = threading.Lock()
 
     def start(self, pixels: Pixels) -> Callable[[], Rows]:
@@ -318,45 +310,26 @@ class OpenVINONetwork:
         return lambda: rows
 
     def _request(self, shape: tuple[int, ...], n_threads: int) -> Any:
-        key = (shape, n_threads)
-        if key not in self._requests:
-            self._model.reshape(list(shape))
-            compiled = self._core.compile_model(
-                self._model,
-                "CPU",
-                {
-                    "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[
-                        self.execution.precision
-                    ],
-                    "INFERENCE_NUM_THREADS": n_threads,
-                    "NUM_STREAMS": 1,
-                    # Workers of joblib would all be pinned to the same processors.
-                    "ENABLE_CPU_PINNING": False,
-                },
-            )
-            self._requests[key] = compiled.create_infer_request()
-            while len(self._requests) > _MAX_SHAPES:
-                self._requests.popitem(last=False)
-        self._requests.move_to_end(key)
-        return self._requests[key]
+        """Return the inference request for a batch shape and a number of threads."""
+        return self._requests.get_or_create(
+            (shape, n_threads), partial(self._new_request, shape, n_threads)
+        )
 
-
-def _traced(module: nn.Module, images: Tensor) -> Any:
-    """Write down what a network does, with its weights as constants.
-
-    ``torch.jit.trace`` would do, but it enters what it makes of a network, and of each
-    of its layers, in a list that lasts as long as the process: 5 MB for a ResNet.
-    """
-    module.requires_grad_(False)  # what has a gradient may not be a constant
-    jit: Any = torch.jit  # whose types lack it
-    # Of a function, and not of a module, whose weights would be inputs of the graph.
-    graph, _ = jit._get_trace_graph(lambda x: module(x), (images,))
-    torch._C._jit_pass_inline(graph)  # functions of TorchScript
-    return graph
+    def _new_request(self, shape: tuple[int, ...], n_threads: int) -> Any:
+        self._model.reshape(list(shape))
+        options = {
+            "INFERENCE_PRECISION_HINT": _OPENVINO_TYPES[self.execution.precision],
+            "INFERENCE_NUM_THREADS": n_threads,
+            "NUM_STREAMS": 1,
+            # Otherwise all workers of joblib are pinned to the same processors.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = self._core.compile_model(self._model, "CPU", options)
+        return compiled.create_infer_request()
 
 
 _OPENVINO_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-_OTHERS: dict[
+_ENGINES: dict[
     str, Callable[[nn.Module, Preprocessing, ExecutionConfig], CompiledModel]
 ] = {
     "compile": CompiledNetwork,
@@ -365,27 +338,26 @@ _OTHERS: dict[
 
 
 @contextlib.contextmanager
-def _reraise_invalid_size(side: int) -> Iterator[None]:
-    """Turn what torch says of an image that is too small, or not its size."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ValueError(
-            f"The network must run on images of {side} pixels a side, and does not: "
-            f"{str(error).splitlines()[0]} Choose another image_size."
-        ) from error
-
-
-@contextlib.contextmanager
 def reraise_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Turn errors of an engine about memory, on any device, into Python's own."""
+    """Raise out-of-memory errors of any engine and device as a MemoryError.
+
+    Parameters
+    ----------
+    batch_size : int
+        Number of images in the batch, for the message.
+
+    Raises
+    ------
+    MemoryError
+        Instead of a RuntimeError that reports a lack of memory.
+    """
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
+    except RuntimeError as error:  # torch.OutOfMemoryError is a subclass
         if not re.search("out of memory|can't allocate|ALLOC_FAILED", str(error)):
             raise
         raise MemoryError(
             f"A batch of {batch_size} images does not fit into memory. Reduce "
-            "batch_size or image_size, choose precision='bfloat16', or ask for fewer "
+            "batch_size or image_size, choose precision='bfloat16', or select fewer "
             "features."
         ) from error

@@ -1,4 +1,4 @@
-"""Merges BatchNorm into the convolutions before it, where that changes nothing."""
+"""Fuses BatchNorm layers into the convolutions before them, where this is exact."""
 
 import copy
 from collections.abc import Callable
@@ -9,49 +9,49 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.nn.utils.parametrize import is_parametrized
 
-_MADE_BY = "_sktl_made_by"  # attribute of a tensor: the convolution it comes from
-_TOLERANCE = 1e-5  # of the largest output, float32
+_SOURCE = "_sktl_conv_name"  # attribute of a tensor: name of the convolution it is from
+_TOLERANCE = 1e-5  # relative to the largest output, float32
 
 
 def fuse_batch_norm(network: nn.Module, side: int) -> int:
-    """Merge every BatchNorm into the convolution whose output it alone reads.
+    """Fuse each BatchNorm into the convolution whose output only it reads.
 
-    Which pairs there are is seen in one pass of a random image, so it needs no
-    knowledge of the architecture. Modules with hooks are left alone: somebody wants
-    to see what goes in or comes out of them.
+    The pairs are found in one forward pass with a random image, so no knowledge of the
+    architecture is needed. Modules with hooks are skipped, since their inputs and
+    outputs must not change.
 
     Parameters
     ----------
-    network : nn.Module
-        In evaluation mode, float32, on the CPU. It is changed in place.
+    network : Module
+        In evaluation mode, float32, on the CPU. Modified in place.
     side : int
-        Side in pixels of the image.
+        Side of the image in pixels.
 
     Returns
     -------
     int
-        Number of pairs merged: 0, and the network as it was, where there is none, or
-        where the output would move by more than 1e-5 of the largest value (as it does
-        when something else reads the convolution too).
+        Number of fused pairs. 0, with the network unchanged, if there are none, or if
+        the output would change by more than 1e-5 of its largest value, as it does when
+        another module also reads the output of the convolution.
     """
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, side, side, generator=generator)
-    pairs, before = _conv_bn_pairs(network, image)
-    unfolded = []
+    pairs, expected = _conv_bn_pairs(network, image)
+    original = []
     for name, bn_name in pairs:
         conv, bn = network.get_submodule(name), network.get_submodule(bn_name)
-        unfolded += [(name, conv), (bn_name, bn)]
+        original += [(name, conv), (bn_name, bn)]
         # In float64, so that the weights are rounded once.
-        folded = fuse_conv_bn_eval(
+        fused = fuse_conv_bn_eval(
             cast(nn.Conv2d, copy.deepcopy(conv).double()),
             cast(nn.BatchNorm2d, copy.deepcopy(bn).double()),
         )
-        network.set_submodule(name, folded.float())
+        network.set_submodule(name, fused.float())
         network.set_submodule(bn_name, nn.Identity())
-    moved = (network(image) - before).abs().max() if pairs else 0
-    if moved <= _TOLERANCE * before.abs().max():
+    difference = (network(image) - expected).abs().max() if pairs else 0
+    if difference <= _TOLERANCE * expected.abs().max():
         return len(pairs)
-    for name, module in unfolded:
+    for name, module in original:
         network.set_submodule(name, module)
     return 0
 
@@ -59,25 +59,40 @@ def fuse_batch_norm(network: nn.Module, side: int) -> int:
 def _conv_bn_pairs(
     network: nn.Module, image: Tensor
 ) -> tuple[list[tuple[str, str]], Tensor]:
-    """Names of the convolutions and BatchNorms that follow each other, and the output.
+    """Find the convolutions that are followed by a BatchNorm.
 
-    Each of the two runs exactly once, and what the one gives is what the other gets.
+    Both modules of a pair run exactly once, and the output of the convolution is the
+    input of the BatchNorm.
+
+    Parameters
+    ----------
+    network : Module
+        In evaluation mode.
+    image : Tensor of shape (1, 3, side, side)
+        Input of the forward pass.
+
+    Returns
+    -------
+    pairs : list of (str, str)
+        Names of convolution and BatchNorm.
+    output : Tensor
+        Output of the network.
     """
     found: list[tuple[str, str]] = []
-    ran: list[str] = []
+    calls: list[str] = []
 
     def after_conv(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
-            ran.append(name)
-            setattr(out, _MADE_BY, name)
+            calls.append(name)
+            setattr(out, _SOURCE, name)
 
         return hook
 
     def before_bn(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            ran.append(name)
-            if hasattr(inputs[0], _MADE_BY):
-                found.append((getattr(inputs[0], _MADE_BY), name))
+            calls.append(name)
+            if hasattr(inputs[0], _SOURCE):
+                found.append((getattr(inputs[0], _SOURCE), name))
 
         return hook
 
@@ -93,9 +108,9 @@ def _conv_bn_pairs(
     for handle in handles:
         handle.remove()
     convs = [conv for conv, _ in found]
-    once = [
+    pairs = [
         (conv, bn)
         for conv, bn in found
-        if ran.count(conv) == ran.count(bn) == convs.count(conv) == 1
+        if calls.count(conv) == calls.count(bn) == convs.count(conv) == 1
     ]
-    return once, output
+    return pairs, output

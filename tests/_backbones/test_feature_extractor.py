@@ -3,10 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from sktl._backbones.feature_extractor import FeatureExtractor, pool
-from sktl._backbones.registry import load_backbone
+from sktl._backbones import feature_extractor
+from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths, pool
+from sktl._backbones.registry import load_backbone, register_backbone
+from sktl._images.preprocessing import Preprocessing
 
 # One of each way a layer can be reached, in the words of sktl and of torchvision.
 RESNET18 = {
@@ -167,7 +170,9 @@ def test_names_of_depth_mean_stages(noise):
 
 def test_what_has_no_row_per_image_is_refused(noise):
     backbone = load_backbone("swin_v2_t", None)
-    with pytest.raises(ValueError, match=r"gives \d+ rows for 2 images"):
+    with pytest.raises(
+        ValueError, match=r"one row per image. Got \d+ rows for 2 images"
+    ):
         extract(backbone, ["features.1.0.attn.cpb_mlp"], "flatten", noise)
     maxvit = load_backbone("maxvit_t", None)
     inside = "blocks.0.layers.0.layers.window_attention.mlp_layer"
@@ -177,10 +182,85 @@ def test_what_has_no_row_per_image_is_refused(noise):
 
 def test_errors_say_what_there_is(noise):
     backbone = load_backbone("squeezenet1_1", None)
-    with pytest.raises(ValueError, match=r"Got 'clasifier' .* closest: classifier"):
+    with pytest.raises(
+        ValueError, match=r"Got 'clasifier' .* closest names: classifier"
+    ):
         FeatureExtractor(backbone, ["clasifier"], "avg")
     with pytest.raises(ValueError, match=r"\(stem, stage1, stage2, stage3\)"):
         FeatureExtractor(backbone, ["stage9"], "avg")
     # The stages run block by block, so the container of the blocks never does.
     with pytest.raises(ValueError, match=r"'features' does not run .* FeatureUnion"):
         extract(backbone, ["features", "stage1"], "avg", noise)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "pooling", "side"),
+    [
+        ("resnet_mini", ["stem", "penultimate"], "avg", 40),
+        ("resnet18", ["layer1.0.conv1", "stage2"], 3, 64),
+        ("squeezenet1_1", ["penultimate"], "flatten", 70),
+        ("swin_t", ["features.1", "stage1"], 2, 224),
+        ("googlenet", ["stage1", "penultimate"], "gem", 64),
+    ],
+)
+def test_widths_are_those_of_the_features(name, layers, pooling, side):
+    weights = "DEFAULT" if name == "resnet_mini" else None
+    backbone = load_backbone(name, weights)
+    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    expected = [extract(backbone, [one], pooling, x).shape[1] for one in layers]
+    preprocessing = backbone.preprocessing_at(side)
+    assert layer_widths(backbone, layers, pooling, preprocessing) == tuple(expected)
+
+
+def test_widths_are_measured_once(monkeypatch):
+    backbone = load_backbone("resnet_mini")
+    given = (backbone, ["stage1", "stem"], "max", backbone.preprocessing)
+    expected = layer_widths(*given)
+    monkeypatch.setattr(feature_extractor, "FeatureExtractor", None)
+    assert layer_widths(*given) == expected
+
+
+class ReadsValues(nn.Module):
+    """Its forward method reads values, which meta tensors do not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.body(x / max(1.0, x.max().item()))
+        return self.head(x.mean((2, 3)))
+
+
+def test_widths_of_a_network_that_reads_values():
+    size = Preprocessing(resize_size=8, crop_size=8)
+    register_backbone("reads values", ReadsValues, preprocessing=size)
+    backbone = load_backbone("reads values")
+    assert layer_widths(backbone, ["body", "penultimate"], 2, size) == (24, 6)
+    with pytest.raises(ValueError, match="does not support images of 2 x 2 pixels"):
+        layer_widths(backbone, ["body"], 2, Preprocessing(2, 2))
+
+
+def test_widths_of_invalid_layers_raise():
+    backbone = load_backbone("resnet_mini")
+    size = backbone.preprocessing
+    with pytest.raises(ValueError, match="Got 'stage9' instead"):
+        layer_widths(backbone, ["stage9"], "avg", size)
+    swin = load_backbone("swin_v2_t", None)
+    with pytest.raises(ValueError, match="must return one row per image"):
+        layer_widths(swin, ["features.1.0.attn.cpb_mlp"], "flatten", size)
+    vit = load_backbone("vit_b_32", None)
+    with pytest.raises(ValueError, match="needs a layer with rows and columns"):
+        layer_widths(vit, ["encoder"], 2, vit.preprocessing)
+
+
+def test_a_grid_larger_than_a_layer_warns_once():
+    backbone = load_backbone("resnet_mini")
+    given = (["stage2", "stage4", "penultimate"], 6, backbone.preprocessing)
+    match = r"pooling=6 .* layer 'stage4', which has 5 x 5 positions .* at most 5"
+    with pytest.warns(UserWarning, match=match) as caught:
+        widths = layer_widths(backbone, *given)
+    assert widths == (64 * 36, 256 * 36, 256)
+    assert len(caught) == 1
+    assert layer_widths(backbone, *given) == widths  # and no second warning
+    layer_widths(backbone, ["stage4"], 5, backbone.preprocessing)

@@ -1,10 +1,11 @@
-"""Engines against torch's plain forward pass, and what they cannot do."""
+"""Engines give the output of torch; unsupported networks fall back to torch."""
 
 import functools
 import gc
 import shutil
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -44,7 +45,7 @@ def on_cpu(engine="torch", precision="float32"):
     return ExecutionConfig(torch.device("cpu"), precision, engine)
 
 
-def network(name, preprocessing=SMALL, layer="penultimate", **execution):
+def compiled(name, preprocessing=SMALL, layer="penultimate", **execution):
     backbone = load_backbone(name, None)
     return get_compiled_model(
         (name, layer),
@@ -55,12 +56,12 @@ def network(name, preprocessing=SMALL, layer="penultimate", **execution):
     )
 
 
-def computed(net, pixels=PIXELS):
+def run(net, pixels=PIXELS):
     return net.start(pixels)()
 
 
-def plain(name, pixels, layer="penultimate"):
-    """Features by torch alone, without folding."""
+def expected_features(name, pixels, layer="penultimate"):
+    """Compute features with torch alone, without fused BatchNorm."""
     extractor = FeatureExtractor(load_backbone(name, None), [layer], "avg").eval()
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
     mean, std = (torch.tensor(each).view(3, 1, 1) for each in (SMALL.mean, SMALL.std))
@@ -73,13 +74,13 @@ def test_openvino_computes_every_family(name):
     side = max(64, load_backbone(name, None).min_size)
     sized = Preprocessing(side, side)
     pixels = np.random.default_rng(2).integers(0, 256, (2, side, side, 3), np.uint8)
-    expected = plain(name, pixels)
-    exact = network(name, sized, engine="openvino")
+    expected = expected_features(name, pixels)
+    exact = compiled(name, sized, engine="openvino")
     assert isinstance(exact, OpenVINONetwork)
-    got = computed(exact, pixels)
+    got = run(exact, pixels)
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
-    close = network(name, sized, engine="openvino", precision="bfloat16")
-    assert cosines(computed(close, pixels), expected).min() >= 0.999
+    close = compiled(name, sized, engine="openvino", precision="bfloat16")
+    assert cosines(run(close, pixels), expected).min() >= 0.999
 
 
 def cosines(a, b):
@@ -91,25 +92,25 @@ def cosines(a, b):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_torch_compile_computes_the_same(precision):
-    expected = plain("squeezenet1_1", PIXELS)
-    net = network("squeezenet1_1", engine="compile", precision=precision)
-    got = computed(net)
+    expected = expected_features("squeezenet1_1", PIXELS)
+    net = compiled("squeezenet1_1", engine="compile", precision=precision)
+    got = run(net)
     if precision == "float32":
         assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
     assert cosines(got, expected).min() >= 0.999
-    assert net._programs.keys() == {(3, 64, 64, 3), (4, 64, 64, 3)}
+    assert set(net._programs.keys()) == {(3, 64, 64, 3), (4, 64, 64, 3)}
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_layers_inside_a_network(engine):
-    net = network("resnet18", layer="layer2.0.conv1", engine=engine)
-    expected = plain("resnet18", PIXELS, "layer2.0.conv1")
-    np.testing.assert_allclose(computed(net), expected, rtol=1e-3, atol=1e-5)
+    net = compiled("resnet18", layer="layer2.0.conv1", engine=engine)
+    expected = expected_features("resnet18", PIXELS, "layer2.0.conv1")
+    np.testing.assert_allclose(run(net), expected, rtol=1e-3, atol=1e-5)
     assert net.widths == (128,)
 
 
 class Odd(nn.Module):
-    """Something that no engine but torch can compute, or not rightly."""
+    """A network that only torch computes correctly."""
 
     def forward(self, x):
         rows = x.mean((2, 3))
@@ -117,21 +118,23 @@ class Odd(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["openvino", "compile"])
-def test_what_an_engine_cannot_take_is_computed_by_torch(engine):
-    with pytest.warns(RuntimeWarning, match=rf"{engine}' cannot compute odd.*so torch"):
+def test_unsupported_networks_fall_back_to_torch(engine):
+    with pytest.warns(
+        RuntimeWarning, match=rf"{engine}' does not support odd.*so torch"
+    ):
         net = get_compiled_model(
             ("odd", engine), Odd, SMALL, on_cpu(engine), name="odd"
         )
-    expected = computed(TorchNetwork(Odd(), SMALL, on_cpu()))
-    np.testing.assert_array_equal(computed(net), expected)
-    assert net.execution.engine == engine  # what the user asked for, once warned
+    expected = run(TorchNetwork(Odd(), SMALL, on_cpu()))
+    np.testing.assert_array_equal(run(net), expected)
+    assert net.execution.engine == engine  # the one requested
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         get_compiled_model(("odd", engine), Odd, SMALL, on_cpu(engine), name="odd")
 
 
 class Unusual(nn.Module):
-    """What a network may hold beside layers in a row."""
+    """A network with shared, unused and plain tensors."""
 
     def __init__(self):
         super().__init__()
@@ -150,29 +153,29 @@ class Unusual(nn.Module):
         return x * self.saved + self.passing + self.plain
 
 
-def test_openvino_computes_what_a_network_may_hold_beside_layers():
+def test_openvino_supports_shared_unused_and_plain_tensors():
     mine = Unusual()
-    expected = computed(TorchNetwork(mine, SMALL, on_cpu()))
-    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    expected = run(TorchNetwork(mine, SMALL, on_cpu()))
+    got = run(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def doubled(x: torch.Tensor) -> torch.Tensor:
-    """Decide by the shape, which TorchScript keeps as a branch."""
+    """Branch on the shape; TorchScript keeps the branch."""
     return 2 * x if x.shape[1] > 2 else x
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_openvino_computes_functions_of_torchscript():
+def test_openvino_supports_functions_of_torchscript():
     mine, scripted = Average(), torch.jit.script(doubled)
-    expected = 2 * computed(TorchNetwork(mine, SMALL, on_cpu()))
+    expected = 2 * run(TorchNetwork(mine, SMALL, on_cpu()))
     mine.register_forward_hook(lambda *given: scripted(given[-1]))
-    got = computed(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
+    got = run(OpenVINONetwork(mine, SMALL, on_cpu("openvino")))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 class Counts(nn.Module):
-    """Its number of images is a number of Python's, a constant when traced."""
+    """Uses the number of images as a Python number, a constant when traced."""
 
     def forward(self, x):
         return x.mean((2, 3)).reshape(len(x), -1) * 1.0
@@ -180,20 +183,20 @@ class Counts(nn.Module):
 
 @pytest.mark.parametrize("engine", ["openvino", "compile"])
 @pytest.mark.filterwarnings("ignore:engine=:RuntimeWarning")
-def test_a_network_that_counts_its_images(engine):
+def test_a_network_that_uses_the_number_of_images(engine):
     net = get_compiled_model(
         ("counts", engine), Counts, SMALL, on_cpu(engine), name="counts"
     )
-    expected = computed(TorchNetwork(Counts(), SMALL, on_cpu()))
-    np.testing.assert_allclose(computed(net), expected, rtol=1e-4, atol=1e-5)
+    expected = run(TorchNetwork(Counts(), SMALL, on_cpu()))
+    np.testing.assert_allclose(run(net), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_answers_that_are_wrong_are_not_taken(monkeypatch):
+def test_an_engine_with_wrong_output_is_not_used(monkeypatch):
     right = OpenVINONetwork.start
     monkeypatch.setattr(
         OpenVINONetwork, "start", lambda *given: lambda: right(*given)() * 1.001
     )
-    with pytest.warns(RuntimeWarning, match=r"output differs from torch's by"):
+    with pytest.warns(RuntimeWarning, match=r"output differs from that of torch by"):
         net = get_compiled_model(
             "wrong", Average, SMALL, on_cpu("openvino"), name="average"
         )
@@ -206,27 +209,27 @@ class Average(nn.Module):
 
 
 def test_openvino_is_compiled_for_two_shapes_at_most():
-    net = network("squeezenet1_1", engine="openvino")
-    rows = computed(net)
+    net = compiled("squeezenet1_1", engine="openvino")
+    rows = run(net)
     for n in (3, 2, 1):
-        np.testing.assert_allclose(computed(net, PIXELS[:n]), rows[:n], rtol=1e-4)
+        np.testing.assert_allclose(run(net, PIXELS[:n]), rows[:n], rtol=1e-4)
     assert len(net._requests) == 2
 
 
 def test_openvino_uses_the_threads_that_torch_has():
-    net = network("squeezenet1_1", engine="openvino")
+    net = compiled("squeezenet1_1", engine="openvino")
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        one = computed(net)
+        one = run(net)
     finally:
         torch.set_num_threads(n_threads)
-    np.testing.assert_allclose(one, computed(net), rtol=1e-4, atol=1e-6)
-    assert {n for _, n in net._requests} == {1, n_threads}
+    np.testing.assert_allclose(one, run(net), rtol=1e-4, atol=1e-6)
+    assert {n for _, n in net._requests.keys()} == {1, n_threads}
 
 
-def test_a_batch_that_openvino_has_no_memory_for(monkeypatch):
-    net = network("squeezenet1_1", engine="openvino")
+def test_out_of_memory_in_openvino(monkeypatch):
+    net = compiled("squeezenet1_1", engine="openvino")
 
     def full(*_):
         raise RuntimeError("[CPU] std::bad_alloc: can't allocate 42 bytes")
@@ -236,17 +239,17 @@ def test_a_batch_that_openvino_has_no_memory_for(monkeypatch):
         net.start(PIXELS)
 
 
-def test_networks_are_shared_and_only_the_last_few_kept():
-    assert network("squeezenet1_1") is network("squeezenet1_1")
-    lower = network("squeezenet1_1", precision="bfloat16")
-    assert lower is not network("squeezenet1_1")
+def test_models_are_shared_and_only_the_last_used_cached():
+    assert compiled("squeezenet1_1") is compiled("squeezenet1_1")
+    lower = compiled("squeezenet1_1", precision="bfloat16")
+    assert lower is not compiled("squeezenet1_1")
     for layer in ("stem", "stage1", "stage2", "stage3", "penultimate"):
-        network("squeezenet1_1", layer=layer)
-    assert len(engines._prepared) == engines._MAX_PREPARED
+        compiled("squeezenet1_1", layer=layer)
+    assert len(engines.compiled_models) == engines.compiled_models.max_size
 
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
-def test_nothing_stays_of_a_network_that_is_given_up(engine):
+def test_dropped_models_free_their_memory(engine):
     def after(numbers):
         for n in numbers:
             layers = [nn.ReLU() for _ in range(100)]
@@ -255,14 +258,14 @@ def test_nothing_stays_of_a_network_that_is_given_up(engine):
         gc.collect()
         return psutil.Process().memory_info().rss
 
-    before = after(range(2 * engines._MAX_PREPARED))
-    assert after(range(100, 116)) - before < 10e6  # a trace of each takes 2.5 MB
+    before = after(range(2 * engines.compiled_models.max_size))
+    assert after(range(100, 116)) - before < 10e6  # each trace takes 2.5 MB
 
 
-def test_a_network_is_converted_once_for_all_threads():
+def test_threads_share_one_compiled_model():
     nets = []
     threads = [
-        threading.Thread(target=lambda: nets.append(network("mobilenet_v2")))
+        threading.Thread(target=lambda: nets.append(compiled("mobilenet_v2")))
         for _ in range(4)
     ]
     for thread in threads:
@@ -270,3 +273,23 @@ def test_a_network_is_converted_once_for_all_threads():
     for thread in threads:
         thread.join()
     assert len({id(net) for net in nets}) == 1
+
+
+def test_a_compilation_does_not_delay_another_network():
+    started, finish = threading.Event(), threading.Event()
+
+    def build_slowly():
+        started.set()
+        assert finish.wait(30)
+        return Average()
+
+    def get(key, build):
+        return get_compiled_model(key, build, SMALL, on_cpu(), name="average")
+
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(get, "slow", build_slowly)
+        assert started.wait(30)
+        quick = get("quick", Average)
+        assert not slow.done()
+        finish.set()
+        np.testing.assert_array_equal(run(slow.result(30)), run(quick))

@@ -115,7 +115,7 @@ def test_lower_precision_is_close_and_comes_back_as_float32(images, precision, e
 @EACH_ENGINE
 def test_global_state_is_left_alone(images, engine):
     state = torch.get_rng_state()
-    engines._prepared.clear()
+    engines.compiled_models.clear()
     run(network("resnet18", engine=engine), images)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""BatchNorm merged into convolutions, against the network as it was."""
+"""Networks with fused BatchNorm have the output of the original networks."""
 
 import copy
 
@@ -12,8 +12,8 @@ from sktl._backbones.registry import load_backbone
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
 
 
-def trained_batch_norm(net):
-    """Give every BatchNorm statistics as if it had seen data."""
+def randomize_batch_norm(net):
+    """Set the statistics of every BatchNorm as if it were trained."""
     generator = torch.Generator().manual_seed(0)
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -28,11 +28,11 @@ def trained_batch_norm(net):
     ("name", "pairs"),
     [("resnet18", 20), ("mobilenet_v2", 52), ("squeezenet1_1", 0), ("googlenet", 57)],
 )
-def test_folding_merges_every_pair_and_keeps_the_output(name, pairs):
+def test_every_pair_is_fused_and_the_output_stays_equal(name, pairs):
     torch.manual_seed(0)
     options = {"init_weights": False, "aux_logits": False}
     options = options if name == "googlenet" else {}
-    net = trained_batch_norm(models.get_model(name, weights=None, **options))
+    net = randomize_batch_norm(models.get_model(name, weights=None, **options))
     x = torch.randn(2, 3, 64, 64)
     expected = net(x)
     assert fuse_batch_norm(net, 64) == pairs
@@ -40,9 +40,9 @@ def test_folding_merges_every_pair_and_keeps_the_output(name, pairs):
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_folding_gives_up_where_it_is_not_exact():
+def test_nothing_is_fused_where_it_is_not_exact():
     class Read(nn.Module):
-        """Its convolution is read by a BatchNorm and by an addition."""
+        """A BatchNorm and an addition read the output of its convolution."""
 
         def __init__(self):
             super().__init__()
@@ -52,16 +52,16 @@ def test_folding_gives_up_where_it_is_not_exact():
             x = self.conv(x)
             return x + self.bn(x)
 
-    net = trained_batch_norm(Read())
+    net = randomize_batch_norm(Read())
     x = torch.randn(2, 3, 8, 8)
     expected = net(x)
     assert fuse_batch_norm(net, 8) == 0
     torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
 
 
-def test_folding_leaves_what_is_looked_at():
+def test_modules_with_hooks_are_skipped():
     backbone = copy.deepcopy(load_backbone("resnet18", None))
-    trained_batch_norm(backbone.network)
+    randomize_batch_norm(backbone.network)
     extractor = FeatureExtractor(backbone, ["layer1.0.conv1"], "avg").eval()
     assert fuse_batch_norm(extractor, 64) == 20 - 1
     x = torch.randn(1, 3, 64, 64)
@@ -69,12 +69,12 @@ def test_folding_leaves_what_is_looked_at():
     torch.testing.assert_close(extractor(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_folding_skips_convolutions_that_compute_their_weights():
+def test_parametrized_convolutions_are_skipped():
     conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))
-    net = trained_batch_norm(nn.Sequential(conv, nn.BatchNorm2d(4)))
+    net = randomize_batch_norm(nn.Sequential(conv, nn.BatchNorm2d(4)))
     assert fuse_batch_norm(net, 8) == 0
 
 
-def test_folding_skips_what_has_no_statistics():
+def test_batch_norm_without_statistics_is_skipped():
     own = nn.BatchNorm2d(4, track_running_stats=False)
     assert fuse_batch_norm(nn.Sequential(nn.Conv2d(3, 4, 1), own).eval(), 8) == 0
