@@ -1,4 +1,4 @@
-"""Transfer learning on images, behind scikit-learn's fit, transform and predict."""
+"""Transfer learning on images, with scikit-learn compatible estimators."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ __all__ = [
     "register_backbone",
 ]
 
-_HOMES = {
+# Module that defines each public name.
+_MODULE_OF = {
     "FeatureStore": "sktl._store.feature_store",
     "FineTunedCNNClassifier": "sktl._fine_tuned_cnn_classifier",
     "PretrainedClassifier": "sktl._pretrained_classifier",
@@ -35,11 +36,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # The rooms are entered on first use (PEP 562): torch takes seconds to import, and
-    # a worker or a command line that only needs the name should not pay for it.
-    if name not in _HOMES:
+    # Modules are imported on first use (PEP 562): torch takes seconds to import, which
+    # `import sktl` and the command line of the feature store should not cost.
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'sktl' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

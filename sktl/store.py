@@ -1,4 +1,4 @@
-"""Look after a feature store from the command line.
+"""Inspect, verify or clear a feature store from the command line.
 
 ``python -m sktl.store DIRECTORY info|verify|clear``
 """
@@ -11,24 +11,24 @@ from sktl._store.feature_store import FeatureStore
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; give its exit status: 1 if verify found damage."""
+    """Run a command and return its exit status: 1 if `verify` found damaged files."""
     parser = argparse.ArgumentParser(prog="sktl.store", description=__doc__)
     parser.add_argument("directory")
     parser.add_argument("command", choices=["info", "verify", "clear"])
-    given = parser.parse_args(arguments)
-    if not os.path.isdir(os.path.expanduser(given.directory)):
-        parser.error(f"there is no directory {given.directory!r}")
-    store = FeatureStore(given.directory)
-    if given.command == "clear":
+    args = parser.parse_args(arguments)
+    if not os.path.isdir(os.path.expanduser(args.directory)):
+        parser.error(f"{args.directory!r} is not a directory")
+    store = FeatureStore(args.directory)
+    if args.command == "clear":
         store.clear()
-    elif given.command == "verify":
+    elif args.command == "verify":
         result = store.verify()
-        print(f"{result['rows']} rows intact, {result['corrupt']} files put aside")
+        print(f"{result['rows']} rows intact, {result['corrupt']} files corrupt")
         return int(result["corrupt"] > 0)
     info = store.info()
     print(f"{info['rows']} rows, {info['bytes'] / 2**20:.1f} MiB")
-    for name, space in info["spaces"].items():
-        print(f"  {space['rows']} rows, {space['bytes'] / 2**20:.1f} MiB: {name}")
+    for name, namespace in info["spaces"].items():
+        print(f"  {namespace['rows']} rows, {namespace['bytes'] / 2**20:.1f} MiB: {name}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Writing files atomically."""
+"""Atomic file writes."""
 
 import contextlib
 import os
@@ -7,7 +7,23 @@ from pathlib import Path
 
 
 def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all, after a power cut too."""
+    """Write a file completely or not at all.
+
+    The content is flushed to disk before the file is renamed into place, so that a
+    killed process or a power failure leaves either the old or the new file.
+
+    Parameters
+    ----------
+    file : Path
+        File to write; an existing file is replaced.
+    content : bytes
+        New content.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be written. An existing file is left unchanged.
+    """
     partial = file.with_name(f"{file.stem}-{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(partial, "wb") as out:

@@ -1,8 +1,7 @@
-"""The one room in which private names of scikit-learn are used.
+"""All imports of private names of scikit-learn.
 
-They have kept their meaning since scikit-learn 1.3, and the suites that come with
-scikit-learn's own contributors rely on them; when one moves, this file is the only
-one to change.
+Their meaning has not changed since scikit-learn 1.3. If one moves in a later release,
+only this file has to change.
 """
 
 from sklearn.base import _fit_context as fit_context
@@ -23,10 +22,7 @@ __all__ = [
 
 
 class DocLinkMixin:
-    """Let the HTML representation of an estimator link to its page in our documents.
-
-    scikit-learn's own estimators do the same; without this there is no link at all.
-    """
+    """Mixin that links the HTML representation of an estimator to its documentation."""
 
     _doc_link_module = "sktl"
     _doc_link_template = (

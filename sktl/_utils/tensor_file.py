@@ -1,8 +1,8 @@
-"""Tensors and a document in one file: there whole or not at all, checked when read.
+"""Files of tensors and a JSON document, written atomically and verified on reading.
 
-The file is safetensors, and the document is JSON in its header, so nothing in it can
-be executed. safetensors notices a file that is cut short, but not a flipped bit; a
-sha256 of all of it, in the header too, does.
+The format is safetensors with the document in the metadata of the header, so that
+nothing in the file can be executed. safetensors detects truncated files but not flipped
+bits; a sha256 of all tensors and of the document, also in the header, detects both.
 """
 
 import hashlib
@@ -35,55 +35,55 @@ PARSE_ERRORS = (
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
 ) -> None:
-    """Write a file, or leave the one that is there as it was.
+    """Write tensors and a JSON document to a file atomically.
 
     Parameters
     ----------
     file : Path
-        Its name.
+        File to write; an existing file is replaced.
     tensors : mapping of str to Tensor
-        On any device. What shares memory is written twice.
+        Tensors on any device. Tensors that share memory are written separately.
     document : mapping of str
-        Anything that JSON can hold.
+        JSON-serializable values.
 
     Raises
     ------
     OSError
-        If it cannot be written.
+        If the file cannot be written. An existing file is left unchanged.
     TypeError
-        If JSON cannot hold the document.
+        If the document is not JSON-serializable.
     """
-    # As a mapping has no order, by name.
-    plain = {
+    # Sorted by name, so that the file does not depend on the order of the mapping.
+    cpu_tensors = {
         name: tensors[name].detach().cpu().contiguous().clone()
         for name in sorted(tensors)
     }
     text = json.dumps(document, sort_keys=True)
-    metadata = {"sktl": text, "sha256": _digest(plain, text)}
-    write_atomically(file, safetensors.torch.save(plain, metadata=metadata))
+    metadata = {"sktl": text, "sha256": _digest(cpu_tensors, text)}
+    write_atomically(file, safetensors.torch.save(cpu_tensors, metadata=metadata))
 
 
 def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a file that `write_tensors` wrote.
+    """Read and verify a file written by `write_tensors`.
 
     Parameters
     ----------
     path : str or path-like
-        Its name.
+        File to read.
 
     Returns
     -------
     tensors : dict of str to Tensor
-        On the CPU.
+        Tensors on the CPU.
     document : dict of str
-        What was written beside them.
+        JSON document.
 
     Raises
     ------
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     ValueError
-        If it is anything else, or was damaged since.
+        If the file was not written by `write_tensors`, or is damaged.
     """
     content = Path(path).read_bytes()
     try:
@@ -91,11 +91,11 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         (length,) = struct.unpack("<Q", content[:8])
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
         text = metadata["sktl"]
-        whole = metadata["sha256"] == _digest(dict(sorted(tensors.items())), text)
+        is_intact = metadata["sha256"] == _digest(dict(sorted(tensors.items())), text)
         document = json.loads(text)
-        if not whole or not isinstance(document, dict):
-            raise ValueError("its content is not what its sha256 says")
-    # A RecursionError is what JSON of a thousand brackets makes.
+        if not is_intact or not isinstance(document, dict):
+            raise ValueError("its sha256 does not match its content")
+    # Deeply nested JSON raises RecursionError.
     except (
         SafetensorError,
         LookupError,
@@ -104,30 +104,29 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         ValueError,
     ) as error:
         raise ValueError(
-            f"{str(path)!r} must be a file that sktl wrote, whole and unchanged. It is "
-            f"not, or not any more: {str(error) or type(error).__name__}. Nothing in "
-            "it was executed."
+            f"{str(path)!r} must be an unmodified file written by sktl. Got an invalid "
+            f"file: {str(error) or type(error).__name__}. Nothing in it was executed."
         ) from error
     return tensors, document
 
 
 def state_dict_digest(tensors: Mapping[str, Tensor]) -> str:
-    """Give the sha256 of a state dict, or of any tensors with names, on the CPU.
+    """Return the sha256 of a state dict or of other named tensors on the CPU.
 
     Parameters
     ----------
     tensors : mapping of str to Tensor
-        In this order.
+        Tensors; the digest depends on their order.
 
     Returns
     -------
     str
-        64 hexadecimal digits. Equal if names, types, shapes and bits are.
+        64 hexadecimal digits, which depend on names, dtypes, shapes and bits.
     """
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        # Not reshape: a tensor of one number may have a stride of 0, and no view then.
+        # Not reshape: a tensor of one element may have stride 0, which `view` rejects.
         flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

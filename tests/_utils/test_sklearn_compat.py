@@ -1,0 +1,100 @@
+"""The private names of scikit-learn behave as the estimators rely on."""
+
+from numbers import Integral, Real
+
+import numpy as np
+import pytest
+from sklearn.base import BaseEstimator
+from sklearn.exceptions import NotFittedError
+from sklearn.utils._param_validation import InvalidParameterError
+
+from sktl import PretrainedFeatures
+from sktl._utils import sklearn_compat
+from sktl._utils.sklearn_compat import (
+    DocLinkMixin,
+    Interval,
+    StrOptions,
+    check_feature_names_in,
+    check_sample_weight,
+    check_y,
+    fit_context,
+)
+
+
+class Estimator(BaseEstimator):
+    _parameter_constraints: dict = {  # noqa: RUF012  (scikit-learn's convention)
+        "alpha": [Interval(Real, 0, 1, closed="left")],
+        "kind": [StrOptions({"a", "b"})],
+    }
+
+    def __init__(self, alpha=0.5, kind="a"):
+        self.alpha = alpha
+        self.kind = kind
+
+    @fit_context(prefer_skip_nested_validation=True)
+    def fit(self, X, y=None):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"alpha": 1}, r"'alpha' parameter of Estimator must be .*\[0.0, 1.0\)"),
+        ({"alpha": "x"}, "'alpha' parameter of Estimator must be"),
+        ({"kind": "c"}, "'kind' parameter of Estimator must be a str among {'a', 'b'}"),
+    ],
+)
+def test_fit_context_validates_parameters(params, message):
+    with pytest.raises(InvalidParameterError, match=message):
+        Estimator(**params).fit([[1]])
+    assert issubclass(InvalidParameterError, ValueError)
+    assert Estimator(alpha=0, kind="b").fit([[1]]).alpha == 0
+
+
+def test_interval_is_of_one_type():
+    constraint = Interval(Integral, 1, None, closed="left")
+    assert constraint.is_satisfied_by(np.int64(1))
+    assert not constraint.is_satisfied_by(1.0)
+    assert not constraint.is_satisfied_by(0)
+
+
+def test_check_y_validates_a_column():
+    y = check_y(np.array([[1], [2]]).ravel().tolist())
+    assert isinstance(y, np.ndarray)
+    assert check_y([1, 2], y_numeric=True).tolist() == [1, 2]
+    assert check_y([[1, 2]], multi_output=True).shape == (1, 2)
+    with pytest.raises(ValueError, match="contains NaN"):
+        check_y([1.0, np.nan])
+    with pytest.raises(ValueError, match="1d array"):
+        check_y([[1, 2], [3, 4]])
+
+
+def test_check_sample_weight():
+    X = np.zeros((3, 2))
+    assert check_sample_weight(None, X).tolist() == [1, 1, 1]
+    assert check_sample_weight([1, 2, 3], X, dtype=np.float32).dtype == np.float32
+    with pytest.raises(ValueError, match="sample_weight"):
+        check_sample_weight([1, 2], X)
+    with pytest.raises(ValueError, match="Negative"):
+        check_sample_weight([1, 2, -3], X, ensure_non_negative=True)
+
+
+def test_check_feature_names_in():
+    estimator = Estimator()
+    estimator.n_features_in_ = 2
+    assert check_feature_names_in(estimator, None).tolist() == ["x0", "x1"]
+    assert check_feature_names_in(estimator, ["a", "b"]).tolist() == ["a", "b"]
+    estimator.feature_names_in_ = np.array(["p", "q"], dtype=object)
+    with pytest.raises(ValueError, match="input_features is not equal"):
+        check_feature_names_in(estimator, ["a", "b"])
+    with pytest.raises((ValueError, NotFittedError)):
+        check_feature_names_in(Estimator(), None)
+
+
+def test_doc_link_mixin_is_used_by_the_estimators():
+    assert issubclass(PretrainedFeatures, DocLinkMixin)
+
+
+def test_every_name_is_exported():
+    public = {name for name in vars(sklearn_compat) if not name.startswith("_")}
+    assert set(sklearn_compat.__all__) == public
