@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     info = store.info()
     print(f"{info['rows']} rows, {info['bytes'] / 2**20:.1f} MiB")
     for name, namespace in info["spaces"].items():
-        print(f"  {namespace['rows']} rows, {namespace['bytes'] / 2**20:.1f} MiB: {name}")
+        print(
+            f"  {namespace['rows']} rows, {namespace['bytes'] / 2**20:.1f} MiB: {name}"
+        )
     return 0
 
 

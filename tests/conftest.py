@@ -1,10 +1,10 @@
-"""Fixtures that more than one test file needs."""
+"""Fixtures shared by several test files."""
 
 import os
 
-# scikit-learn's check of array API input skips without it; scipy reads it on import.
+# Enables scikit-learn's check of array API input. scipy reads it on import.
 os.environ["SCIPY_ARRAY_API"] = "1"
-# Ray would tell its authors over the network.
+# No usage statistics are sent over the network.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 from pathlib import Path
@@ -14,14 +14,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from store_rows import KEYS, SPACE, rows_of
+from store_rows import KEYS, SPACE, make_rows
 from torch import Tensor, nn
 
 from sktl import FeatureStore, Preprocessing, register_backbone
 
 
 class TinyNet(nn.Module):
-    """Two stages and a head that run in a millisecond."""
+    """Network of two stages and a head, whose forward pass takes a millisecond."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +54,9 @@ register_backbone(
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder of real images and weights; the tests that ask for it skip without it.
+    """Return the folder of real images and weights, or skip the test without it.
 
-    Set the environment variable ``SKTL_TEST_DATA`` to say where it is.
+    The environment variable ``SKTL_TEST_DATA`` sets its path.
     """
     default = Path(__file__).parents[2] / "shared" / "data"
     folder = Path(os.environ.get("SKTL_TEST_DATA", default))
@@ -67,7 +67,7 @@ def test_data() -> Path:
 
 @pytest.fixture(scope="session")
 def images() -> NDArray[np.uint8]:
-    """Forty images of 24 x 32 pixels, cut from two photographs."""
+    """Return forty images of 24 x 32 pixels, cut from two photographs."""
     china, flower = load_sample_images().images  # (427, 640, 3) each
     tiles = [
         photograph[y : y + 24, x : x + 32]
@@ -80,7 +80,7 @@ def images() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def paths(images: NDArray[np.uint8], tmp_path_factory) -> list[str]:
-    """Write the same images to files, without loss."""
+    """Return the paths of the same images as PNG files."""
     folder = tmp_path_factory.mktemp("images")
     names = [str(folder / f"{i:02}.png") for i in range(len(images))]
     for name, image in zip(names, images, strict=True):
@@ -89,8 +89,8 @@ def paths(images: NDArray[np.uint8], tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
-def filled(tmp_path: Path) -> FeatureStore:
-    """Store of forty rows in one shard."""
-    mine = FeatureStore(tmp_path / "store")
-    mine.put(SPACE, KEYS, rows_of(KEYS))
-    return mine
+def filled_store(tmp_path: Path) -> FeatureStore:
+    """Return a store of forty rows in one shard."""
+    store = FeatureStore(tmp_path / "store")
+    store.put(SPACE, KEYS, make_rows(KEYS))
+    return store

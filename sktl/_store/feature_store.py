@@ -1,19 +1,20 @@
-"""Rows remembered per image, on disk, shared by processes and machines.
+"""On-disk cache of one row per image, shared by processes and machines.
 
-A store is a directory of *spaces*, one for each way of computing rows, and a space is a
-directory of *shards*: safetensors files of up to some thousand rows that are written
-once and never changed. Each row lies beside the key of its image and a checksum.
+A store is a directory of namespaces, one for each way of computing rows, and a
+namespace is a folder of shards: safetensors files of up to some thousand rows that are
+written once and never changed. Each row is stored with the key of its image and a
+checksum.
 
-The layout follows what was learnt from git's packs: immutable files, merged by whoever
-happens to have time. What may happen to a shard is in `sktl._store.shard_index`; to a
-store:
+The layout resembles the packs of git: immutable files, merged by any process that finds
+many small ones. Events that affect a shard are listed in `sktl._store.shard_index`;
+those that affect a store are:
 
 ==========================  ====================================================
-what may happen             what then
+event                       behaviour
 ==========================  ====================================================
-killed while writing        a shard appears whole, by renaming, or not at all
-disk full, read-only        one warning; what is there is still read
-directory gone              made again when the next row is written
+writer killed               a shard is renamed into place when complete, or missing
+disk full or read-only      one warning; existing rows are still read
+directory deleted           created again when the next row is written
 ==========================  ====================================================
 """
 
@@ -34,69 +35,70 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sktl._store.shard import DTYPES, KEY_BYTES, is_ours, shards_in
+from sktl._store.shard import DTYPES, KEY_BYTES, is_store_file, list_shards
 from sktl._store.shard_index import ShardIndex
 from sktl._utils.files import write_atomically
 
-Space = Mapping[str, str]
+Namespace = Mapping[str, str]
 
-_VERSION = "sktl-store-1"  # of the layout; another one is another directory
-_SPACE = re.compile("[0-9a-f]{64}")  # the folder of one: sha256 of its description
-# No shard of a space of usual size grows beyond it by merging: that takes some 10 ms.
-_MERGED_BYTES = 3 * 2**20
-_encode = json.JSONEncoder(sort_keys=True).encode  # json.dumps makes one each time
+_VERSION = "sktl-store-1"  # version of the layout, and name of its folder
+_NAMESPACE_FOLDER = re.compile("[0-9a-f]{64}")  # sha256 of the description
+# Size limit of merged shards in a namespace of usual size: merging takes some 10 ms.
+_MERGE_LIMIT_BYTES = 3 * 2**20
+_to_json = json.JSONEncoder(sort_keys=True).encode  # json.dumps creates one per call
 _CACHE_TAG = "Signature: 8a477f597d28d172789f06886806bc55\n"  # bford.info/cachedir
 
 
 class FeatureStore:
-    """Remember on disk what a network computed of each image.
+    """On-disk cache of the output of networks, one row per image.
 
-    Give it, or just its directory, to ``memory`` of an estimator: each image then
-    goes through the network once, whatever folds, candidates, processes and sessions
-    it turns up in. One directory may serve many networks and several machines.
+    Pass a store, or just its directory, as ``memory`` of an estimator: each image is
+    then computed once and read from the cache afterwards, across folds, candidates of a
+    search, processes and sessions. One directory can be shared by many networks and by
+    several machines.
 
     Parameters
     ----------
     directory : str or path-like
-        Where the rows are kept. It is made when the first row is written. ``~`` is
-        your home.
+        Directory of the store. It is created when the first row is written. ``~`` is
+        expanded to the home directory.
     max_bytes : int or None, default=None
-        Size that the rows on disk may have; above it the oldest are deleted. None sets
-        no limit.
+        Maximum size of the rows on disk; if exceeded, the oldest rows are evicted. None
+        sets no limit.
 
     Raises
     ------
     TypeError
         If `directory` is neither a str nor a path.
     ValueError
-        If `directory` is empty or `max_bytes` no positive integer.
+        If `directory` is empty or `max_bytes` is not a positive integer.
 
     See Also
     --------
-    PretrainedFeatures : Has a parameter ``memory`` that takes one.
+    PretrainedFeatures : Extracts features; its parameter ``memory`` takes a store.
 
     Notes
     -----
-    A row is found by the content of its image, and by all else that decides it:
-    weights, layer, pooling, preprocessing, precision, kind of device, and the major
-    versions of what computes and decodes. So a store needs no care when images are
-    moved or replaced or a library is updated. The one thing it cannot see is the code
-    of a network that you registered: when its ``forward`` changes and its layers do
-    not, `clear` it.
+    The cache key combines a hash of the image with every setting that affects the
+    output: weights, layer, pooling, preprocessing, precision, kind of device, and the
+    major versions of the libraries that decode and compute. A store therefore stays
+    valid when images are moved or replaced, or libraries are updated. It cannot detect
+    a change in the code of a registered network: if its ``forward`` changes and its
+    layers do not, call `clear`.
 
-    Whatever happens on the disk, no wrong row is returned: each has a checksum, and
-    what is damaged or gone is computed again, with a warning if something is amiss.
+    Wrong rows are never returned: each row has a checksum, and missing or damaged rows
+    are computed again, with a warning if a file is damaged or cannot be read.
 
     Examples
     --------
     >>> import tempfile
     >>> from sklearn.datasets import load_sample_images
     >>> from sktl import FeatureStore, PretrainedFeatures
-    >>> photographs = load_sample_images().images
+    >>> images = load_sample_images().images
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     store = FeatureStore(directory)
     ...     features = PretrainedFeatures("resnet_mini", memory=store)
-    ...     rows = features.fit_transform(photographs)
+    ...     rows = features.fit_transform(images)
     ...     store.info()["rows"]
     2
     """
@@ -112,7 +114,7 @@ class FeatureStore:
         if not os.fspath(directory) or "\0" in os.fspath(directory):
             raise ValueError(
                 f"directory must be the name of a directory. Got {directory!r}. Use "
-                "'.' for the current one."
+                "'.' for the current directory."
             )
         if max_bytes is not None and (
             not isinstance(max_bytes, Integral) or max_bytes is True or max_bytes <= 0
@@ -125,28 +127,28 @@ class FeatureStore:
         self.max_bytes = max_bytes
 
     def __repr__(self) -> str:
-        """Show the directory."""
+        """Return the class, the directory and the size limit."""
         limit = "" if self.max_bytes is None else f", max_bytes={self.max_bytes}"
         return f"{type(self).__name__}({os.fspath(self.directory)!r}{limit})"
 
     def get(
-        self, space: Space, keys: Sequence[bytes]
+        self, space: Namespace, keys: Sequence[bytes]
     ) -> tuple[NDArray[np.intp], NDArray[Any] | None]:
-        """Read the rows that are known.
+        """Read the rows that are in the store.
 
         Parameters
         ----------
         space : mapping of str to str
-            All that decides a row besides the image, by name.
+            Namespace: every setting that affects a row besides the image, by name.
         keys : sequence of bytes
-            32 bytes for each image, such as a sha256 of its content.
+            32 bytes for each image, such as the sha256 of its content.
 
         Returns
         -------
-        positions : ndarray of shape (n_known,)
-            Where in `keys` those stand whose rows are known, ascending.
-        rows : ndarray of shape (n_known, ...), or None
-            Their rows; None where none is known.
+        positions : ndarray of shape (n_found,)
+            Positions in `keys` of the rows that were found, in ascending order.
+        rows : ndarray of shape (n_found, ...), or None
+            Rows at these positions; None if no row was found.
 
         Raises
         ------
@@ -155,158 +157,181 @@ class FeatureStore:
         """
         return self._index(space).get(keys)
 
-    def known(self, space: Space) -> Mapping[bytes, object]:
-        """Look up which rows there are now, those of other processes included.
+    def known(self, space: Namespace) -> Mapping[bytes, object]:
+        """Return the keys that are in the store, including those of other processes.
 
         Parameters
         ----------
         space : mapping of str to str
-            As in `get`.
+            Namespace, as in `get`.
 
         Returns
         -------
         mapping
-            Its keys are those of the rows. Not to be changed.
+            Its keys are the keys of the rows. It must not be modified.
+
+        Raises
+        ------
+        ValueError
+            If the directory of the store is a file.
         """
         index = self._index(space)
         index.refresh()
-        return index.where
+        return index.row_ids
 
-    def put(self, space: Space, keys: Sequence[bytes], rows: NDArray[Any]) -> None:
-        """Remember rows; those that are known already stay as they are.
+    def put(self, space: Namespace, keys: Sequence[bytes], rows: NDArray[Any]) -> None:
+        """Write rows to the store; rows that it already has are not changed.
 
-        It never fails because of the disk: what cannot be written is not remembered,
+        Errors of the disk do not raise: rows that cannot be written are not cached,
         with one warning.
 
         Parameters
         ----------
         space : mapping of str to str
-            As in `get`.
+            Namespace, as in `get`.
         keys : sequence of bytes
             32 bytes for each row.
         rows : ndarray of shape (len(keys), ...)
-            Of float16, float32 or float64, all values finite.
+            Rows of dtype float16, float32 or float64; all values must be finite.
 
         Raises
         ------
         ValueError
-            If the rows are not such an array, differ in shape from those of the space,
-            or the directory of the store is a file.
+            If `keys` or `rows` are invalid, if the rows differ in shape or dtype from
+            those in the namespace, or if the directory of the store is a file.
         """
         index = self._index(space)
         rows = np.asarray(rows)
         _check_rows(keys, rows)
         index.refresh()
-        if index.where and (rows.shape[1:], rows.dtype) != (
+        if index.row_ids and (rows.shape[1:], rows.dtype) != (
             index.row_shape,
             index.dtype,
         ):
             raise ValueError(
-                f"All rows of a space must be alike. It has rows of shape "
-                f"{index.row_shape} and {index.dtype}. Got {rows.shape[1:]} and "
-                f"{rows.dtype}. Say in `space` what makes the difference."
+                "All rows of a namespace must have the same shape and dtype. Got shape "
+                f"{rows.shape[1:]} and {rows.dtype}, expected {index.row_shape} and "
+                f"{index.dtype}. Add the setting that differs to `space`."
             )
-        new = {key: i for i, key in enumerate(keys) if key not in index.where}
+        new = {key: i for i, key in enumerate(keys) if key not in index.row_ids}
         if not new:
             return
         try:
-            self._make(index, space)
+            self._create_folder(index, space)
             index.write(list(new), rows[list(new.values())], time.time_ns())
-            index.merge(self._merged_bytes())
+            index.merge(self._merge_limit())
             self._evict()
         except OSError as error:
             _warn_once(
                 self._root(),
-                f"The feature store {str(self.directory)!r} cannot be written: {error} "
-                "Results are right, but not remembered. Free space, or choose a "
-                "directory that can be written, for memory.",
+                f"The feature store {str(self.directory)!r} cannot be written: "
+                f"{error}. Results are correct, but not cached. Free disk space, or "
+                "set memory to a writable directory.",
             )
         else:
-            _warned.discard(self._root())
+            _warned_roots.discard(self._root())
 
     def info(self) -> dict[str, Any]:
-        """Say what is in the store.
+        """Return the number of rows and bytes in the store.
 
         Returns
         -------
         dict
-            ``"rows"`` and ``"bytes"`` of the whole, and ``"spaces"``: by a readable
-            name, a dict with ``"rows"``, ``"bytes"`` and ``"space"``, its description.
+            ``"rows"`` and ``"bytes"`` of the whole store, and ``"spaces"``: for each
+            namespace, by a readable name, a dict with ``"rows"``, ``"bytes"`` and
+            ``"space"``, the settings that define it.
+
+        Raises
+        ------
+        ValueError
+            If the directory of the store is a file.
         """
-        spaces: dict[str, dict[str, Any]] = {}
-        for folder in self._folders():
-            index = _index_of(folder)
+        namespaces: dict[str, dict[str, Any]] = {}
+        for folder in self._namespace_folders():
+            index = _get_index(folder)
             index.refresh()
-            if not index.where:  # cleared, or all evicted
+            if not index.row_ids:  # cleared, or all rows evicted
                 continue
-            description = _description(index.folder)
+            description = _read_description(index.folder)
             name = ", ".join(v if len(v) <= 32 else v[:8] for v in description.values())
-            spaces[f"{name} [{index.folder.name[:8]}]"] = {
-                "rows": len(index.where),
-                "bytes": sum(s.st_size for s in shards_in(index.folder).values()),
+            namespaces[f"{name} [{index.folder.name[:8]}]"] = {
+                "rows": len(index.row_ids),
+                "bytes": sum(s.st_size for s in list_shards(index.folder).values()),
                 "space": description,
             }
         total = {
-            unit: sum(space[unit] for space in spaces.values())
+            unit: sum(namespace[unit] for namespace in namespaces.values())
             for unit in ("rows", "bytes")
         }
-        return {**total, "spaces": spaces}
+        return {**total, "spaces": namespaces}
 
     def verify(self) -> dict[str, int]:
-        """Read every row and compare its checksum.
+        """Read every row and verify its checksum.
 
         Returns
         -------
         dict
-            ``"rows"`` that are as they were written, and ``"corrupt"``, the number of
-            shards that were not and have been put aside.
+            ``"rows"``: number of intact rows. ``"corrupt"``: number of shards that are
+            damaged, and were renamed to ``.corrupt``, or cannot be read.
+
+        Raises
+        ------
+        ValueError
+            If the directory of the store is a file.
         """
         intact = corrupt = 0
-        for folder in self._folders():
-            index = ShardIndex(Path(folder))  # that believes the disk only
+        for folder in self._namespace_folders():
+            index = ShardIndex(Path(folder))  # a new one, which has cached nothing
             index.refresh()
-            intact += sum(map(index.n_intact, list(index.shards.values())))
-            corrupt += len(index.refused)
+            intact += sum(map(index.count_intact_rows, list(index.shards.values())))
+            corrupt += len(index.rejected)
         return {"rows": intact, "corrupt": corrupt}
 
     def clear(self) -> None:
-        """Delete every row, and nothing that is not the store's.
+        """Delete all rows, and no other files.
 
         Raises
         ------
         OSError
             If a file cannot be deleted.
+        ValueError
+            If the directory of the store is a file.
         """
-        for folder in self._folders():
-            index = _index_of(folder)
+        for folder in self._namespace_folders():
+            index = _get_index(folder)
             for file in index.folder.iterdir():
-                if is_ours(file.name):
+                if is_store_file(file.name):
                     file.unlink(missing_ok=True)
-            index.changed()
+            index.force_refresh()
 
-    def _root(self) -> str:  # by os.path, since it is asked for in each call
+    def _root(self) -> str:
+        # os.path is faster than pathlib, which matters in every call, and treats a name
+        # that is too long as missing, where pathlib raises.
         directory = os.path.abspath(os.path.expanduser(self.directory))
-        # os.path, since to pathlib a name too long is an error and not an absence.
         if os.path.isfile(directory):
             raise ValueError(
-                f"memory must be a directory, or one that can be made. Got "
+                "memory must be a directory, which may not exist yet. Got "
                 f"{str(self.directory)!r}, which is a file. Choose another name."
             )
         return os.path.join(directory, _VERSION)
 
-    def _index(self, space: Space) -> ShardIndex:
+    def _index(self, space: Namespace) -> ShardIndex:
         name = _folder_name(*space, *space.values())
-        return _index_of(os.path.join(self._root(), name))
+        return _get_index(os.path.join(self._root(), name))
 
-    def _folders(self) -> list[str]:
+    def _namespace_folders(self) -> list[str]:
         root = self._root()
         try:
             names = sorted(os.listdir(root))
         except FileNotFoundError:
             return []
-        return [os.path.join(root, name) for name in names if _SPACE.fullmatch(name)]
+        return [
+            os.path.join(root, name)
+            for name in names
+            if _NAMESPACE_FOLDER.fullmatch(name)
+        ]
 
-    def _make(self, index: ShardIndex, space: Space) -> None:
+    def _create_folder(self, index: ShardIndex, space: Namespace) -> None:
         description = index.folder / "space.json"
         if description.exists():
             return
@@ -314,17 +339,19 @@ class FeatureStore:
         write_atomically(index.folder.parent / "CACHEDIR.TAG", _CACHE_TAG.encode())
         write_atomically(description, json.dumps(dict(space), indent=1).encode())
 
-    def _merged_bytes(self) -> int:
-        # Small enough that deleting the oldest shard does not empty the store.
-        return min(_MERGED_BYTES, (self.max_bytes or 8 * _MERGED_BYTES) // 8)
+    def _merge_limit(self) -> int:
+        # Much smaller than max_bytes, so that evicting the oldest shard does not empty
+        # the store.
+        return min(_MERGE_LIMIT_BYTES, (self.max_bytes or 8 * _MERGE_LIMIT_BYTES) // 8)
 
     def _evict(self) -> None:
+        """Delete the oldest shards until the store is no larger than `max_bytes`."""
         if self.max_bytes is None:
             return
         shards = [
             (name, Path(folder), status.st_size)
-            for folder in self._folders()
-            for name, status in shards_in(Path(folder)).items()
+            for folder in self._namespace_folders()
+            for name, status in list_shards(Path(folder)).items()
         ]
         excess = sum(size for _, _, size in shards) - self.max_bytes
         for name, folder, size in sorted(shards):
@@ -334,41 +361,46 @@ class FeatureStore:
             excess -= size
 
 
-# By folder, the one used last at the end. One that is needed again is read again.
+# Index of each namespace folder, the most recently used last. An evicted one is created
+# again when it is needed.
 _indexes: OrderedDict[str, ShardIndex] = OrderedDict()
-_MOST_INDEXES = 64
+_MAX_INDEXES = 64
 _indexes_lock = threading.Lock()
-_warned: set[str] = set()
+_warned_roots: set[str] = set()
 
 
-# Asked for in each call. Typed, since True is 1, but not as JSON.
+# Cached, since it is called by every method. Typed: True equals 1, but not in JSON.
 @functools.lru_cache(256, typed=True)
-def _folder_name(*space: str) -> str:
-    """Name the folder of a space, given by its names and then their values."""
-    n = len(space) // 2
-    described = _encode(dict(zip(space[:n], space[n:], strict=True)))
-    return hashlib.sha256(described.encode()).hexdigest()
+def _folder_name(*namespace: str) -> str:
+    """Return the folder of a namespace, passed as all its names and then its values."""
+    n = len(namespace) // 2
+    description = _to_json(dict(zip(namespace[:n], namespace[n:], strict=True)))
+    return hashlib.sha256(description.encode()).hexdigest()
 
 
-def _index_of(folder: str) -> ShardIndex:
+def _get_index(folder: str) -> ShardIndex:
     with _indexes_lock:
         if folder not in _indexes:
             _indexes[folder] = ShardIndex(Path(folder))
-            if len(_indexes) > _MOST_INDEXES:
+            if len(_indexes) > _MAX_INDEXES:
                 _indexes.popitem(last=False)
         _indexes.move_to_end(folder)
         return _indexes[folder]
 
 
 def _warn_once(root: str, message: str) -> None:
-    if root not in _warned:
-        _warned.add(root)
+    if root not in _warned_roots:
+        _warned_roots.add(root)
         warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _check_rows(keys: Sequence[bytes], rows: NDArray[Any]) -> None:
-    if not all(isinstance(key, bytes) and len(key) == KEY_BYTES for key in keys):
-        raise ValueError(f"A key must be {KEY_BYTES} bytes, such as a sha256.")
+    """Raise ValueError if keys or rows are invalid."""
+    for key in keys:
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            raise ValueError(
+                f"Each key must be {KEY_BYTES} bytes, such as a sha256. Got {key!r}."
+            )
     if (
         rows.ndim < 2
         or len(keys) != len(rows)
@@ -383,12 +415,13 @@ def _check_rows(keys: Sequence[bytes], rows: NDArray[Any]) -> None:
         raise ValueError("rows must be finite. Got NaN or infinity.")
 
 
-def _description(folder: Path) -> dict[str, str]:
+def _read_description(folder: Path) -> dict[str, str]:
     try:
         return {
             k: str(v)
             for k, v in json.loads((folder / "space.json").read_text()).items()
         }
-    # A RecursionError is what JSON of a thousand brackets makes.
+    # Deeply nested JSON raises RecursionError; JSON other than an object,
+    # AttributeError.
     except (OSError, ValueError, AttributeError, RecursionError):
         return {"unknown": "unknown"}

@@ -1,8 +1,8 @@
-"""Rows of a store in the memory of a process: read and checked once, and not too many.
+"""In-memory cache of rows that were read from a store and verified.
 
-A row is known by a number, which means one row of one file for ever. When the file is
-merged, replaced, damaged or evicted, its numbers are asked for no more. So what was
-checked before it came here stays right, whatever happens on the disk.
+Rows are identified by row ids. A row id denotes one row of one file for the lifetime of
+the process: when the file is merged, replaced, damaged or evicted, its ids are never
+looked up again. Cached rows therefore stay valid whatever happens on disk.
 """
 
 import itertools
@@ -14,65 +14,84 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_KEPT = 2**28  # bytes of rows in the memory of a process, of all its stores
-# Bytes of a row; larger ones, as of activations, take no longer to be read again than
-# to be computed with, and would soon push each other out.
-_LARGEST_ROW = 2**16
+MAX_BYTES = 2**28  # of cached rows in a process, over all stores
+# Larger rows, such as activations, are not cached: reading them again costs little
+# compared with using them, and they would soon evict each other.
+_MAX_ROW_BYTES = 2**16
 
-_lock = threading.Lock()  # whoever adds holds it; whoever looks need not
+_lock = threading.Lock()  # held by writers; readers need no lock
 
 
 class RowCache:
-    """Rows of one space, side by side, so that many are taken in one go.
+    """Cache of the rows of one namespace.
 
-    Threads may look while another adds: the place of a row is told when it is there,
-    never changes, and a block is replaced only together with all of its places.
+    Rows are stored in one contiguous buffer, so that many are gathered in one call.
+    Threads may look up rows while another thread adds some: the slot of a row is
+    published after the row is copied and never changes, and the buffer is replaced
+    together with all of its slots.
     """
 
     def __init__(self) -> None:
-        self._block: tuple[NDArray[Any], dict[int | None, int]] = np.empty(0), {}
+        # The buffer of rows, and the slot in it of each row id.
+        self._contents: tuple[NDArray[Any], dict[int | None, int]] = np.empty(0), {}
         with _lock:
-            _all.add(self)
+            _caches.add(self)
+
+    def __len__(self) -> int:
+        """Return the number of cached rows."""
+        return len(self._contents[1])
 
     def lookup(
-        self, numbers: Iterable[int | None], n: int
+        self, row_ids: Iterable[int | None], n: int
     ) -> tuple[NDArray[np.intp], NDArray[Any]]:
-        """Give the places of n rows, -1 where one is not kept, and in what they are."""
-        block, places = self._block
-        found = map(places.get, numbers, itertools.repeat(-1))
-        return np.fromiter(found, np.intp, n), block
+        """Return the slots of n rows, -1 for those not cached, and the buffer."""
+        buffer, slots = self._contents
+        found = map(slots.get, row_ids, itertools.repeat(-1))
+        return np.fromiter(found, np.intp, n), buffer
 
-    def add(self, numbers: Sequence[int], rows: NDArray[Any], n_space: int) -> None:
-        """Keep rows that were checked, unless too many; the space has `n_space`."""
-        if rows.nbytes > MOST_KEPT or rows[0].nbytes > _LARGEST_ROW:
+    def add(
+        self, row_ids: Sequence[int], rows: NDArray[Any], n_namespace_rows: int
+    ) -> None:
+        """Cache verified rows, unless they are too large.
+
+        Parameters
+        ----------
+        row_ids : sequence of int
+            Ids of the rows.
+        rows : ndarray of shape (len(row_ids), ...)
+            Rows, at least one.
+        n_namespace_rows : int
+            Number of rows of the namespace, from which the capacity is derived.
+        """
+        if rows.nbytes > MAX_BYTES or rows[0].nbytes > _MAX_ROW_BYTES:
             return
         with _lock:
-            if sum(each._nbytes() for each in _all) + rows.nbytes > MOST_KEPT:
-                for each in _all:
-                    each.clear()
-            block, places = self._block
-            if not places.keys().isdisjoint(numbers):
-                return  # another thread was first
-            begin, end = len(places), len(places) + len(rows)
-            alike = block.shape[1:] == rows.shape[1:] and block.dtype == rows.dtype
-            if end > len(block) or not alike:
-                # Room for a space that grows, and for what is merged and read again;
-                # np.empty takes no memory for rows that are never put into it.
-                room = min(2 * n_space, MOST_KEPT // rows[0].nbytes)
+            if sum(cache._nbytes() for cache in _caches) + rows.nbytes > MAX_BYTES:
+                for cache in _caches:
+                    cache.clear()
+            buffer, slots = self._contents
+            if not slots.keys().isdisjoint(row_ids):
+                return  # added by another thread in the meantime
+            begin, end = len(slots), len(slots) + len(rows)
+            fits = buffer.shape[1:] == rows.shape[1:] and buffer.dtype == rows.dtype
+            if end > len(buffer) or not fits:
+                # Capacity for a growing namespace, and for rows that are merged and
+                # read again; np.empty uses no memory for slots that stay unused.
+                capacity = min(2 * n_namespace_rows, MAX_BYTES // rows[0].nbytes)
                 begin, end = 0, len(rows)
-                block = np.empty((max(room, end), *rows.shape[1:]), rows.dtype)
-                places = {}
-            block[begin:end] = rows
-            places.update(zip(numbers, range(begin, end), strict=True))
-            self._block = block, places
+                buffer = np.empty((max(capacity, end), *rows.shape[1:]), rows.dtype)
+                slots = {}
+            buffer[begin:end] = rows
+            slots.update(zip(row_ids, range(begin, end), strict=True))
+            self._contents = buffer, slots
 
     def clear(self) -> None:
-        """Free the memory; whoever reads from it just now may."""
-        self._block = np.empty(0), {}
+        """Evict all rows; concurrent readers keep the buffer they looked up."""
+        self._contents = np.empty(0), {}
 
     def _nbytes(self) -> int:
-        block, places = self._block
-        return len(places) * block[:1].nbytes
+        buffer, slots = self._contents
+        return len(slots) * buffer[:1].nbytes
 
 
-_all: weakref.WeakSet[RowCache] = weakref.WeakSet()
+_caches: weakref.WeakSet[RowCache] = weakref.WeakSet()

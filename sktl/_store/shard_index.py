@@ -1,18 +1,19 @@
-"""Where a row is: the shards of one space, and what was read of them before.
+"""Index of one namespace: which row of which shard belongs to a key.
 
 ==========================  ====================================================
-what may happen             what then
+event                       behaviour
 ==========================  ====================================================
-two writers                 each writes shards of its own; no lock is needed, and
-                            of a row that both wrote the older is read
-shard damaged               its checksums tell; it is put aside as ``.corrupt``
-shard not ours to read      left where it is, with a warning
-shard gone while reading    it was merged or evicted: looked up again, or computed
+two writers                 each writes its own shards, so that no lock is needed;
+                            of a row written by both, the older one is read
+shard damaged               detected by checksums; renamed to ``.corrupt``
+shard unreadable            left in place, with a warning
+shard deleted while         it was merged or evicted: the row is looked up again,
+reading                     or computed
 ==========================  ====================================================
 
-Rows have numbers, in the order in which this process came to know of them: those of a
-shard follow each other. So to look up many keys is one look at a dict for each, and
-some arithmetic for all.
+Row ids number the rows in the order in which this process discovered them; the ids of a
+shard are consecutive. Looking up many keys therefore takes one dict lookup for each
+key, and vectorized arithmetic for the rest.
 """
 
 import bisect
@@ -36,351 +37,411 @@ from sktl._store.row_cache import RowCache
 from sktl._store.shard import (
     KEY_BYTES,
     Shard,
-    moment_of,
-    new_name,
+    folder_fingerprint,
+    list_shards,
+    new_shard_name,
     read_header,
     read_rows,
-    settled_state,
-    shards_in,
-    signature_of,
+    shard_timestamp,
+    size_and_mtime,
 )
 from sktl._utils.files import write_atomically
 
-MERGE_FROM = 4  # shards at least, unless fewer fill a large one
-_MANY = 128  # shards, after which larger ones are made of four of them
-_LARGEST = 2**26  # bytes of a shard; to merge takes three times that in memory
-_STALE = 3600.0  # seconds after which the file of a killed writer is removed
-_AT_ONCE = 1024  # rows read, while the same number is checked and copied
-_GONE = (errno.ENOENT, errno.ESTALE)  # the second, when another machine removed it
+MIN_SHARDS_TO_MERGE = 4  # unless fewer fill a shard of the largest size
+_MANY_SHARDS = 128  # when reached, the size limit of merged shards is raised fourfold
+_MAX_SHARD_BYTES = 2**26  # merging takes three times as much memory
+_STALE_SECONDS = 3600.0  # age at which temporary files of killed writers are deleted
+_ROWS_PER_READ = 1024  # rows that are read, verified and copied at a time
+_DELETED_ERRNOS = (errno.ENOENT, errno.ESTALE)  # ESTALE: deleted by another machine
 
 
 class ShardIndex:
-    """The shards of one space, and which row of which shard belongs to a key.
+    """Index of the shards of one namespace.
 
-    A process has one of each space, or, if it knows of many spaces, may have let one go
-    that a thread still uses: they are to each other as those of two processes. Every
-    method may be called by several threads.
+    A process has one index for each namespace. If it uses many namespaces, an index may
+    be dropped while a thread still uses it; the old and the new index then behave like
+    those of two processes. All methods are thread-safe.
+
+    Parameters
+    ----------
+    folder : Path
+        Folder of the namespace.
+
+    Attributes
+    ----------
+    shards : dict of str to Shard
+        Known shards by file name, in ascending order of their row ids.
+    row_ids : dict of bytes to int
+        Row id of each key.
+    row_shape : tuple of int
+        Shape of the rows; all rows have the same.
+    dtype : numpy.dtype
+        Dtype of the rows.
+    rejected : set of str
+        Names of shards that are damaged or unreadable, and may still be in the folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.shards: dict[str, Shard] = {}  # in the order of the numbers of their rows
-        self.where: dict[bytes, int] = {}  # the number of the row of a key
+        self.shards: dict[str, Shard] = {}
+        self.row_ids: dict[bytes, int] = {}
         self.row_shape: tuple[int, ...] = ()
         self.dtype: np.dtype[Any] = np.dtype(np.float32)
-        self.refused: set[str] = set()  # damaged, and perhaps still there
-        self._n_numbers = 0  # given to rows so far
-        self._state: tuple[int, ...] | None = None  # of the folder, when last listed
-        self._kept = RowCache()
-        self._may_merge = True
-        # Of the space too, so that a file copied from another one is not believed.
-        self._seed = zlib.crc32(folder.name.encode())
+        self.rejected: set[str] = set()
+        self._next_id = 0
+        # Fingerprint of the folder before it was last listed.
+        self._fingerprint: tuple[int, ...] | None = None
+        self._cache = RowCache()
+        self._merge_enabled = True
+        # Checksums depend on the namespace, so that a shard copied from another
+        # namespace is detected.
+        self._checksum_seed = zlib.crc32(folder.name.encode())
         self._lock = threading.RLock()
 
     def refresh(self) -> None:
-        """Take notice of shards that came and went."""
-        state = settled_state(self.folder)
-        if state is not None and state == self._state:
-            return  # as most times
+        """Update the index with shards that were added or removed."""
+        fingerprint = folder_fingerprint(self.folder)
+        if fingerprint is not None and fingerprint == self._fingerprint:
+            return  # the most frequent case
         with self._lock:
-            listed = shards_in(self.folder).items()
-            there = {name: signature_of(status) for name, status in listed}
-            self.refused &= there.keys()
-            if there != {name: s.signature for name, s in self.shards.items()}:
-                shards = self.shards.items()
-                self._forget([n for n, s in shards if there.get(n) != s.signature])
-                for name in sorted(there.keys() - self.shards.keys() - self.refused):
-                    self._load(name)
-            complete = there.keys() <= self.shards.keys() | self.refused
-            self._state = state if complete else None  # of before it was listed
+            listed = list_shards(self.folder).items()
+            found = {name: size_and_mtime(status) for name, status in listed}
+            self.rejected &= found.keys()
+            known = {name: s.size_and_mtime for name, s in self.shards.items()}
+            if found != known:
+                self._remove_shards([n for n in known if found.get(n) != known[n]])
+                for name in sorted(found.keys() - self.shards.keys() - self.rejected):
+                    self._load_shard(name)
+            complete = found.keys() <= self.shards.keys() | self.rejected
+            self._fingerprint = fingerprint if complete else None
 
-    def changed(self) -> None:
-        """Take notice of what this process did, whatever the folder's clock says."""
-        self._state = None
+    def force_refresh(self) -> None:
+        """Update the index after a change by this process.
+
+        Lists the folder even if its modification time does not show the change.
+        """
+        self._fingerprint = None
         self.refresh()
 
     def get(
         self, keys: Sequence[bytes]
     ) -> tuple[NDArray[np.intp], NDArray[Any] | None]:
-        """Read the rows that are known; see `FeatureStore.get`."""
+        """Read the stored rows of some keys; see `FeatureStore.get`."""
         self.refresh()
-        places, block = self._kept.lookup(map(self.where.get, keys), len(keys))
-        known = places >= 0
+        slots, buffer = self._cache.lookup(map(self.row_ids.get, keys), len(keys))
+        found = slots >= 0
         rows: NDArray[Any] | None = None
         for attempt in range(3):  # a shard may be merged or evicted before it is read
-            if known.all():
+            if found.all():
                 break
             if attempt:
                 self.refresh()
-            found = self._locate(keys, np.flatnonzero(~known))
-            if not found:
+            located = self._locate(keys, np.flatnonzero(~found))
+            if not located:
                 break
-            for shard, wanted, positions in found:
+            for shard, indices, positions in located:
                 if rows is None:
-                    rows = shard.rows_like(len(keys))
-                known[positions] = self._read(shard, wanted, positions, rows)
-        positions = np.flatnonzero(known)
+                    rows = shard.empty_rows(len(keys))
+                found[positions] = self._read_shard(shard, indices, positions, rows)
+        positions = np.flatnonzero(found)
         if not len(positions):
             return positions, None
-        if rows is None:  # as most times
-            return positions, block.take(places[positions], axis=0)
-        if len(kept := np.flatnonzero(places >= 0)):
-            rows[kept] = block[places[kept]]
+        if rows is None:  # all rows are cached, the most frequent case
+            return positions, buffer.take(slots[positions], axis=0)
+        if len(cached := np.flatnonzero(slots >= 0)):
+            rows[cached] = buffer[slots[cached]]
         return positions, rows if len(positions) == len(keys) else rows[positions]
 
     def _locate(
         self, keys: Sequence[bytes], positions: NDArray[np.intp]
     ) -> list[tuple[Shard, NDArray[np.intp], NDArray[np.intp]]]:
-        """Give shards, the rows wanted of each in ascending order, and their places."""
+        """Find the shards that hold the keys at some positions.
+
+        Returns
+        -------
+        list of (shard, indices, positions)
+            For each shard the indices of the rows to read, in ascending order, and the
+            positions of their keys.
+        """
         if len(positions) < len(keys):
             keys = [keys[position] for position in positions.tolist()]
         with self._lock:
-            found = map(self.where.get, keys, itertools.repeat(-1))
-            numbers = np.fromiter(found, np.intp, len(keys))
+            found = map(self.row_ids.get, keys, itertools.repeat(-1))
+            ids = np.fromiter(found, np.intp, len(keys))
             shards = list(self.shards.values())
-        order = numbers.argsort()
-        numbers, positions = numbers[order], positions[order]
-        bounds = numbers.searchsorted([shard.first for shard in shards]).tolist()
+        order = ids.argsort()
+        ids, positions = ids[order], positions[order]
+        bounds = ids.searchsorted([shard.first_id for shard in shards]).tolist()
         spans = itertools.pairwise([*bounds, len(keys)])
         return [
-            (shard, numbers[begin:end] - shard.first, positions[begin:end])
+            (shard, ids[begin:end] - shard.first_id, positions[begin:end])
             for shard, (begin, end) in zip(shards, spans, strict=True)
             if begin < end
         ]
 
-    def _read(
+    def _read_shard(
         self,
         shard: Shard,
-        wanted: NDArray[np.intp],
+        indices: NDArray[np.intp],
         positions: NDArray[np.intp],
         rows: NDArray[Any],
     ) -> bool:
-        """Read rows of one shard into `rows`, unless it is gone or damaged.
+        """Copy rows of one shard to some positions of `rows`.
 
-        A shard of which one row is wrong is not believed at all.
+        Returns
+        -------
+        bool
+            False if the shard was deleted or is damaged; a shard with a single damaged
+            row is rejected as a whole.
         """
-        distinct, which = np.unique(wanted, return_inverse=True)
-        for begin in range(0, len(distinct), _AT_ONCE):
-            part = distinct[begin : begin + _AT_ONCE]
-            content = self._from_disk(shard, part)
+        distinct, inverse = np.unique(indices, return_inverse=True)
+        for begin in range(0, len(distinct), _ROWS_PER_READ):
+            chunk = distinct[begin : begin + _ROWS_PER_READ]
+            content = self._read_verified(shard, chunk)
             if content is None:
                 return False
-            numbers = (part + shard.first).tolist()
-            self._kept.add(numbers, content, len(self.where))
-            here = slice(*which.searchsorted([begin, begin + _AT_ONCE]))
-            rows[positions[here]] = content[which[here] - begin]
+            row_ids = (chunk + shard.first_id).tolist()
+            self._cache.add(row_ids, content, len(self.row_ids))
+            span = slice(*inverse.searchsorted([begin, begin + _ROWS_PER_READ]))
+            rows[positions[span]] = content[inverse[span] - begin]
         return True
 
-    def _from_disk(self, shard: Shard, rows: NDArray[np.intp]) -> NDArray[Any] | None:
-        """Read and check some rows; None if the shard is gone or damaged."""
+    def _read_verified(
+        self, shard: Shard, indices: NDArray[np.intp]
+    ) -> NDArray[Any] | None:
+        """Read and verify some rows; None if the shard was deleted or is damaged."""
         try:
             with open(self.folder / shard.name, "rb") as file:
-                content = read_rows(file, shard, rows)
-            self._check(shard, rows, content)
+                rows = read_rows(file, shard, indices)
+            self._verify(shard, indices, rows)
         except (OSError, ValueError) as error:
-            self._refuse(shard.name, error)
+            self._reject(shard.name, error)
             return None
-        return content
+        return rows
 
-    def n_intact(self, shard: Shard) -> int:
-        """Read all of a shard; give the number of its rows, or 0 if one is wrong."""
+    def count_intact_rows(self, shard: Shard) -> int:
+        """Verify a whole shard; return its number of rows, or 0 if one is damaged."""
         n = len(shard.keys)
-        for begin in range(0, n, _AT_ONCE):
-            rows = np.arange(begin, min(begin + _AT_ONCE, n))
-            if self._from_disk(shard, rows) is None:
+        for begin in range(0, n, _ROWS_PER_READ):
+            indices = np.arange(begin, min(begin + _ROWS_PER_READ, n))
+            if self._read_verified(shard, indices) is None:
                 return 0
         return n
 
-    def write(self, keys: Sequence[bytes], rows: NDArray[Any], moment: int) -> None:
-        """Write a shard of distinct keys; `moment` (ns) decides which is the oldest."""
+    def write(self, keys: Sequence[bytes], rows: NDArray[Any], timestamp: int) -> None:
+        """Write a shard of distinct keys; `timestamp` (ns) determines its age."""
         rows = np.ascontiguousarray(rows)
-        self._write(keys, rows, np.array(self._checksums(keys, rows)), moment)
+        checksums = np.array(self._checksums(keys, rows))
+        self._write_shard(keys, rows, checksums, timestamp)
 
-    def _write(
+    def _write_shard(
         self,
         keys: Sequence[bytes],
         rows: NDArray[Any],
         checksums: NDArray[Any],
-        moment: int,
+        timestamp: int,
     ) -> None:
         tensors: dict[str, NDArray[Any]] = {
             "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES),
             "checksums": checksums.astype(np.uint32),
             "rows": rows,
         }
-        write_atomically(self.folder / new_name(moment), save(tensors))
-        self.changed()
+        write_atomically(self.folder / new_shard_name(timestamp), save(tensors))
+        self.force_refresh()
 
-    def merge(self, most: int) -> None:
-        """Make one shard of at most `most` bytes of small ones, if there are many.
+    def merge(self, max_bytes: int) -> None:
+        """Merge small shards into one of at most `max_bytes`, if there are many.
 
-        Of more bytes in a space that would have too many shards. Unless somebody else
-        is doing it, or the file system has no locks.
+        The limit is raised for a namespace that would have too many shards. Nothing is
+        merged while another thread or process merges, or if the file system does not
+        support locks.
         """
-        most = self._limit(most)
-        if not self._may_merge or not self._small(most):
+        max_bytes = self._merge_limit(max_bytes)
+        if not self._merge_enabled or not self._shards_to_merge(max_bytes):
             return
         lock = FileLock(self.folder / "merge.lock", timeout=0)
         with contextlib.suppress(Timeout, NotImplementedError), self._lock, lock:
-            self._remove_stale()
-            self.refresh()  # somebody else may have done it just before
-            self._merge(self._small(most))
+            self._remove_stale_files()
+            self.refresh()  # another process may have merged just before
+            self._merge_shards(self._shards_to_merge(max_bytes))
 
-    def _limit(self, most: int) -> int:
-        """Give a larger limit for a large space: each look lists all of its shards.
+    def _merge_limit(self, max_bytes: int) -> int:
+        """Raise the size limit of merged shards for a large namespace.
 
-        In steps of four, so that a row is written again seldom.
+        Each refresh lists all shards, so that their number must stay small. The limit
+        is raised in factors of four, so that rows are seldom written again.
         """
         with self._lock:
-            total = sum(shard.signature[0] for shard in self.shards.values())
-        while 0 < most < _LARGEST // 4 and total > _MANY * most:
-            most *= 4
-        return most
+            total = sum(shard.size_and_mtime[0] for shard in self.shards.values())
+        while 0 < max_bytes < _MAX_SHARD_BYTES // 4 and total > (
+            _MANY_SHARDS * max_bytes
+        ):
+            max_bytes *= 4
+        return max_bytes
 
-    def _small(self, most: int) -> list[Shard]:
-        """Those to merge: enough to fill a large one, or several alike, or none.
+    def _shards_to_merge(self, max_bytes: int) -> list[Shard]:
+        """Choose shards that fill one of `max_bytes`, or several of similar size.
 
-        The largest of several is no larger than the others together. So each time a row
-        is written again, its shard is at least twice the size: that is seldom. And what
-        is left is few: all but the smallest are larger than those below them together.
+        The largest of several shards is no larger than the others together, so that a
+        row ends up in a shard of at least twice the size whenever it is written again,
+        which is seldom. Few shards remain: all but the smallest are larger than all
+        smaller ones together.
         """
         with self._lock:
-            shards = sorted(self.shards.values(), key=lambda shard: shard.signature[0])
+            shards = sorted(
+                self.shards.values(), key=lambda shard: shard.size_and_mtime[0]
+            )
         chosen: list[Shard] = []
-        alike = total = 0
+        n_similar = total = 0
         for n, shard in enumerate(shards, 1):
-            size = shard.signature[0]
-            if size > most // 2:
+            size = shard.size_and_mtime[0]
+            if size > max_bytes // 2:
                 break
-            if total + size > most:
+            if total + size > max_bytes:
                 return chosen
-            if n >= MERGE_FROM and size <= total:
-                alike = n
+            if n >= MIN_SHARDS_TO_MERGE and size <= total:
+                n_similar = n
             chosen.append(shard)
             total += size
-        return chosen[:alike]
+        return chosen[:n_similar]
 
-    def _merge(self, shards: Sequence[Shard]) -> None:
+    def _merge_shards(self, shards: Sequence[Shard]) -> None:
+        """Write the rows of some shards to a new one, and delete the old ones."""
         keys: list[bytes] = []
         checksums: list[NDArray[Any]] = []
         parts: list[NDArray[Any]] = []
         for shard in shards:
-            # Only the rows that are read from this shard: should another have the
-            # same key, the one that won so far wins on.
-            numbers = enumerate(shard.keys, shard.first)
-            own = [n - shard.first for n, key in numbers if self.where.get(key) == n]
+            # Only rows that are read from this shard: where another shard has the same
+            # key, the row that was read so far is kept.
+            row_ids = enumerate(shard.keys, shard.first_id)
+            own = [
+                row_id - shard.first_id
+                for row_id, key in row_ids
+                if self.row_ids.get(key) == row_id
+            ]
             if not own:
                 continue
-            rows = np.array(own, dtype=np.intp)
-            content = self._from_disk(shard, rows)
-            if content is None:
-                return  # it went or is damaged: next time, without it
-            keys += [shard.keys[row] for row in own]
-            checksums.append(shard.checksums[rows])
-            parts.append(content)
+            indices = np.array(own, dtype=np.intp)
+            rows = self._read_verified(shard, indices)
+            if rows is None:
+                return  # deleted or damaged: the next merge does without it
+            keys += [shard.keys[index] for index in own]
+            checksums.append(shard.checksums[indices])
+            parts.append(rows)
         if keys:
-            moment = min(moment_of(shard.name) for shard in shards)
-            self._write(keys, np.concatenate(parts), np.concatenate(checksums), moment)
+            timestamp = min(shard_timestamp(shard.name) for shard in shards)
+            self._write_shard(
+                keys, np.concatenate(parts), np.concatenate(checksums), timestamp
+            )
         try:
             for shard in shards:
                 (self.folder / shard.name).unlink(missing_ok=True)
         except PermissionError:
-            # Of other users, who share a directory such as /tmp. What was merged is
-            # there twice now; to go on would make it ever more.
-            self._may_merge = False
-        self.changed()
+            # Shards of other users, in a shared directory such as /tmp. The merged rows
+            # are now stored twice; further merges would add more copies.
+            self._merge_enabled = False
+        self.force_refresh()
 
-    def _remove_stale(self) -> None:
-        # One folder up too: the tag of the whole store is written there.
+    def _remove_stale_files(self) -> None:
+        """Delete temporary files of killed writers."""
+        # Also in the parent folder, where the tag of the whole store is written.
         for file in [*self.folder.glob("*.tmp"), *self.folder.parent.glob("*.tmp")]:
             with contextlib.suppress(FileNotFoundError, PermissionError):
-                if time.time() - file.stat().st_mtime > _STALE:
+                if time.time() - file.stat().st_mtime > _STALE_SECONDS:
                     file.unlink()
 
-    def _load(self, name: str) -> None:
+    def _load_shard(self, name: str) -> None:
+        """Read the header of a shard and add its keys to the index, or reject it."""
         try:
             with open(self.folder / name, "rb") as file:
-                shard = read_header(file, name, self._n_numbers)
-                # So that the shape of a file of another space is not taken for ours.
-                row = np.zeros(1, dtype=np.intp)
-                self._check(shard, row, read_rows(file, shard, row))
+                shard = read_header(file, name, self._next_id)
+                # Verify one row, so that a shard of another namespace cannot determine
+                # the shape of the rows.
+                first = np.zeros(1, dtype=np.intp)
+                self._verify(shard, first, read_rows(file, shard, first))
             if not self.shards:
                 self.row_shape, self.dtype = shard.row_shape, shard.dtype
             if (shard.row_shape, shard.dtype) != (self.row_shape, self.dtype):
-                raise ValueError("its rows are unlike those of the other files")
+                raise ValueError(
+                    "its rows differ in shape or dtype from those of the other files"
+                )
         except (OSError, ValueError) as error:
-            self._refuse(name, error)
+            self._reject(name, error)
             return
-        self._n_numbers += len(shard.keys)
+        self._next_id += len(shard.keys)
         self.shards[name] = shard
-        self._enter(shard)
+        self._add_keys(shard)
 
-    def _enter(self, shard: Shard) -> None:
-        """Let its keys be read from this shard, but for those that an older one has."""
+    def _add_keys(self, shard: Shard) -> None:
+        """Let keys point to this shard, except those that an older shard has."""
         shard.shadowed = False
-        numbers = range(shard.first, shard.first + len(shard.keys))
-        if self.where.keys().isdisjoint(shard.keys):
-            self.where.update(zip(shard.keys, numbers, strict=True))
+        row_ids = range(shard.first_id, shard.first_id + len(shard.keys))
+        if self.row_ids.keys().isdisjoint(shard.keys):
+            self.row_ids.update(zip(shard.keys, row_ids, strict=True))
             return
         shards = list(self.shards.values())
-        firsts = [each.first for each in shards]
-        for key, number in zip(shard.keys, numbers, strict=True):
-            had = self.where.setdefault(key, number)
-            other = shards[bisect.bisect(firsts, had) - 1]
+        first_ids = [each.first_id for each in shards]
+        for key, row_id in zip(shard.keys, row_ids, strict=True):
+            current_id = self.row_ids.setdefault(key, row_id)
+            other = shards[bisect.bisect(first_ids, current_id) - 1]
             if shard.name < other.name:
-                self.where[key] = number
+                self.row_ids[key] = row_id
                 other.shadowed = True
             elif other is not shard:
                 shard.shadowed = True
 
-    def _forget(self, names: Iterable[str]) -> None:
-        gone = [self.shards[name] for name in names if name in self.shards]
-        for shard in gone:
-            for number, key in enumerate(shard.keys, shard.first):
-                if self.where.get(key) == number:
-                    del self.where[key]
-            del self.shards[shard.name]  # last, lest Ctrl-C leave numbers of no shard
+    def _remove_shards(self, names: Iterable[str]) -> None:
+        """Remove shards and their keys from the index."""
+        removed = [self.shards[name] for name in names if name in self.shards]
+        for shard in removed:
+            for row_id, key in enumerate(shard.keys, shard.first_id):
+                if self.row_ids.get(key) == row_id:
+                    del self.row_ids[key]
+            # Last: after a KeyboardInterrupt each row id must still have a shard.
+            del self.shards[shard.name]
         if not self.shards:
-            self._kept.clear()
-        if gone:  # what was read from them may be in another as well
+            self._cache.clear()
+        if removed:  # other shards may have some of the keys
             for shard in self.shards.values():
                 if shard.shadowed:
-                    self._enter(shard)
+                    self._add_keys(shard)
 
-    def _refuse(self, name: str, error: Exception) -> None:
-        """Use a shard no more; put it aside if it is what is wrong."""
+    def _reject(self, name: str, error: Exception) -> None:
+        """Remove a shard that cannot be read; rename it if it is damaged."""
         with self._lock:
-            self._forget([name])
-            if isinstance(error, OSError) and error.errno in _GONE:
-                self._state = None  # list again: it may be there after all
+            self._remove_shards([name])
+            if isinstance(error, OSError) and error.errno in _DELETED_ERRNOS:
+                self._fingerprint = None  # list again: another file may have the rows
                 return
-            self.refused.add(name)
+            self.rejected.add(name)
         file = self.folder / name
-        said, aside = "cannot be read", "left where it is"
+        problem, action = "cannot be read", "left in place"
         if isinstance(error, ValueError):
-            said = "is damaged"
-            with contextlib.suppress(OSError):  # a directory that cannot be written
+            problem = "is damaged"
+            with contextlib.suppress(OSError):  # the directory may be read-only
                 file.rename(file.with_suffix(".corrupt"))
-                aside = "put aside as .corrupt"
+                action = "renamed to .corrupt"
         warnings.warn(
-            f"The file {str(file)!r} of a feature store {said}: {error}. It was "
-            f"{aside}, and its rows are computed again.",
+            f"The file {str(file)!r} of a feature store {problem}: {error}. It was "
+            f"{action}, and its rows will be computed again.",
             UserWarning,
             stacklevel=2,
         )
 
-    def _check(
-        self, shard: Shard, rows: NDArray[np.intp], content: NDArray[Any]
+    def _verify(
+        self, shard: Shard, indices: NDArray[np.intp], rows: NDArray[Any]
     ) -> None:
-        keys = [shard.keys[row] for row in rows.tolist()]
-        expected = shard.checksums[rows].tolist()
-        if self._checksums(keys, content) != expected:
-            raise ValueError("the checksum of a row is wrong")
-        if not np.isfinite(content).all():
-            raise ValueError("it has NaN or infinity")
+        """Raise ValueError if some rows of a shard are damaged."""
+        keys = [shard.keys[index] for index in indices.tolist()]
+        expected = shard.checksums[indices].tolist()
+        if self._checksums(keys, rows) != expected:
+            raise ValueError("the checksum of a row does not match")
+        if not np.isfinite(rows).all():
+            raise ValueError("it contains NaN or infinity")
 
     def _checksums(self, keys: Sequence[bytes], rows: NDArray[Any]) -> list[int]:
-        crc32, seed = zlib.crc32, self._seed
+        """Return the CRC32 of each row, which depends on namespace and key as well."""
+        crc32, seed = zlib.crc32, self._checksum_seed
         return [
             crc32(row, crc32(key, seed)) for key, row in zip(keys, rows, strict=True)
         ]

@@ -39,9 +39,7 @@ def temporary_seed(device: torch.device, *entropy: int) -> Iterator[None]:
         Non-negative integers from which the seed is derived.
     """
     legacy: Any = np.random  # NumPy has no other interface to its global state
-    seed, seed_2 = (
-        np.random.SeedSequence(entropy).generate_state(2, np.uint64).tolist()
-    )
+    seed, seed_2 = np.random.SeedSequence(entropy).generate_state(2, np.uint64).tolist()
     device_ids = [] if device.type == "cpu" else [device.index or 0]
     device_type = "cuda" if device.type == "cpu" else device.type
     with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
-from store_rows import shards
+from store_rows import find_shards
 
 import sktl._inference.cached_forward
 from sktl import FeatureStore, PretrainedClassifier, PretrainedFeatures
@@ -279,7 +279,7 @@ def test_a_full_disk_does_not_fail_a_fit(counting, paths, monkeypatch):
 
 def test_a_damaged_shard_does_not_fail_a_fit(counting, paths):
     expected = counting.transform(paths)
-    for shard in shards(counting.memory):
+    for shard in find_shards(counting.memory):
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1  # in the rows
         shard.write_bytes(content)

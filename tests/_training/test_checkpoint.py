@@ -376,7 +376,7 @@ def test_a_file_is_no_directory(images, mine, tmp_path):
         mine.set_params(checkpoint=tmp_path / "file").fit(images, Y)
 
 
-def test_the_tilde_is_home(images, mine, tmp_path, monkeypatch):
+def test_tilde_is_expanded(images, mine, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     mine.set_params(checkpoint="~/mine", max_epochs=1).fit(images, Y)

@@ -255,22 +255,22 @@ def test_groups_come_to_the_splitter_of_a_search(paths, routing):
 
 FORKED = """
 import os, sys
-from store_rows import KEYS, SPACE, check, rows_of
+from store_rows import KEYS, SPACE, check_rows, make_rows
 from sktl import FeatureStore
 mine = FeatureStore(sys.argv[1])
-mine.put(SPACE, KEYS[:20], rows_of(KEYS[:20]))
-check(mine, expected=20)
+mine.put(SPACE, KEYS[:20], make_rows(KEYS[:20]))
+check_rows(mine, n_expected=20)
 children = []
 for number in range(4):
     child = os.fork()
     if not child:
         keys = KEYS[20 + 5 * number : 25 + 5 * number]
-        mine.put(SPACE, keys, rows_of(keys))
+        mine.put(SPACE, keys, make_rows(keys))
         positions, _ = mine.get(SPACE, KEYS[:20] + keys)
         os._exit(len(positions) != 25)
     children.append(child)
 assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
-check(mine)
+check_rows(mine)
 """
 
 
