@@ -13,7 +13,7 @@ from scipy.special import softmax
 from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 
-from sktl._images.augmentation import NAMES
+from sktl._images.augmentation import AUGMENTATIONS
 from sktl._images.decode import PixelRange
 from sktl._images.validation import ImageShape
 from sktl._inference.execution import ENGINES
@@ -235,7 +235,7 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
         "weight_decay": [Interval(Real, 0, None, closed="left")],
         "lr_schedule": [StrOptions(LR_SCHEDULES)],
         "max_epochs": [Interval(Integral, 0, None, closed="left")],
-        "augmentation": [StrOptions(NAMES), callable, None],
+        "augmentation": [StrOptions(AUGMENTATIONS), callable, None],
         "augmentation_views": [Interval(Integral, 1, None, closed="left"), None],
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
         "wise_ft_alpha": [Interval(Real, 0, 1, closed="both")],

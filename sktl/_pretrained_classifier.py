@@ -21,7 +21,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.registry import BackboneSpec, load_backbone
-from sktl._images.decode import PixelRange
+from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
 from sktl._inference.execution import ENGINES, PRECISIONS, ExecutionConfig

@@ -56,9 +56,9 @@ KEPT_BACK = [
 # What the checks feed is no image: rows of 2 or 5 numbers, most of them outside the
 # range of floats. That we say so is right; it is not what is checked there.
 NO_IMAGES = [
-    "ignore:X has .* neither a square nor three squares:UserWarning",
-    "ignore:.* what is beyond the values of black and white is clipped:UserWarning",
-    "ignore:.* takes its full range from black to white:UserWarning",
+    "ignore:X has .* neither a square grey nor a square RGB image:UserWarning",
+    "ignore:.* values outside pixel_range=.* are clipped:UserWarning",
+    "ignore:.* maps the full range of the dtype:UserWarning",
     # Some fit on a frame and transform an array on purpose, or the other way round.
     "ignore:X (has|does not have valid) feature names:UserWarning",
 ]

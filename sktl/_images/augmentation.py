@@ -1,9 +1,10 @@
-"""How an image is varied in training, by name or by a function of the user's.
+"""Data augmentation, by name or by a user-defined function.
 
-Every variation has two halves. What is the same each time (decoding, resizing) may be
-done in threads, and kept. What is random runs in the thread that trains, one image
-after the other, and draws from torch's global generator, as torchvision's transforms
-do; so the same seed gives the same images, however many threads there are.
+An augmentation consists of a deterministic transform followed by a random one. The
+deterministic transform (decoding, resizing) can run in threads, and its output can be
+cached. The random transform runs in the training thread, one image after the other, and
+draws from torch's global generator, as torchvision's transforms do; the result
+therefore does not depend on the number of threads.
 """
 
 from collections.abc import Callable
@@ -21,25 +22,27 @@ from sktl._images.preprocessing import Preprocessing
 
 NAMES = {"flip", "standard", "trivial"}
 
-# Less of a photograph than a third often shows nothing of what its label names.
-_CROP_AREA = (0.35, 1.0)
-# Those that Pillow converts to RGB without losing anything.
-_PLAIN_MODES = {"1", "L", "P", "RGB", "CMYK", "HSV", "YCbCr"}
-_COLOUR = 0.2  # brightness, contrast and saturation: 80 % to 120 %
+# Smaller crops of a photograph often do not show the labelled object.
+_CROP_SCALE = (0.35, 1.0)  # fraction of the area
+# Modes of 8 bits without alpha, which Pillow converts to RGB without loss.
+_CONVERTIBLE_MODES = {"1", "L", "P", "RGB", "CMYK", "HSV", "YCbCr"}
+_JITTER = 0.2  # brightness, contrast and saturation: 80 % to 120 %
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A variation in two halves.
+    """An augmentation as a deterministic and a random transform.
 
     Attributes
     ----------
     deterministic : callable
-        From a PIL image, mode RGB, to what `random` takes: always the same.
+        Maps a PIL image in mode RGB to the input of `random`, always to the same.
     random : callable
-        From that to pixels ``(side, side, 3)``, uint8: another time, others.
+        Maps the output of `deterministic` to pixels ``(side, side, 3)``, uint8, which
+        differ from call to call.
     deterministic_gives_pixels : bool
-        Whether `deterministic` gives pixels ``(side, side, 3)``, uint8, worth keeping.
+        Whether `deterministic` returns pixels ``(side, side, 3)``, uint8, which can be
+        cached.
     """
 
     deterministic: Callable[[Image.Image], Any]
@@ -51,23 +54,23 @@ def augmentation_for(
     augmentation: str | Callable[[Image.Image], Image.Image] | None,
     preprocessing: Preprocessing,
 ) -> Augmentation:
-    """Give the augmentation of that name for images that are preprocessed like that.
+    """Return the transforms of an augmentation.
 
     Parameters
     ----------
     augmentation : {"flip", "standard", "trivial"}, callable or None
-        ``"flip"``: left and right exchanged in half of the cases. ``"standard"``: a
-        crop of 35 to 100 % of the area instead of the middle, flip, and changes of
-        colour. ``"trivial"``: that crop, flip, and one change drawn at random [1]_. A
-        callable gets the whole image, a PIL image, and gives another, which is then
-        preprocessed. None varies nothing.
+        ``"flip"``: horizontal flip with probability 0.5. ``"standard"``: random crop of
+        35 to 100 % of the area instead of the center crop, flip, and color jitter.
+        ``"trivial"``: the same crop and flip, and one transform drawn at random [1]_. A
+        callable maps the whole image, a PIL image, to another one, which is then
+        preprocessed. None: no augmentation.
     preprocessing : Preprocessing
-        Size and interpolation.
+        Size and interpolation of the output.
 
     Returns
     -------
     Augmentation
-        In two halves.
+        Deterministic and random transform.
 
     References
     ----------
@@ -77,50 +80,50 @@ def augmentation_for(
     if augmentation is None:
         return Augmentation(preprocessing, lambda pixels: pixels, True)
     if augmentation == "flip":
-        return Augmentation(preprocessing, _flipped, True)
+        return Augmentation(preprocessing, _random_flip, True)
     if callable(augmentation):
 
-        def varied(image: Image.Image) -> NDArray[np.uint8]:
-            other = augmentation(image)
-            if not isinstance(other, Image.Image):
+        def augment(image: Image.Image) -> NDArray[np.uint8]:
+            output = augmentation(image)
+            if not isinstance(output, Image.Image):
                 raise TypeError(
-                    "A callable 'augmentation' must turn a PIL image into a PIL image. "
-                    f"Got {type(other).__name__} from {augmentation!r}."
+                    "A callable 'augmentation' must return a PIL image. Got "
+                    f"{type(output).__name__} from {augmentation!r}."
                 )
-            if other.mode not in _PLAIN_MODES:
+            if output.mode not in _CONVERTIBLE_MODES:
                 raise ValueError(
-                    "A callable 'augmentation' must give an image of 8 bits without "
-                    f"transparency. Got one of mode {other.mode!r} from "
-                    f"{augmentation!r}. Convert it to 'RGB'."
+                    "A callable 'augmentation' must return an image of 8 bits without "
+                    f"transparency. Got mode {output.mode!r} from {augmentation!r}. "
+                    "Convert it to 'RGB'."
                 )
-            return preprocessing(other.convert("RGB"))
+            return preprocessing(output.convert("RGB"))
 
-        return Augmentation(_whole, varied, False)
-    last = (
-        transforms.ColorJitter(_COLOUR, _COLOUR, _COLOUR)
+        return Augmentation(_load, augment, False)
+    color_transform = (
+        transforms.ColorJitter(_JITTER, _JITTER, _JITTER)
         if augmentation == "standard"
         else transforms.TrivialAugmentWide()
     )
-    chain = transforms.Compose(
+    transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(
                 preprocessing.crop_size,
-                _CROP_AREA,
+                _CROP_SCALE,
                 interpolation=InterpolationMode(preprocessing.interpolation),
             ),
             transforms.RandomHorizontalFlip(),
-            last,
+            color_transform,
         ]
     )
     return Augmentation(
-        _whole, lambda image: np.array(chain(image), dtype=np.uint8), False
+        _load, lambda image: np.array(transform(image), dtype=np.uint8), False
     )
 
 
-def _whole(image: Image.Image) -> Image.Image:
-    image.load()  # Pillow may put it off, and then the training thread would decode
+def _load(image: Image.Image) -> Image.Image:
+    image.load()  # otherwise Pillow may decode lazily, in the training thread
     return image
 
 
-def _flipped(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _random_flip(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return pixels[:, ::-1] if torch.rand(()) < 0.5 else pixels  # (side, side, 3)

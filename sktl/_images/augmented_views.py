@@ -1,8 +1,8 @@
-"""Fixed views of images: each varied some times, the same ways ever after.
+"""A fixed number of augmented views per image.
 
-What a view shows is drawn from a seed, the content of its image and its number, and
-not from where the image stands. So the views of an image are the same in each epoch
-and fold, and can be remembered as images are.
+A view is determined by a seed, the content hash of its image and its view index, but
+not by the position of the image. The views of an image are therefore the same in each
+epoch and fold, and can be cached like images.
 """
 
 import hashlib
@@ -21,40 +21,40 @@ from sktl._images.preprocessing import Preprocessing
 from sktl._images.sequence import ImageSequence
 from sktl._utils.random_state import temporary_seed
 
-View = Callable[[], NDArray[np.uint8]]  # gives pixels (side, side, 3)
+View = Callable[[], NDArray[np.uint8]]  # returns pixels (side, side, 3)
 
 _CPU = torch.device("cpu")
 
-# What is left to be done to a view, in the form of an `Augmentation`.
+# Evaluates a view, in the form of an `Augmentation` of views.
 APPLY_VIEW = Augmentation(lambda view: view, lambda view: view(), False)
 
 
 class AugmentedViews:
-    """Some views of each of a sequence of images; itself such a sequence.
+    """Sequence of a fixed number of augmented views of each image.
 
-    View v of image i stands at ``i * n_views + v``. It is decoded when asked for, and
-    given as a function that varies it: that draws from global random generators, which
-    belong to one thread.
+    View v of image i has index ``i * n_views + v``. On access, its image is decoded and
+    the view is returned as a function that applies the random transform. The function
+    draws from the global random number generators and is called in the training thread.
 
     Parameters
     ----------
     images : ImageSequence
-        Of what.
+        Images.
     augmentation : str or callable
-        How they are varied, as in `augmentation_for`.
+        Augmentation, as in `augmentation_for`.
     preprocessing : Preprocessing
         Size and interpolation.
     n_views : int
-        How many views there are of each.
+        Number of views per image.
     seed : int
-        Others, other views.
-    positions : sequence of int, optional
-        Which views these are. None: all.
+        Seed of the views.
+    view_indices : sequence of int, optional
+        Indices of the views that the sequence contains. None: all.
 
     Attributes
     ----------
     n_views : int
-        As given.
+        Number of views per image.
     """
 
     def __init__(
@@ -65,85 +65,96 @@ class AugmentedViews:
         *,
         n_views: int,
         seed: int,
-        positions: Sequence[int] | None = None,
+        view_indices: Sequence[int] | None = None,
     ) -> None:
         self._images = images
-        self._name = augmentation
+        self._augmentation = augmentation
         self._preprocessing = preprocessing
         self.n_views = n_views
         self._seed = seed
-        if positions is None:
-            positions = range(len(images) * n_views)
-        self._positions = positions
+        if view_indices is None:
+            view_indices = range(len(images) * n_views)
+        self._view_indices = view_indices
 
     def __len__(self) -> int:
-        """Give the number of views."""
-        return len(self._positions)
+        """Return the number of views."""
+        return len(self._view_indices)
 
-    def __getitem__(self, position: int) -> View:
-        """Decode the image of a view, and give a function that varies it.
+    def __getitem__(self, index: int) -> View:
+        """Decode the image of a view, and return a function that computes the view.
 
         Raises
         ------
         ValueError
-            If it cannot be read: names the row, the path and the reason.
+            If the image cannot be read; names its index, its path and the reason.
         """
-        return self.decode_and_hash(position)[1]
+        return self.decode_and_hash(index)[1]
 
-    def decode_and_hash(self, position: int) -> tuple[bytes, View]:
-        """Do the same, and give the key of just that view."""
-        row, number = divmod(self._positions[position], self.n_views)
-        key, image = self._images.decode_and_hash(row)
-        key = self._key(key, number)
-        # Made here, not in __init__: its functions cannot be pickled.
-        augmentation = augmentation_for(self._name, self._preprocessing)
-        prepared = augmentation.deterministic(image)
+    def decode_and_hash(self, index: int) -> tuple[bytes, View]:
+        """Return the hash of a view as well, computed from the decoded content."""
+        image_index, view_number = divmod(self._view_indices[index], self.n_views)
+        image_hash, image = self._images.decode_and_hash(image_index)
+        view_hash = self._view_hash(image_hash, view_number)
+        # Created here, not in __init__, since its functions cannot be pickled.
+        augmentation = augmentation_for(self._augmentation, self._preprocessing)
+        transformed = augmentation.deterministic(image)
 
         def view() -> NDArray[np.uint8]:
-            with temporary_seed(_CPU, *struct.unpack("<8I", key)):
-                return augmentation.random(prepared)
+            with temporary_seed(_CPU, *struct.unpack("<8I", view_hash)):
+                return augmentation.random(transformed)
 
-        return key, view
+        return view_hash, view
 
-    def subset(self, positions: Sequence[int]) -> "AugmentedViews":
-        """Give some of the views, which know of no other images."""
-        places = [divmod(self._positions[i], self.n_views) for i in positions]
-        rows = {row: i for i, row in enumerate(dict.fromkeys(row for row, _ in places))}
-        return self._of(
-            self._images.subset(list(rows)),
-            [rows[row] * self.n_views + number for row, number in places],
+    def subset(self, indices: Sequence[int]) -> "AugmentedViews":
+        """Return a sequence of some of the views, without the images of the others."""
+        chosen = [divmod(self._view_indices[i], self.n_views) for i in indices]
+        image_indices = list(dict.fromkeys(image_index for image_index, _ in chosen))
+        new_index = {image_index: i for i, image_index in enumerate(image_indices)}
+        return self._with(
+            self._images.subset(image_indices),
+            [
+                new_index[image_index] * self.n_views + view_number
+                for image_index, view_number in chosen
+            ],
         )
 
     def portable(self) -> "AugmentedViews":
-        """Give the same; see `ImageSequence.portable`."""
-        return self._of(self._images.portable(), self._positions)
+        """Return a copy to pickle; see `ImageSequence.portable`."""
+        return self._with(self._images.portable(), self._view_indices)
 
-    def original_index(self, position: int) -> int:
-        """Say what errors call the row of a view."""
-        return self._images.original_index(self._positions[position] // self.n_views)
+    def original_index(self, index: int) -> int:
+        """Return the index in X of the image of a view."""
+        return self._images.original_index(self._view_indices[index] // self.n_views)
 
-    def _of(self, images: ImageSequence, positions: Sequence[int]) -> "AugmentedViews":
+    def _with(
+        self, images: ImageSequence, view_indices: Sequence[int]
+    ) -> "AugmentedViews":
         return AugmentedViews(
             images,
-            self._name,
+            self._augmentation,
             self._preprocessing,
             n_views=self.n_views,
             seed=self._seed,
-            positions=positions,
+            view_indices=view_indices,
         )
 
     def content_hashes(self) -> list[bytes]:
-        """Give the keys of all views; see `ImageSequence.content_hashes`."""
-        places = [divmod(position, self.n_views) for position in self._positions]
-        rows = list(dict.fromkeys(row for row, _ in places))
-        keys = dict(zip(rows, self._images.subset(rows).content_hashes(), strict=True))
-        return [self._key(keys[row], number) for row, number in places]
+        """Return the hashes of all views; see `ImageSequence.content_hashes`."""
+        views = [divmod(view_index, self.n_views) for view_index in self._view_indices]
+        image_indices = list(dict.fromkeys(image_index for image_index, _ in views))
+        image_hashes = self._images.subset(image_indices).content_hashes()
+        hash_of = dict(zip(image_indices, image_hashes, strict=True))
+        return [
+            self._view_hash(hash_of[image_index], view_number)
+            for image_index, view_number in views
+        ]
 
     def decode_fingerprint(self) -> dict[str, Any]:
         """Return the settings that, with the content, determine a view's pixels."""
         version = ".".join(torchvision.__version__.split(".")[:2])
-        varied = f"{self._name}, torchvision {version}"
-        return {**self._images.decode_fingerprint(), "augmentation": varied}
+        augmentation = f"{self._augmentation}, torchvision {version}"
+        return {**self._images.decode_fingerprint(), "augmentation": augmentation}
 
-    def _key(self, key: bytes, number: int) -> bytes:
-        return hashlib.sha256(key + struct.pack("<QQ", self._seed, number)).digest()
+    def _view_hash(self, image_hash: bytes, view_number: int) -> bytes:
+        seed_and_view = struct.pack("<QQ", self._seed, view_number)
+        return hashlib.sha256(image_hash + seed_and_view).digest()

@@ -1,34 +1,35 @@
-"""One image, whatever it is kept in, as upright RGB.
+"""Decoding of one image, in any form, to upright RGB.
 
-Every image file goes through Pillow: on damaged files Pillow raises, where other
-decoders have been seen to crash the process. Pillow's own ``convert("RGB")`` however
-clips 16-bit and float images and shows what transparency was meant to hide, so the
-road from each mode to RGB is written down here:
+Image files are decoded by Pillow, which raises on damaged files, where other decoders
+have been seen to crash the process. Pillow's own ``convert("RGB")`` however clips
+16-bit and float images and drops transparency, so that each mode is converted
+explicitly:
 
 ==========================  ====================================================
-mode of the image         what becomes of it
+mode of the image           conversion to RGB
 ==========================  ====================================================
-``1``, ``L``, ``RGB``       as it is; grey three times
-``RGBA``, ``RGBa``, ``LA``, over white, as is any ``1``, ``L``, ``P`` or ``RGB``
-``La``, ``PA``              image that names a transparent colour
-``P``                       looked up in the palette
+``1``, ``L``, ``RGB``       unchanged; grey is repeated three times
+``RGBA``, ``RGBa``, ``LA``, composited on white, as is any ``1``, ``L``, ``P`` or
+``La``, ``PA``              ``RGB`` image with a transparent colour
+``P``                       palette lookup
 ``CMYK``, ``YCbCr``,        Pillow's conversion; embedded colour profiles are
 ``HSV``, ``LAB``, ``RGBX``  not applied
-``I;16`` and its variants   16-bit grey: 0 is black and 65535 white, or what an
-                            explicit ``pixel_range`` says (12 bits kept in 16)
-``I``, ``F``                32-bit integers and floats: by an explicit
-                            ``pixel_range``; without one only floats that all
-                            lie in [0, 1] are taken, anything else is refused
+``I;16`` and its variants   16-bit grey: black is 0 and white 65535, or as given by
+                            an explicit ``pixel_range`` (e.g. 12 bits stored in 16)
+``I``, ``F``                32-bit integers and floats: scaled by an explicit
+                            ``pixel_range``; without one, only floats in [0, 1] are
+                            supported, and all other images raise
 ==========================  ====================================================
 
-``pixel_range`` applies to arrays and to the last two rows of the table; files of 8
-bits a channel say themselves what black and white are. An EXIF orientation is obeyed,
-broken EXIF data is not. Of an animation or a file of many pages the first is taken, of
-a PIL image the frame it stands at.
+``pixel_range`` applies to arrays and to the last two rows of the table; in files of 8
+bits per channel, black and white are fixed. The EXIF orientation is applied; invalid
+EXIF data are ignored. The first frame of an animation or of a file of several pages is
+used, and the current frame of a PIL image.
 
-Two things are Pillow's and left so. Colour images of 16 bits a channel are read with
-8. The transparent colour of a grey PNG of 2 or 4 bits, or of a colour PNG of 16 bits a
-channel, is compared with pixels already scaled to 8 bits, and so is rarely found.
+Two limitations of Pillow remain. Colour images of 16 bits per channel are read with 8
+bits. The transparent colour of a grey PNG of 2 or 4 bits, or of a colour PNG of 16 bits
+per channel, is compared with pixels that are already scaled to 8 bits, and therefore
+seldom matches.
 """
 
 import io
@@ -38,26 +39,26 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-PixelRange = tuple[float, float] | Literal["auto"]
+from sktl._images.pixel_values import PixelRange, to_uint8
 
-#: Largest image read from a file or from bytes, in pixels. It is the size at which
-#: Pillow begins to warn of decompression bombs, and does not move with the user's
-#: ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow's warning comes first, from inside
-#: ``Image.open``; it cannot be kept back without changing the state of other threads.
+#: Size in pixels of the largest image that is decoded from a file or from bytes. It
+#: equals the size at which Pillow warns of decompression bombs, but does not depend on
+#: the user's ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow's warning is issued first, inside
+#: ``Image.open``; it cannot be suppressed without changing the state of other threads.
 MAX_PIXELS = 89_478_485
 
-# The formats that may be opened; among the others are some that start a program
-# (EPS) or see little use and little testing. MPO comes with JPEG.
+# Formats that may be opened. Others may start a program (EPS), or are rarely used and
+# tested. MPO is opened by Pillow's JPEG plugin.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-# ImageOps.exif_transpose would do, but it also writes the EXIF data anew, and with
-# broken data fails at that.
+# By EXIF orientation. ImageOps.exif_transpose also writes new EXIF data, which fails if
+# the data are invalid.
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -68,85 +69,86 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-_CONVERTIBLE = ("1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
-_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
-_DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
+_CONVERTIBLE_MODES = ("1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
+_DEEP_GREY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
-# A PIL image opened from a file reads its pixels when they are first asked for, which
-# changes it; the same image may stand in several rows.
+# A PIL image opened from a file loads its pixels on first use, which modifies it; the
+# same image may be decoded by several threads.
 _PIL_LOCK = threading.Lock()
 
 
 def decode(
     image: Any,
     *,
-    row: int,
+    index: int,
     pixel_range: PixelRange,
     content: bytes | None = None,
     min_decode_size: int | None = None,
 ) -> Image.Image:
-    """Give one image as upright RGB.
+    """Decode one image to upright RGB.
 
     Parameters
     ----------
     image : str, os.PathLike, bytes, PIL.Image.Image or array-like
-        The path of a file, the content of a file, an image, or its pixels, of shape
+        Path of a file, content of a file, PIL image, or pixels of shape
         (height, width) or (height, width, channels) with 1, 3 or 4 channels.
-    row : int
-        Where the image stands in X, for error messages.
+    index : int
+        Index of the image in X, for error messages.
     pixel_range : tuple of two floats or "auto"
         Values of black and white; see `to_uint8`.
     content : bytes, optional
-        What the file at the path holds, where it has been read already.
+        Content of the file at the path, if it has been read already.
     min_decode_size : int, optional
-        Of JPEG files, decode every second, fourth or eighth pixel (averages of them)
-        as long as the shorter side keeps that many. None decodes all.
+        Decode JPEG files at 1/2, 1/4 or 1/8 of their size (averaging pixels), as long
+        as the shorter side has at least this number of pixels. None decodes at full
+        size.
 
     Returns
     -------
     PIL.Image.Image
-        Mode "RGB", shares no memory with `image`.
+        Image in mode "RGB", which shares no memory with `image`.
 
     Raises
     ------
     ValueError
-        If the image cannot be read, naming the row, the path and the reason.
+        If the image cannot be read; names its index, its path and the reason.
     """
-    name = describe(image, row)
+    name = describe(image, index)
     if isinstance(image, bytes):
         content = image
     if content is not None:
-        pil_image = _from_file(io.BytesIO(content), name, min_decode_size)
+        pil_image = _read_file(io.BytesIO(content), name, min_decode_size)
     elif isinstance(image, str | os.PathLike):
-        with open_regular(image, name) as file:
-            pil_image = _from_file(file, name, min_decode_size)
+        with open_regular_file(image, name) as file:
+            pil_image = _read_file(file, name, min_decode_size)
     elif isinstance(image, Image.Image):
-        with _PIL_LOCK, reraise_naming(name):
-            pil_image = _upright(image)
+        with _PIL_LOCK, reraise_read_errors(name):
+            pil_image = _apply_orientation(image)
             pil_image = pil_image.copy() if pil_image is image else pil_image
     else:
-        with reraise_naming(name):
+        with reraise_read_errors(name):
             pil_image = _from_pixels(as_array(image, name), pixel_range)
     return _to_rgb(pil_image, name, pixel_range)
 
 
-def describe(image: object, row: int) -> str:
-    """Name a row in an error message, by its path where it has one."""
+def describe(image: object, index: int) -> str:
+    """Return the name of an image in error messages: its index and path or type."""
     if isinstance(image, str | os.PathLike):
-        # repr() makes names printable that are not valid UTF-8.
-        return f"X[{row}] ({str(os.fsdecode(image))!r})"
-    return f"X[{row}] ({type(image).__name__})"
+        # repr() makes names that are not valid UTF-8 printable.
+        return f"X[{index}] ({str(os.fsdecode(image))!r})"
+    return f"X[{index}] ({type(image).__name__})"
 
 
 def as_array(values: Any, name: str) -> npt.NDArray[Any]:
-    """Give an array-like object as a NumPy array, without a copy where possible.
+    """Convert an array-like object to a NumPy array, without a copy where possible.
 
     Parameters
     ----------
     values : array-like
-        Anything with ``__array__``, or nested sequences of numbers.
+        Object with ``__array__``, or nested sequences of numbers.
     name : str
-        What to call it in an error message: "X" or "X[3]".
+        Its name in error messages: "X" or "X[3]".
 
     Returns
     -------
@@ -155,8 +157,8 @@ def as_array(values: Any, name: str) -> npt.NDArray[Any]:
     Raises
     ------
     ValueError
-        If it is a torch tensor that NumPy cannot look into: on another device, part of
-        a graph of gradients, or of a type NumPy does not have.
+        If it is a torch tensor that cannot be converted: because of its device, its
+        dtype, or because it requires gradients.
     """
     if isinstance(values, np.ndarray):
         return values
@@ -166,106 +168,52 @@ def as_array(values: Any, name: str) -> npt.NDArray[Any]:
         if not hasattr(values, "detach"):
             raise
         raise ValueError(
-            f"{name} is a tensor that NumPy cannot read: {error} Pass "
-            "tensor.detach().cpu() instead (and .float() if its dtype is bfloat16)."
+            f"{name} is a tensor that cannot be converted to a NumPy array: {error} "
+            "Pass tensor.detach().cpu() instead (and .float() if its dtype is "
+            "bfloat16)."
         ) from error
 
 
-def black_and_white(
-    dtype: np.dtype[Any], pixel_range: PixelRange
-) -> tuple[float, float]:
-    """Give the values of black and white in arrays of a dtype.
-
-    Parameters
-    ----------
-    dtype : numpy.dtype
-        Of booleans, integers or floats.
-    pixel_range : tuple of two floats or "auto"
-        "auto" is the full range of an integer dtype, and (0, 1) for floats. Booleans
-        are black (False) and white (True) whatever it says.
-
-    Returns
-    -------
-    tuple of two floats
-    """
-    if dtype.kind == "b" or (dtype.kind == "f" and pixel_range == "auto"):
-        return 0, 1
-    if pixel_range == "auto":
-        limits = np.iinfo(dtype)
-        return limits.min, limits.max
-    return pixel_range
-
-
-def to_uint8(
-    values: npt.NDArray[Any], pixel_range: PixelRange
-) -> npt.NDArray[np.uint8]:
-    """Scale pixels so that black is 0 and white 255.
-
-    ``round((value - black) / (white - black) * 255)``, values beyond black and white
-    clipped to them. ``uint8`` with its own range is returned as it is, not copied.
-
-    Parameters
-    ----------
-    values : ndarray of any shape
-        Booleans, integers or finite floats.
-    pixel_range : tuple of two floats or "auto"
-        See `black_and_white`.
-
-    Returns
-    -------
-    ndarray of the same shape, uint8
-    """
-    black, white = black_and_white(values.dtype, pixel_range)
-    if values.dtype == np.uint8 and (black, white) == (0, 255):
-        return values
-    scaled = values.astype(np.float64)
-    # In place: each step would need eight bytes more for each value of a large image.
-    scaled -= black
-    scaled /= white - black
-    scaled *= 255
-    return np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
-
-
 @contextmanager
-def reraise_naming(name: str) -> Iterator[None]:
-    """Turn whatever goes wrong with an image into a ValueError that names it."""
+def reraise_read_errors(name: str) -> Iterator[None]:
+    """Reraise any error as a ValueError that names the image."""
     try:
         yield
     except MemoryError as error:
-        # More likely this machine than the image, whose size was checked.
-        error.add_note(f"While decoding {name}.")
+        # Not a ValueError: the size of the image was checked, so that the cause is more
+        # likely the machine than the image.
+        error.add_note(f"While decoding image {name}.")
         raise
     except Exception as error:
-        # Broad on purpose: on damaged files Pillow raises, besides OSError, whatever
-        # its parsers stumble over: SyntaxError, struct.error, KeyError, TypeError ...
+        # All exceptions on purpose: for damaged files, Pillow's parsers raise not only
+        # OSError, but SyntaxError, struct.error, KeyError, TypeError and others.
         raise ValueError(
-            f"{name} is not an image that can be read: {_reason(error)}. Replace or "
-            "remove it."
+            f"Cannot read image {name}: {_reason(error)}. Replace or remove it."
         ) from error
 
 
 def _reason(error: Exception) -> str:
-    """Say in one printable phrase what an error is about."""
+    """Describe an error in one printable phrase."""
     if isinstance(error, UnidentifiedImageError):
-        # Pillow's text is the repr of an open file.
-        text = f"it is damaged, or none of {', '.join(_FORMATS)}"
+        # Pillow's message is the repr of an open file.
+        text = f"it is damaged, or its format is not one of {', '.join(_FORMATS)}"
     elif isinstance(error, OSError) and error.strerror:
-        # The rest of an OSError's text is the path again.
+        # The full message of an OSError repeats the path.
         text = error.strerror
     else:
         text = str(error).rstrip(".") or type(error).__name__
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def open_regular(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
-    """Open a regular file; anything else might block, or never end.
+def open_regular_file(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
+    """Open a regular file; reading a pipe or a device might block, or never end.
 
     Parameters
     ----------
     path : str or path-like
-        Of the file.
+        Path of the file.
     name : str
-        What to call it in an error message, from `describe`.
+        Name of the image in error messages, from `describe`.
 
     Returns
     -------
@@ -274,56 +222,54 @@ def open_regular(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
     Raises
     ------
     ValueError
-        If it cannot be opened.
+        If the path is not a regular file, or cannot be opened.
     """
-    with reraise_naming(name):
+    with reraise_read_errors(name):
         status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise ValueError(
-            f"{name} is not an image that can be read: a path must lead to a regular "
-            f"file, this one leads to {kind}. Replace or remove it."
+            f"Cannot read image {name}: its path must be that of a regular file. Got "
+            f"{kind}. Replace or remove it."
         )
-    with reraise_naming(name):
-        # Opened here, not by Pillow, which maps files it opens itself into memory: a
-        # file that another process then cuts short would end this one with SIGBUS.
+    with reraise_read_errors(name):
+        # Not opened by Pillow, which memory-maps the files that it opens: if another
+        # process truncates a mapped file, reading it ends this process by SIGBUS.
         return open(path, "rb")
 
 
-def _from_file(file: IO[bytes], name: str, min_decode_size: int | None) -> Image.Image:
-    """Read the first image of an open file, upright, in the mode it is kept in."""
-    with reraise_naming(name):
+def _read_file(file: IO[bytes], name: str, min_decode_size: int | None) -> Image.Image:
+    """Read the first frame of an open file, upright and in its original mode."""
+    with reraise_read_errors(name):
         is_empty = not file.read(1)
     if is_empty:
         raise ValueError(
-            f"{name} is not an image that can be read: it is empty (0 bytes). "
-            "Replace or remove it."
+            f"Cannot read image {name}: it is empty (0 bytes). Replace or remove it."
         )
-    with reraise_naming(name):
+    with reraise_read_errors(name):
         image = Image.open(file, formats=_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
-            f"{name} has {image.width} x {image.height} pixels; files of more than "
-            f"{MAX_PIXELS} pixels are not decoded, as they can exhaust the memory. "
-            "Shrink it, or pass it as a PIL image or an array."
+            f"Cannot read image {name}: it has {image.width} x {image.height} pixels; "
+            f"files of more than {MAX_PIXELS} pixels are not decoded, because they can "
+            "exhaust the memory. Shrink it, or pass it as a PIL image or an array."
         )
-    with reraise_naming(name):
+    with reraise_read_errors(name):
         if min_decode_size is not None:
             image.draft(None, (min_decode_size, min_decode_size))
-        return _upright(image)
+        return _apply_orientation(image)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Load the pixels and turn them as EXIF says; if it is silent, no new object."""
-    image.load()  # a PNG may keep its EXIF data behind the pixels
+def _apply_orientation(image: Image.Image) -> Image.Image:
+    """Load the pixels and apply the EXIF orientation, if there is one."""
+    image.load()  # the EXIF data of a PNG may follow the pixels
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except Warning:
-        raise  # of users who made warnings errors, and for whom nothing is let pass
+        raise  # the user turned warnings into errors
     except Exception:
-        # EXIF data is a remark on the image, often mangled by editing programs, and
-        # broken in as many ways as files are. The pixels are sound; viewers show them
-        # unturned, and so do we.
+        # All exceptions on purpose: EXIF data are often invalid, in as many ways as
+        # files are damaged. The pixels are intact, and image viewers ignore the data.
         orientation = None
     if orientation not in _TRANSPOSITIONS:
         return image
@@ -331,7 +277,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _from_pixels(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> Image.Image:
-    """Make an image of an array of shape (height, width[, 1, 3 or 4])."""
+    """Convert an array of shape (height, width[, 1, 3 or 4]) to an image."""
     values = to_uint8(pixels, pixel_range)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]  # (height, width, 1) -> (height, width)
@@ -339,27 +285,29 @@ def _from_pixels(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> Image.Ima
 
 
 def _to_rgb(image: Image.Image, name: str, pixel_range: PixelRange) -> Image.Image:
-    """Convert by the table at the top of this file."""
+    """Convert an image to RGB according to the table at the top of this file."""
     if 0 in image.size:
-        raise ValueError(f"{name} has no pixels: its size is {image.size}. Remove it.")
+        raise ValueError(
+            f"Image {name} has no pixels: its size is {image.size}. Remove it."
+        )
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _DEEP_GREY:
-        grey = _deep_grey(image, name, pixel_range)
+    if image.mode in _DEEP_GREY_MODES:
+        grey = _scale_deep_grey(image, name, pixel_range)
         return Image.fromarray(grey).convert("RGB")
-    with reraise_naming(name):
-        if image.mode in _TRANSPARENT or image.has_transparency_data:
-            return _over_white(image)
-        if image.mode in _CONVERTIBLE:
+    with reraise_read_errors(name):
+        if image.mode in _ALPHA_MODES or image.has_transparency_data:
+            return _composite_on_white(image)
+        if image.mode in _CONVERTIBLE_MODES:
             return image.convert("RGB")
     raise ValueError(
-        f"{name} has Pillow's mode {image.mode!r}, for which no conversion to RGB is "
-        "known. Convert it to 'RGB' yourself."
+        f"Image {name} has the unsupported Pillow mode {image.mode!r}. Convert it to "
+        "'RGB'."
     )
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    """Lay an image with transparency of any kind on white paper."""
+def _composite_on_white(image: Image.Image) -> Image.Image:
+    """Composite an image with any kind of transparency on a white background."""
     if image.mode == "La":
         image = image.convert("LA")  # Pillow drops the alpha of a direct conversion
     rgba = image.convert("RGBA")
@@ -368,27 +316,29 @@ def _over_white(image: Image.Image) -> Image.Image:
     return white
 
 
-def _deep_grey(
+def _scale_deep_grey(
     image: Image.Image, name: str, pixel_range: PixelRange
 ) -> npt.NDArray[np.uint8]:
-    """Scale grey of 16 or 32 bits, given as (height, width), to 8 bits."""
+    """Scale a grey image of 16 or 32 bits to 8 bits, of shape (height, width)."""
     values = np.asarray(image)
     advice = "Set pixel_range=(black, white)."
     if image.mode == "F":
-        least, most = float(values.min()), float(values.max())
-        if not math.isfinite(least + most):
+        min_value, max_value = float(values.min()), float(values.max())
+        if not math.isfinite(min_value + max_value):
             raise ValueError(
-                f"{name} has pixels that are NaN or infinite. Replace or remove it."
+                f"Image {name} contains NaN or infinity. Replace or remove it."
             )
-        if pixel_range == "auto" and (least < 0 or most > 1):
+        if pixel_range == "auto" and (min_value < 0 or max_value > 1):
             raise ValueError(
-                f"{name} holds floats from {least:g} to {most:g} (mode 'F'), of which "
-                f"only those in [0, 1] have a known black and white. {advice}"
+                f"Image {name} contains floats from {min_value:g} to {max_value:g} "
+                "(mode 'F'); black and white are only known for floats in [0, 1]. "
+                f"{advice}"
             )
     elif image.mode == "I" and pixel_range == "auto":
         raise ValueError(
-            f"{name} holds 32-bit integers (mode 'I'), whose black and white are not "
-            f"known; its values go from {values.min()} to {values.max()}. {advice}"
+            f"Image {name} contains 32-bit integers (mode 'I'), for which black and "
+            f"white are unknown; its values range from {values.min()} to "
+            f"{values.max()}. {advice}"
         )
     grey = to_uint8(values, pixel_range)
     transparent = image.info.get("transparency")

@@ -1,8 +1,8 @@
-"""Which image is this: a key that depends on its content alone.
+"""Content hashes: keys of images that depend on their content only.
 
-A file is known by the sha256 of its bytes, wherever it lies and whatever it is called;
-an array by that of its dtype, shape and pixels. Two keys are equal only if the images
-are.
+The content hash of a file is the sha256 of its bytes, whatever its name and location;
+that of an array is the sha256 of its dtype, shape and pixels. Images with different
+content have different hashes.
 """
 
 import hashlib
@@ -16,114 +16,116 @@ import numpy as np
 from PIL import Image
 
 from sktl._images.decode import (
-    PixelRange,
     as_array,
     decode,
     describe,
-    open_regular,
-    reraise_naming,
+    open_regular_file,
+    reraise_read_errors,
 )
+from sktl._images.pixel_values import PixelRange
 
-# A file that changes twice within one tick of the file system's clock looks the same
-# after as before. So what is younger than this is not remembered (as in git's index).
-_SETTLED_NS = 2_000_000_000
-_MOST_REMEMBERED = 2**20
+# A file that changes twice within one tick of the clock of the file system may keep its
+# modification time. Hashes of files younger than this are not cached (as in git's
+# index).
+_MIN_AGE_NS = 2_000_000_000
+_MAX_CACHED_HASHES = 2**20  # then the cache is emptied
 
-_remembered: dict[str, tuple[tuple[int, ...], bytes]] = {}
-# As one function of C: it is called for each file of each call.
-_signature: Callable[[os.stat_result], tuple[int, ...]] = operator.attrgetter(
+# Fingerprint and content hash of files, by absolute path.
+_hash_cache: dict[str, tuple[tuple[int, ...], bytes]] = {}
+# A single C function, since it is called for each file in each call.
+_file_fingerprint: Callable[[os.stat_result], tuple[int, ...]] = operator.attrgetter(
     "st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"
 )
 
 
 def content_hashes(
-    images: Iterable[Any], rows: Iterable[int], *, pixel_range: PixelRange
+    images: Iterable[Any], indices: Iterable[int], *, pixel_range: PixelRange
 ) -> list[bytes]:
-    """Give the keys of images, in order; see `content_hash`."""
+    """Return the content hash of each image; see `content_hash`."""
     return [
         (isinstance(image, str) and _cached_hash(image))
-        or content_hash(image, row=row, pixel_range=pixel_range)
-        for row, image in zip(rows, images, strict=True)
+        or content_hash(image, index=index, pixel_range=pixel_range)
+        for index, image in zip(indices, images, strict=True)
     ]
 
 
-def content_hash(image: Any, *, row: int, pixel_range: PixelRange) -> bytes:
-    """Give the key of an image.
+def content_hash(image: Any, *, index: int, pixel_range: PixelRange) -> bytes:
+    """Return the content hash of an image.
 
-    The key of a file that was read before in this process is remembered as long as
-    path, size, times of change and inode stay as they are.
+    The hash of a file is cached as long as its path, size, modification times and inode
+    do not change.
 
     Parameters
     ----------
     image : str, os.PathLike, bytes, PIL.Image.Image or array-like
-        One image, as `sktl._decode.decode` takes it.
-    row : int
-        Where the image stands in X, for error messages.
+        One image, as in `sktl._images.decode.decode`.
+    index : int
+        Index of the image in X, for error messages.
     pixel_range : tuple of two floats or "auto"
-        Values of black and white, of PIL images.
+        Values of black and white, for PIL images.
 
     Returns
     -------
     bytes
-        32 of them.
+        Hash of 32 bytes.
 
     Raises
     ------
     ValueError
-        If it is a file that cannot be read; what is in it is not looked at.
+        If a file cannot be read; its content is not decoded.
     """
     if isinstance(image, bytes):
         return hashlib.sha256(image).digest()
     if isinstance(image, str | os.PathLike):
-        return _key_of_file(image, describe(image, row))
+        return _hash_file(image, describe(image, index))
     if isinstance(image, Image.Image):
-        # Its pixels are there already, and palettes, transparency and orientation
-        # make them what they are: so by what becomes of it.
-        image = decode(image, row=row, pixel_range=pixel_range)
-    return _key_of_pixels(image, describe(image, row))
+        # Hash the decoded pixels, which depend on palette, transparency and orientation
+        # as well.
+        image = decode(image, index=index, pixel_range=pixel_range)
+    return _hash_pixels(image, describe(image, index))
 
 
 def decode_and_hash(
     image: Any,
     *,
-    row: int,
+    index: int,
     pixel_range: PixelRange,
     min_decode_size: int | None = None,
 ) -> tuple[bytes, Image.Image]:
-    """Decode an image, and give the key of what was decoded.
+    """Decode an image and return the hash of exactly the content that was decoded.
 
-    Which is another one than before if the file changed since.
+    If a file has changed since it was last hashed, its new hash is returned.
 
     Parameters
     ----------
-    image, row, pixel_range
+    image, index, pixel_range
         As in `content_hash`.
     min_decode_size : int, optional
-        As in `decode`; the key does not depend on it.
+        As in `decode`; does not affect the hash.
 
     Returns
     -------
-    key : bytes
-        32 of them.
+    content_hash : bytes
+        Hash of 32 bytes.
     image : PIL.Image.Image
-        Upright, mode "RGB".
+        Upright image in mode "RGB".
 
     Raises
     ------
     ValueError
-        If it cannot be read: names the row, the path and the reason.
+        If the image cannot be read; names its index, its path and the reason.
     """
     if isinstance(image, str | os.PathLike):
-        name = describe(image, row)
-        with open_regular(image, name) as file, reraise_naming(name):
+        name = describe(image, index)
+        with open_regular_file(image, name) as file, reraise_read_errors(name):
             content = file.read()
-        key = hashlib.sha256(content).digest()
+        digest = hashlib.sha256(content).digest()
     else:
         content = None
-        key = content_hash(image, row=row, pixel_range=pixel_range)
-    return key, decode(
+        digest = content_hash(image, index=index, pixel_range=pixel_range)
+    return digest, decode(
         image,
-        row=row,
+        index=index,
         pixel_range=pixel_range,
         content=content,
         min_decode_size=min_decode_size,
@@ -132,37 +134,37 @@ def decode_and_hash(
 
 def _cached_hash(path: str) -> bytes | None:
     try:
-        # As it stands if absolute, as most are: joining costs as much as os.stat.
-        known = _remembered.get(path) or _remembered.get(_absolute(path))
-        if known is None:
+        # Most paths are absolute: joining them would cost as much as os.stat.
+        entry = _hash_cache.get(path) or _hash_cache.get(_absolute(path))
+        if entry is None:
             return None
-        return known[1] if known[0] == _signature(os.stat(path)) else None
+        return entry[1] if entry[0] == _file_fingerprint(os.stat(path)) else None
     except (OSError, ValueError):
-        return None  # gone, or a name that none can have: reading it will tell
+        return None  # missing or invalid path: opening it raises the right error
 
 
 def _absolute(path: str) -> str:
-    # Not os.path.abspath: to it link/../a is a, which may be another file.
+    # Not os.path.abspath, which takes link/../a for a. It may be another file.
     return os.path.join(os.getcwd(), path)
 
 
-def _key_of_file(path: str | os.PathLike[Any], name: str) -> bytes:
+def _hash_file(path: str | os.PathLike[Any], name: str) -> bytes:
     text = os.fsdecode(path)
-    if (remembered := _cached_hash(text)) is not None:
-        return remembered
+    if (cached := _cached_hash(text)) is not None:
+        return cached
     now = time.time_ns()
-    file: Any  # hashlib's types ask for more than typing's IO has
-    with open_regular(path, name) as file, reraise_naming(name):
+    file: Any  # typing.IO lacks a method that the types of hashlib require
+    with open_regular_file(path, name) as file, reraise_read_errors(name):
         status = os.fstat(file.fileno())
-        key = hashlib.file_digest(file, "sha256").digest()
-    if max(status.st_mtime_ns, status.st_ctime_ns) < now - _SETTLED_NS:
-        if len(_remembered) >= _MOST_REMEMBERED:
-            _remembered.clear()
-        _remembered[_absolute(text)] = (_signature(status), key)
-    return key
+        digest = hashlib.file_digest(file, "sha256").digest()
+    if max(status.st_mtime_ns, status.st_ctime_ns) < now - _MIN_AGE_NS:
+        if len(_hash_cache) >= _MAX_CACHED_HASHES:
+            _hash_cache.clear()
+        _hash_cache[_absolute(text)] = (_file_fingerprint(status), digest)
+    return digest
 
 
-def _key_of_pixels(image: Any, name: str) -> bytes:
+def _hash_pixels(image: Any, name: str) -> bytes:
     pixels = as_array(image, name)
     digest = hashlib.sha256(f"{pixels.dtype.str} {pixels.shape} ".encode())
     digest.update(np.ascontiguousarray(pixels).data.cast("B"))

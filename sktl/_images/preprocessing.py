@@ -1,4 +1,4 @@
-"""What is done to an image between decoding it and showing it to a network."""
+"""Preprocessing of decoded images: resize, center crop and normalization."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,38 +12,39 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
-# Longer images are cropped while they are resized, not after: at a shorter side of
-# 256, one of 1 x 20000 pixels would become 4 GB.
-_LONGEST = 32
-# Side in pixels; a square of it is larger than any image that is read from a file.
-_LARGEST = 10_000
+# Images with a larger aspect ratio are resized and cropped in one step: resized to a
+# shorter side of 256, an image of 1 x 20000 pixels would take 4 GB.
+_MAX_ASPECT_RATIO = 32
+# In pixels; a square of this size is larger than any image that is read from a file.
+_MAX_SIZE = 10_000
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to an image before a network sees it.
+    """Preprocessing of images for a network: resize, center crop and normalize.
 
     Parameters
     ----------
     resize_size : int
-        Length in pixels to which the shorter side is resized.
+        Size in pixels to which the shorter side is resized.
 
     crop_size : int
-        Side in pixels of the square that is then cut out of the middle.
+        Side in pixels of the square center crop.
 
     interpolation : str, default="bilinear"
-        A value of ``torchvision.transforms.InterpolationMode``, such as ``"bicubic"``.
+        Value of ``torchvision.transforms.InterpolationMode``, such as ``"bicubic"``.
 
     mean, std : tuple of 3 float, default=those of ImageNet
-        Of red, green and blue on a scale from 0 to 1; the mean is subtracted and the
-        result divided by the deviation. Calling a `Preprocessing` leaves this to
-        whoever has the pixels in floating point.
+        Mean and standard deviation of the red, green and blue channel, for pixels
+        scaled to [0, 1]. The mean is subtracted and the result divided by the standard
+        deviation. Calling a `Preprocessing` does not normalize: it returns uint8
+        pixels, which are normalized together with the forward pass.
 
     Raises
     ------
     ValueError
         If a size is below 1 or above 10000, the interpolation is unknown, or mean and
-        std are not three finite numbers each, of which those of std are positive.
+        std are not three finite numbers each, with positive std.
     """
 
     resize_size: int
@@ -54,17 +55,17 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
-            if not 1 <= getattr(self, name) <= _LARGEST:
+            if not 1 <= getattr(self, name) <= _MAX_SIZE:
                 raise ValueError(
-                    f"{name} must be at least 1 and at most {_LARGEST}. Got {self!r}."
+                    f"{name} must be at least 1 and at most {_MAX_SIZE}. Got {self!r}."
                 )
         modes = [mode.value for mode in InterpolationMode]
         if self.interpolation not in modes:
             raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
-        # Python's own, so that it looks the same wherever it is written down.
+        # Python integers, so that the repr does not depend on the integer type.
         for name in ("resize_size", "crop_size"):
             object.__setattr__(self, name, int(getattr(self, name)))
-        # Tuples, so that it can be hashed and compared however it was written.
+        # Tuples of floats, which are hashable and compare equal to other sequences.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if (
@@ -74,28 +75,28 @@ class Preprocessing:
             or not all(map(math.isfinite, self.mean + self.std))
         ):
             raise ValueError(
-                "mean and std must have one number for each of red, green and blue, "
-                f"all finite and those of std positive. Got {self!r}."
+                "mean and std must have one finite number for each of red, green and "
+                f"blue, and std must be positive. Got {self!r}."
             )
 
     @classmethod
     def from_torchvision(cls, preset: Any) -> Self:
-        """Read the transform of torchvision's classification weights.
+        """Create a preprocessing from the transforms of torchvision weights.
 
         Parameters
         ----------
         preset : torchvision's ImageClassification
-            As ``weights.transforms()`` gives it.
+            Transforms of classification weights, ``weights.transforms()``.
 
         Returns
         -------
         Preprocessing
-            Which does the same.
+            Equivalent preprocessing.
 
         Raises
         ------
         TypeError
-            If it is anything else.
+            If `preset` is of another type.
         """
         if not hasattr(preset, "resize_size") or not hasattr(preset, "crop_size"):
             raise TypeError(
@@ -111,7 +112,7 @@ class Preprocessing:
         )
 
     def with_image_size(self, side: int) -> Self:
-        """Give the same for another size.
+        """Return the same preprocessing for another image size.
 
         Parameters
         ----------
@@ -121,61 +122,62 @@ class Preprocessing:
         Returns
         -------
         Preprocessing
-            A new one.
+            New preprocessing with ``resize_size`` and ``crop_size`` equal to `side`.
         """
         return replace(self, resize_size=side, crop_size=side)
 
     def min_decode_size(self, reducing_gap: float | None) -> int | None:
-        """Say how large an image must at least be decoded.
+        """Return the minimum size at which images must be decoded.
 
         Parameters
         ----------
         reducing_gap : float or None
-            How many times the size it is resized to; None for as large as it is.
+            Minimum ratio of the decoded size to ``resize_size``. None: images are
+            decoded at full size.
 
         Returns
         -------
         int or None
-            Of the shorter side, in pixels.
+            Minimum size of the shorter side, in pixels.
         """
         if reducing_gap is None:
             return None
         return math.ceil(reducing_gap * self.resize_size)
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize an image and cut out its middle.
+        """Resize an image and crop its center.
 
         Parameters
         ----------
         image : PIL.Image.Image
-            In mode RGB, of any size.
+            Image of any size in mode RGB.
 
         Returns
         -------
         ndarray of shape (crop_size, crop_size, 3), uint8
-            The pixels that torchvision's transform gives; of an image more than 32
-            times as long as wide, up to the rounding of intermediate results. Where
-            the crop is larger than the resized image, it is black around it.
+            The same pixels as those of torchvision's transforms; for aspect ratios
+            above 32, up to rounding of intermediate results. A crop larger than the
+            resized image is padded with black.
         """
         mode = InterpolationMode(self.interpolation)
-        if max(image.size) <= _LONGEST * min(image.size):
+        if max(image.size) <= _MAX_ASPECT_RATIO * min(image.size):
             image = tvf.resize(image, [self.resize_size], mode)
         else:
-            image = self._resized_middle(image)
+            image = self._resize_center(image)
         return np.array(tvf.center_crop(image, [self.crop_size]), dtype=np.uint8)
 
-    def _resized_middle(self, image: Image.Image) -> Image.Image:
-        # Along the longer side only those pixels that the crop will keep.
+    def _resize_center(self, image: Image.Image) -> Image.Image:
+        """Resize only the part of an image that the center crop keeps."""
         short, long = sorted(image.size)
         new_long = int(self.resize_size * long / short)
         kept = min(self.crop_size, new_long)
         start = round((new_long - kept) / 2)
         scale = long / new_long
         first, last = start * scale, (start + kept) * scale
-        # What the widest filter (Lanczos, 3 pixels) sees of the image. Cut out
-        # before, since Pillow keeps the corners of a box in single precision.
-        seen = 3 * max(1.0, scale) + 1
-        low, high = max(0, int(first - seen)), min(long, math.ceil(last + seen))
+        # Crop to the support of the widest filter (Lanczos, 3 pixels) first, since
+        # Pillow stores the corners of a box in single precision.
+        support = 3 * max(1.0, scale) + 1
+        low, high = max(0, int(first - support)), min(long, math.ceil(last + support))
         resample = tvf.pil_modes_mapping[InterpolationMode(self.interpolation)]
         corners = (first - low, 0.0, last - low, float(short))
         if image.height <= image.width:
@@ -183,20 +185,21 @@ class Preprocessing:
             return part.resize((kept, self.resize_size), resample, box=corners)
         part = image.crop((0, low, short, high))
         left, top, right, bottom = corners
-        turned = (top, left, bottom, right)
-        return part.resize((self.resize_size, kept), resample, box=turned)
+        transposed = (top, left, bottom, right)
+        return part.resize((self.resize_size, kept), resample, box=transposed)
 
 
 class Normalization(nn.Module):
-    """The rest of a `Preprocessing`, for whole batches of what it gives.
+    """Normalize batches of uint8 pixels by the mean and std of a `Preprocessing`.
 
-    Step by step as torchvision does it, so that the bits are the same, but over rows of
-    pixels instead of channels: the innermost axis is then hundreds long, not three.
+    Applies the same operations as torchvision, so that the results are bit-identical,
+    but to rows of pixels: the innermost axis then has hundreds of elements instead of
+    three, which is faster.
 
     Parameters
     ----------
     preprocessing : Preprocessing
-        Whose mean and deviation.
+        Preprocessing with the mean and std.
     """
 
     mean: Tensor
@@ -210,8 +213,8 @@ class Normalization(nn.Module):
             self.register_buffer(name, row, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Turn uint8 ``(n, side, side, 3)`` into float32 ``(n, 3, side, side)``."""
+        """Convert uint8 ``(n, side, side, 3)`` to float32 ``(n, 3, side, side)``."""
         rows = pixels.flatten(2)  # (n, side, side * 3)
-        # Nothing in place: OpenVINO does not read that.
+        # Not in place: OpenVINO does not support in-place operations.
         x: Tensor = (rows / 255 - self.mean) / self.std
         return x.view(pixels.shape).permute(0, 3, 1, 2)  # channels last in memory

@@ -1,4 +1,4 @@
-"""A sequence of images, decoded one at a time when they are asked for."""
+"""A sequence of images that are decoded on access."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -7,138 +7,153 @@ from typing import Any
 import PIL
 from PIL import Image
 
-from sktl._images.decode import PixelRange, as_array, decode
+from sktl._images.decode import as_array, decode
 from sktl._images.hashing import content_hashes, decode_and_hash
+from sktl._images.pixel_values import PixelRange
 
 
 class ImageSequence:
-    """A sequence of RGB images, decoded one at a time when asked for.
+    """Lazy sequence of RGB images, each decoded when it is accessed.
 
-    Nothing is kept and nothing shared is changed, so that threads may ask for several
-    at once. Made by `validate_images`, which has checked the rows.
+    Decoded images are not cached and no shared state is modified, so that threads can
+    access images concurrently. Created by `validate_images`, which checks the images.
 
     Parameters
     ----------
-    rows : sequence of length n_samples
-        The images in the form the user gave them: anything with a length and
-        positions.
+    images : sequence of length n_samples
+        Images in the form the user passed them; any object with a length that can be
+        indexed.
     pixel_range : tuple of two floats or "auto"
-        Values of black and white in arrays; see `sktl._images.decode.to_uint8`.
-    row_shape : tuple of ints, optional
-        Shape of an image whose row in `rows` is flat.
-    numbers : sequence of int, optional
-        What errors call the rows. None counts them from 0.
+        Values of black and white in arrays; see `sktl._images.pixel_values.to_uint8`.
+    image_shape : tuple of ints, optional
+        Shape of the images if they are flattened.
+    original_indices : sequence of int, optional
+        Index in X of each image, for error messages. None counts from 0.
     min_decode_size : int, optional
         As in `decode`.
     """
 
     def __init__(
         self,
-        rows: Any,
+        images: Any,
         pixel_range: PixelRange,
-        row_shape: tuple[int, ...] | None = None,
-        numbers: Sequence[int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        original_indices: Sequence[int] | None = None,
         min_decode_size: int | None = None,
     ) -> None:
-        self._rows = rows
-        self._numbers = range(len(rows)) if numbers is None else numbers
+        self._images = images
         self._pixel_range = pixel_range
-        self._row_shape = row_shape
-        self._least_side = min_decode_size
+        self._image_shape = image_shape
+        if original_indices is None:
+            original_indices = range(len(images))
+        self._original_indices = original_indices
+        self._min_decode_size = min_decode_size
 
     def __len__(self) -> int:
-        """Give the number of images."""
-        return len(self._rows)
+        """Return the number of images."""
+        return len(self._images)
 
-    def __getitem__(self, row: int) -> Image.Image:
-        """Decode the image of one row.
+    def __getitem__(self, index: int) -> Image.Image:
+        """Decode one image.
 
         Returns
         -------
         PIL.Image.Image
-            Upright, mode "RGB".
+            Upright image in mode "RGB".
 
         Raises
         ------
         ValueError
-            If it cannot be read: names the row, the path and the reason.
+            If it cannot be read; names its index in X, its path and the reason.
         """
         return decode(
-            self._row(row),
-            row=self._numbers[row],
+            self._image(index),
+            index=self._original_indices[index],
             pixel_range=self._pixel_range,
-            min_decode_size=self._least_side,
+            min_decode_size=self._min_decode_size,
         )
 
-    def subset(self, positions: Sequence[int]) -> "ImageSequence":
-        """Give some of the images; in errors they keep their numbers."""
-        rows = [self._rows[position] for position in positions]
-        numbers = [self._numbers[position] for position in positions]
+    def subset(self, indices: Sequence[int]) -> "ImageSequence":
+        """Return a sequence of some of the images, with their original indices."""
         return ImageSequence(
-            rows, self._pixel_range, self._row_shape, numbers, self._least_side
+            [self._images[index] for index in indices],
+            self._pixel_range,
+            self._image_shape,
+            [self._original_indices[index] for index in indices],
+            self._min_decode_size,
         )
 
-    def original_index(self, position: int) -> int:
-        """Say what errors call the row at a position."""
-        return self._numbers[position]
+    def original_index(self, index: int) -> int:
+        """Return the index in X of an image."""
+        return self._original_indices[index]
 
     def portable(self) -> "ImageSequence":
-        """Give the same, to be pickled for a process with another working directory."""
-        rows = [
-            _for_elsewhere(row, number, self._pixel_range)
-            for row, number in zip(self._rows, self._numbers, strict=True)
+        """Return a copy to pickle for a process with another working directory."""
+        images = [
+            _portable_image(image, original_index, self._pixel_range)
+            for image, original_index in zip(
+                self._images, self._original_indices, strict=True
+            )
         ]
         return ImageSequence(
-            rows, self._pixel_range, self._row_shape, self._numbers, self._least_side
+            images,
+            self._pixel_range,
+            self._image_shape,
+            self._original_indices,
+            self._min_decode_size,
         )
 
     def with_min_decode_size(self, min_decode_size: int | None) -> "ImageSequence":
-        """Give the same, with another `min_decode_size`."""
+        """Return the same images with another `min_decode_size`."""
         return ImageSequence(
-            self._rows,
+            self._images,
             self._pixel_range,
-            self._row_shape,
-            self._numbers,
+            self._image_shape,
+            self._original_indices,
             min_decode_size,
         )
 
     def decode_fingerprint(self) -> dict[str, str]:
-        """Say what decides, beside the content of an image, what it looks like."""
+        """Return the settings that, with the content, determine the decoded pixels."""
         return {
             "pixel_range": str(self._pixel_range),
             "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
-            "min_decode_size": str(self._least_side),
+            "min_decode_size": str(self._min_decode_size),
         }
 
     def content_hashes(self) -> list[bytes]:
-        """Give the keys of the content of all rows; see `sktl._images.hashing`."""
-        rows: Iterable[Any] = self._rows
-        if self._row_shape is not None:
-            rows = map(self._row, range(len(self)))
-        return content_hashes(rows, self._numbers, pixel_range=self._pixel_range)
-
-    def decode_and_hash(self, row: int) -> tuple[bytes, Image.Image]:
-        """Decode the image of one row, and give the key of just that content."""
-        return decode_and_hash(
-            self._row(row),
-            row=self._numbers[row],
-            pixel_range=self._pixel_range,
-            min_decode_size=self._least_side,
+        """Return the content hashes of all images; see `sktl._images.hashing`."""
+        images: Iterable[Any] = self._images
+        if self._image_shape is not None:
+            images = map(self._image, range(len(self)))
+        return content_hashes(
+            images, self._original_indices, pixel_range=self._pixel_range
         )
 
-    def _row(self, row: int) -> Any:
-        image = self._rows[row]
-        if self._row_shape is not None:
-            image = image.reshape(self._row_shape)  # (n_features,) -> (h, w[, c])
+    def decode_and_hash(self, index: int) -> tuple[bytes, Image.Image]:
+        """Decode one image, and return the hash of exactly that content as well."""
+        return decode_and_hash(
+            self._image(index),
+            index=self._original_indices[index],
+            pixel_range=self._pixel_range,
+            min_decode_size=self._min_decode_size,
+        )
+
+    def _image(self, index: int) -> Any:
+        image = self._images[index]
+        if self._image_shape is not None:
+            image = image.reshape(self._image_shape)  # (n_features,) -> (h, w[, c])
         return image
 
 
-def _for_elsewhere(image: Any, number: int, pixel_range: PixelRange) -> Any:
+def _portable_image(image: Any, original_index: int, pixel_range: PixelRange) -> Any:
+    """Convert an image to a form that can be pickled without loss, and is small."""
     if isinstance(image, str | os.PathLike):
         return os.path.join(os.getcwd(), os.fsdecode(image))
     if isinstance(image, Image.Image):
-        # Pillow leaves orientation, and transparency of palettes, behind.
-        return decode(image, row=number, pixel_range=pixel_range)
+        # Pickling loses the orientation, and the transparency of palettes.
+        return decode(image, index=original_index, pixel_range=pixel_range)
     if isinstance(image, bytes):
         return image
-    return as_array(image, f"X[{number}]")  # a tensor takes all that it is a view of
+    # As an array: pickling a tensor includes the whole tensor of which it is a view.
+    return as_array(image, f"X[{original_index}]")

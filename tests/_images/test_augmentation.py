@@ -1,4 +1,4 @@
-"""Variations by name are torchvision's, drawn from torch's generator."""
+"""Named augmentations equal torchvision's, drawn from torch's generator."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from sktl import Preprocessing
 from sktl._images.augmentation import NAMES, augmentation_for
 
 AT_16 = Preprocessing(18, 16, interpolation="bicubic")
-VARIED = [*sorted(NAMES), lambda image: transforms.RandomRotation(30)(image)]
+AUGMENTATIONS = [*sorted(NAMES), lambda image: transforms.RandomRotation(30)(image)]
 
 
 @pytest.fixture
@@ -19,42 +19,42 @@ def image(images):
     return Image.fromarray(images[7])
 
 
-def varied(augmentation, image, seed=0):
+def augment(augmentation, image, seed=0):
     augmentation = augmentation_for(augmentation, AT_16)
-    prepared = augmentation.deterministic(image)
+    transformed = augmentation.deterministic(image)
     torch.manual_seed(seed)
-    return augmentation.random(prepared)
+    return augmentation.random(transformed)
 
 
-@pytest.mark.parametrize("augmentation", [None, *VARIED])
+@pytest.mark.parametrize("augmentation", [None, *AUGMENTATIONS])
 @pytest.mark.parametrize("size", [(32, 24), (16, 16), (5, 90), (1, 1)])
-def test_pixels_of_the_size_asked_for(image, augmentation, size):
+def test_output_size(image, augmentation, size):
     for seed in range(5):
-        pixels = varied(augmentation, image.resize(size), seed)
+        pixels = augment(augmentation, image.resize(size), seed)
         assert pixels.shape == (16, 16, 3)
         assert pixels.dtype == np.uint8
 
 
-def test_none_is_the_preprocessing(image):
-    np.testing.assert_array_equal(varied(None, image), AT_16(image))
+def test_none_is_preprocessing_only(image):
+    np.testing.assert_array_equal(augment(None, image), AT_16(image))
 
 
-def test_flip_exchanges_left_and_right_in_half_of_the_cases(image):
-    straight, mirrored = AT_16(image), AT_16(ImageOps.mirror(image))
-    np.testing.assert_array_equal(mirrored, straight[:, ::-1])
+def test_flip_mirrors_half_of_the_images(image):
+    original, mirrored = AT_16(image), AT_16(ImageOps.mirror(image))
+    np.testing.assert_array_equal(mirrored, original[:, ::-1])
     n_mirrored = 0
     for seed in range(100):
-        pixels = varied("flip", image, seed)
+        pixels = augment("flip", image, seed)
         is_mirrored = np.array_equal(pixels, mirrored)
-        assert is_mirrored or np.array_equal(pixels, straight)
+        assert is_mirrored or np.array_equal(pixels, original)
         n_mirrored += is_mirrored
     assert 30 <= n_mirrored <= 70
 
 
 @pytest.mark.parametrize("name", ["standard", "trivial"])
 @pytest.mark.parametrize("seed", range(10))
-def test_by_name_is_torchvision_by_hand(image, name, seed):
-    last = {
+def test_named_augmentations_equal_torchvision(image, name, seed):
+    color_transform = {
         "standard": transforms.ColorJitter(0.2, 0.2, 0.2),
         "trivial": transforms.TrivialAugmentWide(),
     }[name]
@@ -62,60 +62,60 @@ def test_by_name_is_torchvision_by_hand(image, name, seed):
     expected = transforms.RandomResizedCrop(
         16, (0.35, 1.0), interpolation=InterpolationMode.BICUBIC
     )(image)
-    expected = last(transforms.RandomHorizontalFlip()(expected))
-    np.testing.assert_array_equal(varied(name, image, seed), np.array(expected))
+    expected = color_transform(transforms.RandomHorizontalFlip()(expected))
+    np.testing.assert_array_equal(augment(name, image, seed), np.array(expected))
 
 
-@pytest.mark.parametrize("augmentation", VARIED)
-def test_the_same_seed_gives_the_same_and_another_one_others(image, augmentation):
-    first = [varied(augmentation, image, seed).tobytes() for seed in range(20)]
-    again = [varied(augmentation, image, seed).tobytes() for seed in range(20)]
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_augmentation_depends_on_the_seed(image, augmentation):
+    first = [augment(augmentation, image, seed).tobytes() for seed in range(20)]
+    again = [augment(augmentation, image, seed).tobytes() for seed in range(20)]
     assert first == again
     assert len(set(first)) > 1
 
 
-@pytest.mark.parametrize("augmentation", [None, *VARIED])
-def test_preparing_draws_nothing(image, augmentation):
+@pytest.mark.parametrize("augmentation", [None, *AUGMENTATIONS])
+def test_deterministic_transform_draws_no_random_numbers(image, augmentation):
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    augmentation_for(augmentation, AT_16).prepare(image)
+    augmentation_for(augmentation, AT_16).deterministic(image)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("augmentation", [None, *VARIED])
-def test_what_was_prepared_can_be_varied_again(image, augmentation):
+@pytest.mark.parametrize("augmentation", [None, *AUGMENTATIONS])
+def test_random_transform_does_not_modify_its_input(image, augmentation):
     augmentation = augmentation_for(augmentation, AT_16)
-    prepared = augmentation.deterministic(image)
-    before = np.array(prepared)
+    transformed = augmentation.deterministic(image)
+    before = np.array(transformed)
     for _ in range(10):
-        augmentation.random(prepared)
-    np.testing.assert_array_equal(np.array(prepared), before)
+        augmentation.random(transformed)
+    np.testing.assert_array_equal(np.array(transformed), before)
 
 
-@pytest.mark.parametrize("augmentation", [None, *VARIED])
-def test_what_is_kept_are_the_pixels(image, augmentation):
+@pytest.mark.parametrize("augmentation", [None, *AUGMENTATIONS])
+def test_deterministic_transform_returns_pixels_or_the_image(image, augmentation):
     augmentation = augmentation_for(augmentation, AT_16)
-    prepared = augmentation.deterministic(image)
+    transformed = augmentation.deterministic(image)
     if augmentation.deterministic_gives_pixels:
-        np.testing.assert_array_equal(prepared, AT_16(image))
+        np.testing.assert_array_equal(transformed, AT_16(image))
     else:
-        np.testing.assert_array_equal(np.array(prepared), np.array(image))
+        np.testing.assert_array_equal(np.array(transformed), np.array(image))
 
 
-def test_a_callable_gets_the_whole_image(image):
-    seen = []
+def test_callable_gets_the_whole_image(image):
+    calls = []
 
-    def mine(each):
-        seen.append((each.mode, each.size))
+    def function(each):
+        calls.append((each.mode, each.size))
         return ImageOps.flip(each)
 
-    np.testing.assert_array_equal(varied(mine, image), AT_16(ImageOps.flip(image)))
-    assert seen == [("RGB", (32, 24))]
+    np.testing.assert_array_equal(augment(function, image), AT_16(ImageOps.flip(image)))
+    assert calls == [("RGB", (32, 24))]
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "YCbCr", "CMYK", "HSV", "RGB"])
-def test_a_callable_may_give_another_mode_and_size(image, mode):
-    pixels = varied(lambda each: each.convert(mode).resize((9, 40)), image)
+def test_callable_may_change_mode_and_size(image, mode):
+    pixels = augment(lambda each: each.convert(mode).resize((9, 40)), image)
     expected = AT_16(image.convert(mode).resize((9, 40)).convert("RGB"))
     np.testing.assert_array_equal(pixels, expected)
 
@@ -124,30 +124,30 @@ def test_a_callable_may_give_another_mode_and_size(image, mode):
     ("other", "name"),
     [(None, "NoneType"), (np.zeros((4, 4, 3), "u1"), "ndarray"), ("a.png", "str")],
 )
-def test_a_callable_that_gives_no_image(image, other, name):
-    def mine(each):
+def test_callable_that_returns_no_image_raises(image, other, name):
+    def function(each):
         return other
 
-    with pytest.raises(TypeError, match=rf"PIL image\. Got {name} from .*mine"):
-        varied(mine, image)
+    with pytest.raises(TypeError, match=rf"PIL image. Got {name} from .*function"):
+        augment(function, image)
 
 
-def test_a_callable_that_draws_on_the_image_leaves_the_users_alone(images):
+def test_callable_cannot_modify_images_of_the_user(images):
     from sktl import PretrainedFeatures
     from sktl._images.validation import validate_images
 
-    def mine(each):
+    def function(each):
         ImageDraw.Draw(each).rectangle((0, 0, 32, 24), "red")
         return each
 
-    given = [Image.fromarray(images[0]), images[1].copy()]
-    taken = validate_images(given, estimator=PretrainedFeatures(), reset=True)
-    for row in range(2):
-        assert (varied(mine, taken[row]) == [255, 0, 0]).all()
-        np.testing.assert_array_equal(np.array(given[row]), images[row])
+    X = [Image.fromarray(images[0]), images[1].copy()]
+    validated = validate_images(X, estimator=PretrainedFeatures(), reset=True)
+    for index in range(2):
+        assert (augment(function, validated[index]) == [255, 0, 0]).all()
+        np.testing.assert_array_equal(np.array(X[index]), images[index])
 
 
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
-def test_a_callable_must_not_give_what_would_be_lost(image, mode):
-    with pytest.raises(ValueError, match=f"Got one of mode '{mode}'"):
-        varied(lambda each: Image.new(mode, each.size), image)
+def test_callable_that_returns_an_unsupported_mode_raises(image, mode):
+    with pytest.raises(ValueError, match=f"Got mode '{mode}'"):
+        augment(lambda each: Image.new(mode, each.size), image)

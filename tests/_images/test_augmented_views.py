@@ -1,4 +1,4 @@
-"""Fixed views: what they show depends on seed, content and number, on nothing else."""
+"""Views depend on seed, content and view number only."""
 
 import random
 import struct
@@ -19,35 +19,37 @@ from sktl._utils.random_state import temporary_seed
 AT_16 = Preprocessing(16, 16)
 
 
-def views_of(X, augmentation="standard", *, n_views=3, seed=0):
+def make_views(X, augmentation="standard", *, n_views=3, seed=0):
     images = validate_images(X, estimator=PretrainedFeatures(), reset=True)
     return AugmentedViews(images, augmentation, AT_16, n_views=n_views, seed=seed)
 
 
-def shown(views):
+def compute_all(views):
     return np.stack([views[i]() for i in range(len(views))])
 
 
 @pytest.mark.parametrize("augmentation", ["flip", "standard", "trivial"])
-def test_what_a_view_shows_does_not_depend_on_where_it_stands(paths, augmentation):
-    first = shown(views_of(paths, augmentation)).reshape(-1, 3, 16, 16, 3)
+def test_views_do_not_depend_on_position(paths, augmentation):
+    first = compute_all(make_views(paths, augmentation)).reshape(-1, 3, 16, 16, 3)
     order = np.random.default_rng(0).permutation(len(paths))
     torch.rand(3)
-    other = views_of([paths[i] for i in order], augmentation, n_views=5)
-    other = shown(other).reshape(-1, 5, 16, 16, 3)
+    other = make_views([paths[i] for i in order], augmentation, n_views=5)
+    other = compute_all(other).reshape(-1, 5, 16, 16, 3)
     np.testing.assert_array_equal(other[:, :3], first[order])
 
 
-def test_views_differ_between_numbers_and_seeds(paths):
-    first, other = (shown(views_of(paths, seed=seed)) for seed in (0, 1))
+def test_views_depend_on_view_number_and_seed(paths):
+    first, other = (compute_all(make_views(paths, seed=seed)) for seed in (0, 1))
     different = np.unique(np.concatenate([first, other]), axis=0)
-    assert len(different) > 0.95 * 2 * 3 * len(paths)  # some crops are all white
-    keys = views_of(paths).content_hashes() + views_of(paths, seed=1).content_hashes()
-    assert len(set(keys)) == 2 * 3 * len(paths)
+    assert len(different) > 0.95 * 2 * 3 * len(paths)  # some crops are white
+    hashes = (
+        make_views(paths).content_hashes() + make_views(paths, seed=1).content_hashes()
+    )
+    assert len(set(hashes)) == 2 * 3 * len(paths)
 
 
-def test_flips_are_flips_and_half_of_them_happen(images):
-    got = shown(views_of(images, "flip", n_views=20)).reshape(-1, 20, 16, 16, 3)
+def test_half_of_the_flip_views_are_mirrored(images):
+    got = compute_all(make_views(images, "flip", n_views=20)).reshape(-1, 20, 16, 16, 3)
     flipped = Counter()
     for views, image in zip(got, images, strict=True):
         pixels = AT_16(Image.fromarray(image))
@@ -58,44 +60,44 @@ def test_flips_are_flips_and_half_of_them_happen(images):
     assert 0.45 < flipped[True] / flipped.total() < 0.55
 
 
-def test_views_are_torchvisions(images):
-    key, view = views_of(images, n_views=2).decode_and_hash(7)
-    chain = transforms.Compose(
+def test_views_equal_torchvision(images):
+    view_hash, view = make_views(images, n_views=2).decode_and_hash(7)
+    transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(16, (0.35, 1.0)),
             transforms.RandomHorizontalFlip(),
             transforms.ColorJitter(0.2, 0.2, 0.2),
         ]
     )
-    with temporary_seed(torch.device("cpu"), *struct.unpack("<8I", key)):
-        expected = np.array(chain(Image.fromarray(images[3])))
+    with temporary_seed(torch.device("cpu"), *struct.unpack("<8I", view_hash)):
+        expected = np.array(transform(Image.fromarray(images[3])))
     np.testing.assert_array_equal(view(), expected)
 
 
-def test_global_generators_are_where_they_were(paths):
+def test_global_generators_are_restored(paths):
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
-    views_of(paths)[4]()
+    make_views(paths)[4]()
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
 
 
-def test_some_of_the_views_are_those(paths):
-    views = views_of(paths)
+def test_subset(paths):
+    views = make_views(paths)
     some = views.subset([7, 0, 100]).subset([2, 0])
     assert some.content_hashes() == [
         views.content_hashes()[100],
         views.content_hashes()[7],
     ]
-    np.testing.assert_array_equal(shown(some), shown(views)[[100, 7]])
-    key, view = some.decode_and_hash(1)
-    assert key == views.content_hashes()[7]
+    np.testing.assert_array_equal(compute_all(some), compute_all(views)[[100, 7]])
+    view_hash, view = some.decode_and_hash(1)
+    assert view_hash == views.content_hashes()[7]
     np.testing.assert_array_equal(view(), views[7]())
 
 
-def test_a_space_names_what_decides_a_view(paths):
+def test_fingerprint_names_the_augmentation(paths):
     names = {
-        views_of(paths, name).decode_fingerprint()["augmentation"]
+        make_views(paths, name).decode_fingerprint()["augmentation"]
         for name in ("flip", "trivial")
     }
     assert len(names) == 2
@@ -106,12 +108,12 @@ def test_a_bad_image_is_named_by_its_row(paths, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"X\[1\].*bad\.png"):
-        views_of([paths[0], str(bad)])[4]
+        make_views([paths[0], str(bad)])[4]
 
 
 @pytest.mark.parametrize("augmentation", ["trivial", ImageOps.mirror])
-def test_one_view_of_each_image_is_trained_on(images, augmentation):
-    views = views_of(images, augmentation)
+def test_training_samples_one_view_of_each_image(images, augmentation):
+    views = make_views(images, augmentation)
     dataset = ImageDataset(
         views,
         np.arange(len(images)),
@@ -121,7 +123,7 @@ def test_one_view_of_each_image_is_trained_on(images, augmentation):
         side=16,
         n_jobs=2,
     )
-    expected = shown(views).reshape(-1, 3, 16, 16, 3)
+    expected = compute_all(views).reshape(-1, 3, 16, 16, 3)
     chosen = Counter()
     for _ in range(4):
         (x, (label, _)), *_ = dataset.batches(range(len(images)), 1)

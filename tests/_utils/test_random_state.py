@@ -1,4 +1,4 @@
-"""Global generators are seeded from numbers, and come back as they were."""
+"""Global generators are seeded temporarily, and their state is restored."""
 
 import random
 import threading
@@ -13,20 +13,20 @@ CPU = torch.device("cpu")
 
 
 def draw():
-    return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002  (the global one is meant)
+    return random.random(), np.random.rand(), torch.rand(()).item()  # noqa: NPY002  (tests the global generator)
 
 
-def test_same_numbers_same_draws():
+def test_seed_depends_on_all_entropy():
     drawn = []
-    for numbers in [(1, 2), (1, 2), (1, 3), (2, 2)]:
-        with temporary_seed(CPU, *numbers):
+    for entropy in [(1, 2), (1, 2), (1, 3), (2, 2)]:
+        with temporary_seed(CPU, *entropy):
             drawn.append(draw())
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 3
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_what_was_global_before_is_after(error):
+def test_state_is_restored(error):
     with temporary_seed(CPU, 5):
         before = draw()
     with temporary_seed(CPU, 5):
@@ -40,21 +40,21 @@ def test_what_was_global_before_is_after(error):
         assert draw() == before
 
 
-def test_borrowing_waits_for_who_has_it():
+def test_preserve_rng_state_waits_for_other_threads():
     order = []
 
-    def borrow():
+    def draw_and_restore():
         with preserve_rng_state():
             torch.rand(3)
-            order.append("borrowed")
+            order.append("restored")
 
     with temporary_seed(CPU, 5):
-        thread = threading.Thread(target=borrow)
+        thread = threading.Thread(target=draw_and_restore)
         thread.start()
         thread.join(0.05)
         order.append("done")
         after = draw()
     thread.join()
-    assert order == ["done", "borrowed"]
+    assert order == ["done", "restored"]
     with temporary_seed(CPU, 5):
         assert draw() == after

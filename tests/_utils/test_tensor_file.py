@@ -1,4 +1,4 @@
-"""What was written is read, bit for bit; anything else is refused by name."""
+"""Files are read as they were written, bit for bit; any other file raises."""
 
 import errno
 import io
@@ -28,11 +28,11 @@ def tensors():
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "one": one,
         "one again": one,
-        "part of one": one[:, 1:3],
-        "turned": one.t(),
+        "slice of one": one[:, 1:3],
+        "transposed": one.t(),
         "every second": torch.arange(9)[::2],
         "empty": torch.zeros(0, 3),
-        "needs a gradient": torch.nn.Parameter(torch.randn(2)),
+        "parameter": torch.nn.Parameter(torch.randn(2)),
     }
 
 
@@ -42,7 +42,7 @@ def file(tmp_path, tensors):
     return tmp_path / "net.safetensors"
 
 
-def refused(path):
+def check_raises(path):
     with pytest.raises(ValueError, match=r"net\.safetensors.*Nothing in it was"):
         read_tensors(path)
 
@@ -71,7 +71,7 @@ def test_what_was_written_is_read(file, tensors):
         "bool",
     ],
 )
-def test_each_type_keeps_its_bits(tmp_path, dtype):
+def test_each_dtype_keeps_its_bits(tmp_path, dtype):
     tensor = (torch.randn(3, 5) * 9).abs().to(getattr(torch, dtype))
     write_tensors(tmp_path / "a", {"x": tensor}, {})
     read = read_tensors(tmp_path / "a")[0]["x"]
@@ -79,7 +79,7 @@ def test_each_type_keeps_its_bits(tmp_path, dtype):
     assert torch.equal(read, tensor)
 
 
-def test_bits_that_equality_does_not_see(tmp_path):
+def test_special_values_keep_their_bits(tmp_path):
     tensor = torch.tensor([float("nan"), -0.0, float("inf"), 1e-45])
     write_tensors(tmp_path / "a", {"x": tensor}, {"x": float("inf")})
     read, document = read_tensors(tmp_path / "a")
@@ -87,7 +87,7 @@ def test_bits_that_equality_does_not_see(tmp_path):
     assert document == {"x": float("inf")}
 
 
-def test_nothing_at_all_can_be_written(tmp_path):
+def test_empty_file(tmp_path):
     write_tensors(tmp_path / "a", {}, {})
     assert read_tensors(tmp_path / "a") == ({}, {})
 
@@ -100,7 +100,7 @@ def test_it_is_a_safetensors_file(file, tensors):
         assert json.loads(opened.metadata()["sktl"]) == DOCUMENT
 
 
-def test_the_order_of_a_mapping_changes_nothing(file, tensors):
+def test_file_does_not_depend_on_the_order_of_mappings(file, tensors):
     def sha256():
         with safe_open(file, "pt") as opened:
             return opened.metadata()["sha256"]
@@ -113,7 +113,7 @@ def test_the_order_of_a_mapping_changes_nothing(file, tensors):
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
+def test_flipped_bits_raise(tmp_path):
     file = tmp_path / "net.safetensors"
     tensors = {
         "w": torch.ones(2, 3),
@@ -123,34 +123,34 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     write_tensors(file, tensors, {"a": 'x"'})
     whole = file.read_bytes()
     assert len(whole) < 600
-    for position in range(len(whole)):
+    for offset in range(len(whole)):
         for bit in range(8):
             damaged = bytearray(whole)
-            damaged[position] ^= 1 << bit
+            damaged[offset] ^= 1 << bit
             file.write_bytes(damaged)
-            refused(file)
+            check_raises(file)
 
 
-def test_every_length_but_its_own_is_noticed(file):
+def test_wrong_length_raises(file):
     whole = file.read_bytes()
     for length in range(0, len(whole), 7):
         file.write_bytes(whole[:length])
-        refused(file)
+        check_raises(file)
     for more in (b"\0", b" ", whole):
         file.write_bytes(whole + more)
-        refused(file)
+        check_raises(file)
 
 
-def test_a_change_that_fits_is_noticed(file, tensors):
+def test_consistent_changes_raise(file, tensors):
     _, document = read_tensors(file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     changed = {**load_file(file), "one": torch.zeros(3, 4)}
     save_file(changed, file, metadata)
-    refused(file)
+    check_raises(file)
     text = json.dumps({**document, "number": 0.2}, sort_keys=True)
     save_file(load_file(file), file, {**metadata, "sktl": text})
-    refused(file)
+    check_raises(file)
 
 
 class Attack:
@@ -168,9 +168,9 @@ def test_a_pickle_is_not_executed(tmp_path, how):
         file.write_bytes(pickle.dumps(Attack(touched)))
     else:
         torch.save(Attack(touched), file, _use_new_zipfile_serialization=how == "torch")
-    refused(file)
+    check_raises(file)
     assert not touched.exists()
-    # The attack does work on whoever unpickles without looking.
+    # The attack works if the file is unpickled.
     content = io.BytesIO(file.read_bytes())
     pickle.load(content) if how == "pickle" else torch.load(content, weights_only=False)
     assert touched.exists()
@@ -186,28 +186,28 @@ def test_a_pickle_is_not_executed(tmp_path, how):
         {"sha256": "0" * 64},
     ],
 )
-def test_safetensors_of_somebody_else(tmp_path, metadata):
+def test_other_safetensors_files_raise(tmp_path, metadata):
     file = tmp_path / "net.safetensors"
     save_file({"w": torch.ones(2)}, file, metadata)
-    refused(file)
+    check_raises(file)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 10**5, '{"a": ' * 10**5])
-def test_a_document_that_is_none(tmp_path, text):
+def test_invalid_document_raises(tmp_path, text):
     file = tmp_path / "net.safetensors"
     metadata = {"sktl": text, "sha256": _digest({}, text)}
     file.write_bytes(save({}, metadata=metadata))
-    refused(file)
+    check_raises(file)
 
 
 @pytest.mark.parametrize("length", [0, 2**20, 2**63, 2**64 - 1])
-def test_a_header_of_that_length(tmp_path, length):
+def test_invalid_header_length_raises(tmp_path, length):
     file = tmp_path / "net.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + b"{}")
-    refused(file)
+    check_raises(file)
 
 
-def test_what_cannot_be_read_says_so(tmp_path):
+def test_unreadable_tensor_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_tensors(tmp_path / "none")
     with pytest.raises(OSError, match=str(tmp_path)):
@@ -215,7 +215,7 @@ def test_what_cannot_be_read_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("document", [{"a": {1, 2}}, {"a": b""}, {"a": object()}])
-def test_a_document_that_json_cannot_hold(file, document):
+def test_unserializable_document_raises(file, document):
     before = file.read_bytes()
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_tensors(file, {}, document)
@@ -223,7 +223,7 @@ def test_a_document_that_json_cannot_hold(file, document):
 
 
 @pytest.mark.parametrize("at", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file(file, monkeypatch, at):
+def test_failed_write_of_tensors_leaves_old_file(file, monkeypatch, at):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -235,7 +235,7 @@ def test_a_write_that_fails_leaves_the_old_file(file, monkeypatch, at):
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_a_disk_that_is_full_leaves_the_old_file(file):
+def test_full_disk_leaves_old_file(file):
     pytest.importorskip("resource")
     before = file.read_bytes()
     code = (

@@ -123,7 +123,7 @@ def test_names_are_taken_as_they_are(name, tmp_path, monkeypatch):
 
 def test_bytes_are_content_and_never_a_name(tmp_path):
     (tmp_path / "a.png").write_bytes(whole())
-    with pytest.raises(ValueError, match=r"X\[0\] \(bytes\) is not an image"):
+    with pytest.raises(ValueError, match=r"Cannot read image X\[0\] \(bytes\)"):
         PretrainedFeatures("tiny").transform([os.fsencode(tmp_path / "a.png")])
 
 

@@ -44,7 +44,7 @@ def tuned(**options):
 
 def same(one, other):
     """Check that two state dicts have equal bits."""
-    assert one.content_hashes() == other.content_hashes()
+    assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
