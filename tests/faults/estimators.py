@@ -1,4 +1,4 @@
-"""The three estimators, on networks that cost next to nothing, and what they give."""
+"""The three estimators with networks that are fast, and their output."""
 
 import pytest
 
@@ -13,6 +13,6 @@ each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
 def output_of(estimator, X):
-    """Give its features or its probabilities."""
+    """Return the features or the probabilities of an estimator."""
     method = "transform" if hasattr(estimator, "transform") else "predict_proba"
     return getattr(estimator, method)(X)

@@ -1,4 +1,4 @@
-"""What `fuzz.py` damages: images, and weights files."""
+"""Fuzzing of image files and weights files, for `fuzz.py`."""
 
 import io
 import os
@@ -12,10 +12,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from mutations import (
-    bytes_damaged,
-    header_damaged,
-    opcodes_damaged,
-    png_damaged,
+    damage_bytes,
+    damage_header,
+    damage_opcodes,
+    damage_png,
     refused,
 )
 from PIL import Image
@@ -39,12 +39,12 @@ class ImageFiles:
         self.estimator = PretrainedFeatures("resnet_mini")
 
     def case(self, rng):
-        """Damage one, and ask for its pixels."""
+        """Damage one file, and decode it."""
         content = rng.choice(self.seeds)
         if content[:4] == b"\x89PNG" and rng.random() < 0.5:
-            content = png_damaged(rng, content)
+            content = damage_png(rng, content)
         else:
-            content = bytes_damaged(rng, content, self.seeds)
+            content = damage_bytes(rng, content, self.seeds)
         self.path.write_bytes(content)
         X = [rng.choice([str(self.path), content or str(self.path)])]
         pixel_range = rng.choice(["auto", "auto", (0, 4095)])
@@ -62,7 +62,7 @@ class ImageFiles:
 
 
 def image_files():
-    """One small file of each format and mode, by name."""
+    """Return one small file of each format and mode, by name."""
     colour = np.random.default_rng(0).integers(0, 256, (11, 14, 3), np.uint8)
     rgb = Image.fromarray(np.kron(colour, np.ones((2, 2, 1), np.uint8)))
     grey, alpha = rgb.convert("L"), Image.fromarray(np.asarray(rgb)[:, :, 0])
@@ -71,16 +71,16 @@ def image_files():
     rgba = rgb.copy()
     rgba.putalpha(alpha)
     palette, bilevel, cmyk = rgb.quantize(64), grey.convert("1"), rgb.convert("CMYK")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    turned[0x010E] = "a description"
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    rotated[0x010E] = "a description"
     return {
         "JPEG": _file(rgb, "JPEG"),
-        "JPEG grey, turned": _file(grey, "JPEG", exif=turned),
+        "JPEG grey, rotated": _file(grey, "JPEG", exif=rotated),
         "JPEG CMYK": _file(cmyk, "JPEG"),
-        "JPEG progressive": _file(rgb, "JPEG", progressive=True, exif=turned),
+        "JPEG progressive": _file(rgb, "JPEG", progressive=True, exif=rotated),
         "MPO": _file(rgb, "MPO", **_animated(rgb)),
-        "PNG": _file(rgb, "PNG", exif=turned),
+        "PNG": _file(rgb, "PNG", exif=rotated),
         "PNG animated": _file(rgb, "PNG", **_animated(rgb)),
         "PNG transparent": _file(rgba, "PNG", icc_profile=b"profile" * 9),
         "PNG palette": _file(palette, "PNG", transparency=bytes(range(64))),
@@ -88,13 +88,13 @@ def image_files():
         "PNG 16 bit": _file(deep, "PNG", transparency=257),
         "GIF": _file(palette, "GIF", transparency=3),
         "GIF animated": _file(rgb, "GIF", **_animated(rgb)),
-        "WEBP": _file(rgb, "WEBP", exif=turned),
+        "WEBP": _file(rgb, "WEBP", exif=rotated),
         "WEBP lossless": _file(rgba, "WEBP", lossless=True),
         "WEBP animated": _file(rgb, "WEBP", **_animated(rgb)),
         "TIFF": _file(rgb, "TIFF", **_animated(rgb)),
         "TIFF deflate": _file(deep, "TIFF", compression="tiff_adobe_deflate"),
         "TIFF LZW": _file(palette, "TIFF", compression="tiff_lzw"),
-        "TIFF JPEG": _file(rgb, "TIFF", compression="jpeg", exif=turned),
+        "TIFF JPEG": _file(rgb, "TIFF", compression="jpeg", exif=rotated),
         "TIFF bilevel": _file(bilevel, "TIFF", compression="group4"),
         "TIFF CMYK": _file(cmyk, "TIFF"),
         "TIFF floats": _file(floats, "TIFF"),
@@ -108,7 +108,7 @@ def image_files():
 
 
 def _animated(image):
-    # New ones each time: Pillow leaves in an image how it was written.
+    # New images each time: Pillow stores in an image how it was written.
     more = [image.rotate(90), image.rotate(180)]
     return {"save_all": True, "append_images": more}
 
@@ -120,7 +120,7 @@ def _file(image, kind, **options):
 
 
 class Attack:
-    """What a pickle executes: makes a file that must not be there."""
+    """Object whose pickle creates a folder when it is executed."""
 
     def __init__(self, path):
         self.path = path
@@ -130,7 +130,7 @@ class Attack:
 
 
 class WeightsFiles:
-    """Weights, as safetensors and as both formats of torch."""
+    """Weights files in safetensors and in both formats of torch."""
 
     def __init__(self, folder):
         self.folder = folder / "input"
@@ -147,8 +147,8 @@ class WeightsFiles:
         self.strange = strange_opcodes(self.canary)
 
     def case(self, rng):
-        """Damage one, read it, and put it into a network."""
-        suffix, content = self._damaged(rng)
+        """Damage one file, read it, and load it into a network."""
+        suffix, content = self._damage(rng)
         path = self.folder / f"weights{suffix}"
         path.write_bytes(content)
         try:
@@ -156,41 +156,41 @@ class WeightsFiles:
         except ValueError as error:
             outcome = refused(error, path)
         else:
-            outcome = self._filled(weights.state_dict)
+            outcome = self._load(weights.state_dict)
         assert not self.canary.exists(), "The file was executed."
         path.unlink()
         return f"{suffix} {outcome}"
 
-    def _filled(self, state_dict):
+    def _load(self, state_dict):
         network = TinyNet()
         try:
             load_weights_into(network, state_dict, "It")
         except ValueError as error:
             outcome = refused(error, "Weights must have the names and shapes")
-            return f"read; then, as of another network, {outcome}"
+            return f"read; as weights of another network, {outcome}"
         state_dict_digest(network.state_dict())
         return "read"
 
-    def _damaged(self, rng):
+    def _damage(self, rng):
         if rng.random() < 0.3:
             content = self.safetensors[0]
             if rng.random() < 0.6:
-                return ".safetensors", header_damaged(rng, content)
-            return ".safetensors", bytes_damaged(rng, content, self.pth)
+                return ".safetensors", damage_header(rng, content)
+            return ".safetensors", damage_bytes(rng, content, self.pth)
         suffix = rng.choice([".pth", ".pt"])
         if rng.random() < 0.4:
-            return suffix, bytes_damaged(rng, rng.choice(self.pth), self.pth)
-        # Past the checksums of the zip file: other opcodes, records, or data.
-        number = rng.randrange(2)
-        members = _members(self.pth[number])
+            return suffix, damage_bytes(rng, rng.choice(self.pth), self.pth)
+        # With valid checksums of the zip file: other opcodes, records, or data.
+        index = rng.randrange(2)
+        members = _members(self.pth[index])
         if rng.random() < 0.9:
-            code = opcodes_damaged(rng, self.codes[number], self.strange)
+            code = damage_opcodes(rng, self.codes[index], self.strange)
             members["archive/data.pkl"] = code
             if rng.random() < 0.2:
                 return suffix, _legacy(code)
         else:
             name = rng.choice(sorted(members))
-            members[name] = bytes_damaged(rng, members[name])
+            members[name] = damage_bytes(rng, members[name])
         return suffix, _zip(members, rng.choice([0, 0, 8]))
 
 
@@ -214,13 +214,13 @@ def _zip(members, compression):
 
 
 def _legacy(code):
-    """Put a pickle where the format before zip files has it."""
+    """Return a file in the legacy format of torch, which contains a pickle."""
     before = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
     return b"".join(pickle.dumps(each, 2) for each in before) + code
 
 
 def strange_opcodes(canary):
-    """Pieces of pickles: calls of code, of what torch allows, nesting, single ones."""
+    """Return parts of pickles: function calls, nesting, and single opcodes."""
     attack = pickle.dumps(Attack(canary), 2)[2:-1]
     argument = b"X" + struct.pack("<I", len(str(canary))) + str(canary).encode()
     names = [

@@ -1,11 +1,11 @@
-"""What `fuzz.py` damages: the shards of a store."""
+"""Fuzzing of the shards of a feature store, for `fuzz.py`."""
 
 import os
 import shutil
 
 import numpy as np
 import safetensors.numpy
-from mutations import bytes_damaged, header_damaged, text_damaged
+from mutations import damage_bytes, damage_header, damage_text
 
 from sktl import FeatureStore
 from sktl._store import feature_store
@@ -15,23 +15,23 @@ SPACE = {"backbone": "tiny", "layer": "stage1"}
 
 
 class Shards:
-    """A store of a few shards, read for the first time or again."""
+    """Store of a few shards, which may have been read before they are damaged."""
 
     def __init__(self, folder):
-        os.fsync = lambda descriptor: None  # slow, and of no effect on what is read
+        os.fsync = lambda descriptor: None  # slow, and irrelevant for reading
         self.folder = folder / "input" / "store"
         rng = np.random.default_rng(0)
         keys = [rng.bytes(32) for _ in range(24)]
         self.rows = {key: rng.random(3, np.float32) for key in keys}
-        parts = [keys[:8], keys[8:16], keys[14:20]]  # and four that are not there
-        self.others = self._made(folder / "made", {"backbone": "other"}, parts)
-        self.files = self._made(folder / "made", SPACE, parts)
+        parts = [keys[:8], keys[8:16], keys[14:20]]  # four keys are in no shard
+        self.others = self._make_files(folder / "made", {"backbone": "other"}, parts)
+        self.files = self._make_files(folder / "made", SPACE, parts)
 
-    def _made(self, folder, space, parts):
-        """Give the files of a store with a shard for each part, by relative path."""
+    def _make_files(self, folder, namespace, parts):
+        """Return the files of a store with a shard for each part, by relative path."""
         store = FeatureStore(folder)
         for part in parts:
-            store.put(space, part, np.stack([self.rows[key] for key in part]))
+            store.put(namespace, part, np.stack([self.rows[key] for key in part]))
         files = {
             path.relative_to(folder): path.read_bytes()
             for path in folder.rglob("*")
@@ -41,25 +41,25 @@ class Shards:
         return files
 
     def case(self, rng):
-        """Damage one or two files of a store, and use it."""
+        """Damage one or two files of a store, and check the rows that it returns."""
         feature_store._indexes.clear()
         for path, content in self.files.items():
             (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / path).write_bytes(content)
         store = FeatureStore(self.folder)
-        if rng.random() < 0.3:  # known, when it changes
+        if rng.random() < 0.3:  # indexed before it is damaged
             self._get(rng, store)
         for _ in range(rng.choice([1, 1, 2])):
             self._damage(rng)
         for _ in range(rng.randrange(4)):
             rng.choice([self._get, self._put, self._info, self._verify])(rng, store)
-        known = self._get(rng, store, list(self.rows))
-        store.verify()  # tells what was not read
-        self._put(rng, store)  # what was lost is computed again, and then there
+        n_read = self._get(rng, store, list(self.rows))
+        store.verify()  # rejects shards that were not read
+        self._put(rng, store)  # writes rows that were lost
         assert self._get(rng, store, list(self.rows)) == len(self.rows)
         assert store.verify()["corrupt"] == 0
         shutil.rmtree(self.folder)
-        return f"{known:2} rows read, all of them right"
+        return f"{n_read:2} rows read, all of them correct"
 
     def _get(self, rng, store, keys=None):
         if keys is None:
@@ -80,6 +80,7 @@ class Shards:
         assert store.verify()["rows"] <= 2 * len(self.rows)
 
     def _damage(self, rng):
+        """Damage one file of the store."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         shards = [path for path in files if path.suffix == ".safetensors"]
         if not shards:
@@ -89,40 +90,42 @@ class Shards:
         others = [each for each in self.others.values() if len(each) > 200]
         kind = rng.randrange(10)
         if kind < 3:
-            path.write_bytes(bytes_damaged(rng, content, others))
+            path.write_bytes(damage_bytes(rng, content, others))
         elif kind < 5:
-            path.write_bytes(self._header_damaged(rng, content))
+            path.write_bytes(self._damage_header(rng, content))
         elif kind == 5:
-            path.write_bytes(self._exchanged(rng, content, path.parent))
+            path.write_bytes(self._exchange_rows(rng, content, path.parent))
         elif kind == 6:
-            path.rename(path.with_name(self._name(rng)))
-        elif kind == 7:  # of another space, or another shard
+            path.rename(path.with_name(self._random_name(rng)))
+        elif kind == 7:  # a shard of another namespace, or another shard
             other = rng.choice([*others, rng.choice(shards).read_bytes()])
-            rng.choice([path, path.with_name(self._name(rng))]).write_bytes(other)
+            rng.choice([path, path.with_name(self._random_name(rng))]).write_bytes(
+                other
+            )
         elif kind == 8:
-            self._no_file(rng, path)
+            self._replace_file(rng, path)
         else:
             path = rng.choice([files[0], *self.folder.rglob("space.json")])
             content = path.read_bytes()
             if path.name == "space.json" and rng.random() < 0.7:
-                content = text_damaged(rng, content.decode("utf-8", "replace"))
+                content = damage_text(rng, content.decode("utf-8", "replace"))
                 path.write_text(content, errors="replace")
             else:
-                path.write_bytes(bytes_damaged(rng, content))
+                path.write_bytes(damage_bytes(rng, content))
 
-    def _name(self, rng):
-        moment = rng.choice([0, 1, 10**19, 10**20 - 1])
-        name = f"{moment:020d}-{rng.randbytes(6).hex()}.safetensors"
+    def _random_name(self, rng):
+        timestamp = rng.choice([0, 1, 10**19, 10**20 - 1])
+        name = f"{timestamp:020d}-{rng.randbytes(6).hex()}.safetensors"
         return rng.choice([name, name, name[1:], f"{name}.corrupt", "merge.lock"])
 
-    def _header_damaged(self, rng, content):
+    def _damage_header(self, rng, content):
         try:
-            return header_damaged(rng, content)
+            return damage_header(rng, content)
         except (ValueError, OverflowError, LookupError, MemoryError):
-            return bytes_damaged(rng, content)  # damaged before
+            return damage_bytes(rng, content)  # the file is already damaged
 
-    def _exchanged(self, rng, content, folder):
-        """Exchange rows, keys or checksums; half of the time checksums are right."""
+    def _exchange_rows(self, rng, content, folder):
+        """Permute rows, keys or checksums; half of the time with valid checksums."""
         try:
             tensors = dict(safetensors.numpy.load(content))
             n = len(tensors["rows"])
@@ -134,18 +137,21 @@ class Shards:
                 rows = np.stack([self.rows[key] for key in keys])
                 rows[rng.randrange(n)] = rng.choice([np.nan, np.inf, rows[0]])
                 checksums = ShardIndex(folder)._checksums(keys, rows)
-                # Rows under a key that is not theirs: nothing could tell.
-                right = [
+                # Not for rows with the key of another image: no check can detect them.
+                detectable = [
                     not np.isfinite(row).all() or (row == self.rows[key]).all()
                     for key, row in zip(keys, rows, strict=True)
                 ]
                 tensors["rows"] = rows
-                tensors["checksums"] = np.where(right, checksums, 0).astype(np.uint32)
+                tensors["checksums"] = np.where(detectable, checksums, 0).astype(
+                    np.uint32
+                )
             return safetensors.numpy.save(tensors)
         except (safetensors.SafetensorError, LookupError, ValueError):
-            return bytes_damaged(rng, content)  # damaged before
+            return damage_bytes(rng, content)  # the file is already damaged
 
-    def _no_file(self, rng, path):
+    def _replace_file(self, rng, path):
+        """Replace a shard by a folder, pipe or link, or delete it."""
         path.unlink()
         kind = rng.randrange(5)
         if kind == 0:
@@ -155,4 +161,4 @@ class Shards:
         elif kind == 2:
             path.symlink_to("/dev/zero")
         elif kind == 3:
-            path.symlink_to(path.with_name(self._name(rng)))
+            path.symlink_to(path.with_name(self._random_name(rng)))

@@ -1,4 +1,4 @@
-"""What `fuzz.py` damages: saved classifiers, and checkpoints."""
+"""Fuzzing of saved classifiers and checkpoints, for `fuzz.py`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import safetensors.torch
 import torch
-from mutations import bytes_damaged, header_damaged, refused, text_damaged
+from mutations import damage_bytes, damage_header, damage_text, refused
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -21,13 +21,13 @@ from sktl._training.checkpoint import Checkpoint, checkpoint_seed
 from sktl._utils.tensor_file import _digest
 
 
-def again(rng, content):
-    """Damage a file that `write_tensors` wrote, with the sha256 of what comes out."""
+def damage_with_valid_sha256(rng, content):
+    """Damage a file written by `write_tensors`, and update its sha256."""
     tensors = safetensors.torch.load(content)
     (length,) = struct.unpack("<Q", content[:8])
     text = json.loads(content[8 : 8 + length])["__metadata__"]["sktl"]
     if rng.random() < 0.6:
-        text = text_damaged(rng, text)
+        text = damage_text(rng, text)
     else:
         _damage_tensors(rng, tensors)
     text = text.encode("utf-8", "replace").decode()
@@ -60,18 +60,18 @@ def _damage_tensors(rng, tensors):
             return
 
 
-def damaged(rng, content, others):
-    """Damage such a file; say whether its sha256 is right nevertheless."""
+def damage(rng, content, others):
+    """Damage such a file; return whether its sha256 is still valid."""
     kind = rng.random()
     if kind < 0.4:
-        return bytes_damaged(rng, content, others), False
+        return damage_bytes(rng, content, others), False
     if kind < 0.5:
-        return header_damaged(rng, content), False
-    return again(rng, content), True
+        return damage_header(rng, content), False
+    return damage_with_valid_sha256(rng, content), True
 
 
 class Models:
-    """Files of ``FineTunedCNNClassifier.save``."""
+    """Files written by ``FineTunedCNNClassifier.save``."""
 
     def __init__(self, folder):
         os.fsync = lambda descriptor: None
@@ -90,30 +90,30 @@ class Models:
             self.expected.append(loaded.predict_proba(self.X))
 
     def case(self, rng):
-        """Damage one, load it, and let it predict."""
+        """Damage one file, load it, and predict."""
         number = rng.randrange(2)
-        content, right = damaged(rng, self.contents[number], self.contents)
+        content, valid_sha256 = damage(rng, self.contents[number], self.contents)
         self.path.write_bytes(content)
-        written = " (sha256 made anew)" if right else ""
+        suffix = " (valid sha256)" if valid_sha256 else ""
         try:
             loaded = FineTunedCNNClassifier.load(self.path)
         except ValueError as error:
-            return refused(error, self.path) + written
+            return refused(error, self.path) + suffix
         try:
             probabilities = loaded.predict_proba(self.X)
         except ValueError:
-            assert right
-            return f"loaded, predicts not: ValueError{written}"
-        if not right:
+            assert valid_sha256
+            return f"loaded, predict raises ValueError{suffix}"
+        if not valid_sha256:
             whole = content in self.contents
             expected = self.expected[self.contents.index(content) if whole else number]
             np.testing.assert_array_equal(probabilities, expected, strict=True)
         assert probabilities.shape == (len(self.X), len(loaded.classes_))
-        return f"loaded{written}"
+        return f"loaded{suffix}"
 
 
 class Checkpoints:
-    """Files that a fit with ``checkpoint`` goes on from."""
+    """Checkpoints from which a fit resumes."""
 
     def __init__(self, folder):
         os.fsync = lambda descriptor: None
@@ -141,7 +141,7 @@ class Checkpoints:
         self.file = file
 
     def _interrupted(self, mine, file):
-        """Give the checkpoint after two epochs."""
+        """Return the checkpoint after two epochs."""
         contents = []
         save = Checkpoint.save
 
@@ -154,23 +154,23 @@ class Checkpoints:
         return contents[1]
 
     def case(self, rng):
-        """Damage one, read it as a fit does, and where it is read, fit."""
+        """Damage one checkpoint, read it as in a fit, and fit if it can be read."""
         mine, content, expected, captured = rng.choice(self.runs)
         contents = [each[1] for each in self.runs]
-        changed, right = damaged(rng, content, contents)
+        changed, valid_sha256 = damage(rng, content, contents)
         self.file.write_bytes(changed)
-        written = " (sha256 made anew)" if right else ""
+        suffix = " (valid sha256)" if valid_sha256 else ""
         try:
             checkpoint_seed(self.folder, otherwise=0)
             captured["checkpoint"].resume(captured["training"])
         except ValueError as error:
-            return refused(error, self.file) + written
+            return refused(error, self.file) + suffix
         try:
             mine.fit(self.X, self.y)
         except ValueError:
-            assert right
-            return f"read, refused by fit: ValueError{written}"
-        if not right:
+            assert valid_sha256
+            return f"read, refused by fit: ValueError{suffix}"
+        if not valid_sha256:
             got = mine.predict_proba(self.X)
             np.testing.assert_array_equal(got, expected, strict=True)
-        return f"gone on with{written}"
+        return f"gone on with{suffix}"

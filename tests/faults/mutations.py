@@ -1,4 +1,4 @@
-"""Ways to damage a file: its bytes, its JSON, its opcodes, and checksums made anew."""
+"""Random damage of files: bytes, JSON, pickle opcodes, and chunks with checksums."""
 
 import json
 import pickletools
@@ -7,7 +7,7 @@ import zlib
 from itertools import pairwise
 
 EXTREMES = [0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63)]
-# What stands where another value is expected.
+# Values of unexpected types.
 STRANGE = [
     *EXTREMES,
     10**30,
@@ -28,18 +28,18 @@ STRANGE = [
     [[[1]]],
     {"pairs": [[[], 1]]},
 ]
-NESTED = 3000  # deeper than Python counts
+NESTED = 3000  # exceeds the recursion limit
 
 
 def refused(error, named):
-    """Check that an error is of use: it names the file. Give the outcome."""
+    """Check that an error names the file, and return the outcome of the case."""
     if str(named) not in str(error):
         raise AssertionError(f"{named} is not named in: {error}") from error
     return f"refused: {type(error).__name__}"
 
 
-def bytes_damaged(rng, content, others=()):
-    """Do one to four things to the bytes of a file."""
+def damage_bytes(rng, content, others=()):
+    """Apply one to four mutations to the bytes of a file."""
     data = bytearray(content)
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         rng.choice(_ON_BYTES)(rng, data, others)
@@ -47,9 +47,9 @@ def bytes_damaged(rng, content, others=()):
 
 
 def _place(rng, data):
-    # Half of the time where headers are, at the front.
-    most = len(data) if rng.random() < 0.5 else min(len(data), 200)
-    return rng.randrange(most) if most else 0
+    # Half of the time at the beginning, which contains the header.
+    stop = len(data) if rng.random() < 0.5 else min(len(data), 200)
+    return rng.randrange(stop) if stop else 0
 
 
 def _flip(rng, data, others):
@@ -118,8 +118,8 @@ _ON_BYTES = [
 ]
 
 
-def value_damaged(rng, value):
-    """Change one place in what JSON holds: remove, exchange, copy or rename it."""
+def damage_value(rng, value):
+    """Remove, replace, copy or rename one value of a JSON document."""
     places = list(_places(value))
     if not places:
         return rng.choice(STRANGE)
@@ -151,14 +151,14 @@ def _places(value):
             yield from _places(value[key])
 
 
-def text_damaged(rng, text):
-    """Damage the text of a JSON document: its structure, or just the text."""
+def damage_text(rng, text):
+    """Damage a JSON document: its structure, or its text."""
     kind = rng.random()
     value = _parsed(text)
     if kind < 0.8 and value is not None:
-        return json.dumps(value_damaged(rng, value))
+        return json.dumps(damage_value(rng, value))
     if kind < 0.9 or not text:
-        return bytes_damaged(rng, text.encode()).decode("utf-8", "replace")
+        return damage_bytes(rng, text.encode()).decode("utf-8", "replace")
     at = rng.randrange(len(text))
     long = ["[" * NESTED, '{"a":' * NESTED, "1" * 5000, "1e999", "NaN", '"\\ud800"']
     return text[:at] + rng.choice(long) + text[at + rng.randrange(20) :]
@@ -168,19 +168,19 @@ def _parsed(text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return None  # damaged before
+        return None  # already damaged
 
 
-def header_damaged(rng, content):
-    """Damage the JSON header of a safetensors file, and say its length anew."""
+def damage_header(rng, content):
+    """Damage the JSON header of a safetensors file, and update its length."""
     (length,) = struct.unpack("<Q", content[:8])
-    header = text_damaged(rng, content[8 : 8 + length].decode())
+    header = damage_text(rng, content[8 : 8 + length].decode())
     encoded = header.encode("utf-8", "replace")
     return struct.pack("<Q", len(encoded)) + encoded + content[8 + length :]
 
 
-def png_damaged(rng, content):
-    """Damage the chunks of a PNG, with the checksums of what comes out."""
+def damage_png(rng, content):
+    """Damage the chunks of a PNG, and update their checksums."""
     chunks, at = [], 8
     while at + 12 <= len(content):
         (length,) = struct.unpack(">I", content[at : at + 4])
@@ -188,10 +188,10 @@ def png_damaged(rng, content):
         chunks.append([content[at + 4 : at + 8], body])
         at += 12 + length
     chunk = rng.choice(chunks)
-    if chunk[0] == b"IDAT" and rng.random() < 0.7:  # below the compression too
-        chunk[1] = zlib.compress(bytes_damaged(rng, zlib.decompress(chunk[1])))
+    if chunk[0] == b"IDAT" and rng.random() < 0.7:  # damage the compressed data
+        chunk[1] = zlib.compress(damage_bytes(rng, zlib.decompress(chunk[1])))
     else:
-        chunk[1] = bytes_damaged(rng, chunk[1])
+        chunk[1] = damage_bytes(rng, chunk[1])
     if rng.random() < 0.2:
         chunks.insert(rng.randrange(len(chunks)), rng.choice(chunks))
     return content[:8] + b"".join(
@@ -203,8 +203,8 @@ def png_damaged(rng, content):
     )
 
 
-def opcodes_damaged(rng, code, strange):
-    """Exchange, repeat, remove opcodes of a pickle; put in some of `strange`."""
+def damage_opcodes(rng, code, strange):
+    """Exchange, repeat or remove opcodes of a pickle, or insert some of `strange`."""
     starts = [at for _, _, at in pickletools.genops(code)]
     parts = [code[a:b] for a, b in pairwise([*starts, len(code)])]
     for _ in range(rng.choice([1, 1, 2, 5])):

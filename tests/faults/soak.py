@@ -1,19 +1,19 @@
-"""Soak: the same work for a long time, after which nothing may have grown.
+"""Detect resource leaks: repeat the same work and check that no resource grows.
 
-``python tests/faults/soak.py images`` (or ``fits``, or ``searches``) runs as many as
-`NUMBERS` says, or as many as a number that follows; some minutes each. It prints what
-this process and its workers hold, and fails if the last third of the run holds more of
-anything than the third before. The first third is for caches to fill.
+``python tests/faults/soak.py images`` (or ``fits``, or ``searches``) repeats the work
+`NUMBERS` times, or as often as an optional second argument; it takes some minutes. It
+prints the resources of this process and its workers, and fails if the last third of the
+run uses more of a resource than the second third. The first third fills the caches.
 
 ===========  =======================================================================
-held         may grow from the median of one third to that of the next by
+resource     tolerance for the growth from the median of one third to the next
 ===========  =======================================================================
-memory       16 MB: so much does the allocator move between equal runs. A leak of
-             0.5 kB an image, 250 kB a fit or 1 MB a search exceeds it
-files        nothing: open descriptors
-threads      nothing
-temporary    nothing: what is left in the folder for temporary files, and in shared
-             memory under the number of one of the processes
+memory       16 MB, the variation of the allocator between equal runs. A leak of
+             0.5 kB per image, 250 kB per fit or 1 MB per search exceeds it
+files        none: open file descriptors
+threads      none
+temporary    none: files left in the folder for temporary files, and in shared memory
+             under the id of one of the processes
 ===========  =======================================================================
 """
 
@@ -46,14 +46,14 @@ from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 
 NUMBERS = {"images": 100_000, "fits": 200, "searches": 50}
 IMAGES_AT_ONCE = 500
-N_NAMES = 1000  # of image files; each is written again and again
-STORE_BYTES = 2**20  # room for some thousand rows: most are evicted on the way
+N_NAMES = 1000  # of image files, which are overwritten repeatedly
+STORE_BYTES = 2**20  # some thousand rows: most are evicted
 SECONDS_BETWEEN_LINES = 5.0
 
 
 @dataclass
-class Held:
-    """What this process and its workers hold."""
+class Resources:
+    """Resources of this process and its workers."""
 
     memory: float  # resident, MB
     files: float
@@ -61,11 +61,11 @@ class Held:
     temporary: float
 
 
-TOLERANCE = Held(memory=16, files=0, threads=0, temporary=0)
+TOLERANCE = Resources(memory=16, files=0, threads=0, temporary=0)
 
 
-def held() -> Held:
-    """Count, after what is garbage is gone."""
+def count_resources() -> Resources:
+    """Count the resources after a garbage collection."""
     gc.collect()
     myself = psutil.Process()
     memory = files = threads = 0
@@ -80,11 +80,11 @@ def held() -> Held:
     temporary = sum(len(folders) + len(names) for _, folders, names in entries)
     shared = os.listdir("/dev/shm") if os.path.isdir("/dev/shm") else []
     temporary += sum(not pids.isdisjoint(re.findall(r"\d+", n)) for n in shared)
-    return Held(memory / 1e6, files, threads, temporary)
+    return Resources(memory / 1e6, files, threads, temporary)
 
 
 def paths(folder: Path, number: int) -> Iterator[str]:
-    """Write images that differ, under names that come again, and name them."""
+    """Write random images to files whose names repeat, and yield their paths."""
     rng = np.random.default_rng(0)
     for i in range(number):
         path = folder / f"{i % N_NAMES}.png"
@@ -93,7 +93,7 @@ def paths(folder: Path, number: int) -> Iterator[str]:
 
 
 def images(number: int, folder: Path, memory: FeatureStore | None) -> Iterator[int]:
-    """Let images through a network, some hundred at a time."""
+    """Extract features of images in batches of some hundred."""
     features = PretrainedFeatures("tiny", weights=None, memory=memory)
     coming = paths(folder, number)
     done = 0
@@ -105,7 +105,7 @@ def images(number: int, folder: Path, memory: FeatureStore | None) -> Iterator[i
 
 
 def fits(number: int, folder: Path) -> Iterator[int]:
-    """Fine-tune: other weights, another store and another depth each time."""
+    """Fine-tune with other weights, another store and another depth each time."""
     rng = np.random.default_rng(0)
     X, y = rng.integers(0, 256, (16, 20, 20, 3), np.uint8), np.repeat(["a", "b"], 8)
     for i in range(number):
@@ -129,7 +129,7 @@ def fits(number: int, folder: Path) -> Iterator[int]:
 
 
 def searches(number: int, folder: Path) -> Iterator[int]:
-    """Search a grid with two workers, each time with another store."""
+    """Run a grid search with two workers and another store each time."""
     y = np.repeat([0, 1], 15)
     for i in range(number):
         with tempfile.TemporaryDirectory(dir=folder) as store:
@@ -144,10 +144,10 @@ def searches(number: int, folder: Path) -> Iterator[int]:
 
 
 def soak(name: str, work: Iterator[int]) -> list[str]:
-    """Do the work, print what is held meanwhile, and say what has grown."""
+    """Do the work, print the resources, and return a line for each that has grown."""
     samples, begin, last = [], time.perf_counter(), 0.0
     for done in work:
-        samples.append(held())
+        samples.append(count_resources())
         seconds = time.perf_counter() - begin
         if len(samples) == 1 or seconds - last > SECONDS_BETWEEN_LINES:
             print(f"{name}: {seconds:5.0f} s, {done:6d}: {samples[-1]}", flush=True)
@@ -156,33 +156,33 @@ def soak(name: str, work: Iterator[int]) -> list[str]:
     return growth(name, samples)
 
 
-def growth(name: str, samples: list[Held]) -> list[str]:
-    """Compare the last third of a run with the third before."""
+def growth(name: str, samples: list[Resources]) -> list[str]:
+    """Compare the last third of a run with the second third."""
     third = len(samples) // 3
     grown = []
     columns = zip(*map(astuple, samples), strict=True)
-    for field, column in zip(fields(Held), columns, strict=True):
+    for field, column in zip(fields(Resources), columns, strict=True):
         before, after = median(column[third:-third]), median(column[-third:])
-        said = f"{name}: {field.name} {before:.1f} -> {after:.1f}"
-        print(said, flush=True)
+        line = f"{name}: {field.name} {before:.1f} -> {after:.1f}"
+        print(line, flush=True)
         if after - before > getattr(TOLERANCE, field.name):
-            grown.append(f"{said}, which is too much")
+            grown.append(f"{line}, which exceeds the tolerance")
     return grown
 
 
 def main(what: str, number: str = "") -> None:
-    """Run."""
+    """Run one kind of work."""
     n = int(number or NUMBERS[what])
     with tempfile.TemporaryDirectory() as own, tempfile.TemporaryDirectory() as folder:
-        # Workers take it from the environment.
+        # Workers read it from the environment.
         os.environ["TMPDIR"] = os.environ["JOBLIB_TEMP_FOLDER"] = tempfile.tempdir = own
-        where = Path(folder)
+        path = Path(folder)
         if what == "images":
-            grown = soak("without memory", images(n, where, None))
-            store = FeatureStore(where / "store", max_bytes=STORE_BYTES)
-            grown += soak("with memory", images(n, where, store))
+            grown = soak("without memory", images(n, path, None))
+            store = FeatureStore(path / "store", max_bytes=STORE_BYTES)
+            grown += soak("with memory", images(n, path, store))
         else:
-            grown = soak(what, {"fits": fits, "searches": searches}[what](n, where))
+            grown = soak(what, {"fits": fits, "searches": searches}[what](n, path))
     sys.exit("\n".join(grown) or 0)
 
 

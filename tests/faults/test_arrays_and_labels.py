@@ -1,7 +1,7 @@
-"""Arrays, labels and weights that are wrong, or unusual, given to each estimator.
+"""Invalid or unusual arrays, labels and weights, passed to each estimator.
 
-What `_images` and `_labels` do by themselves is tested in their own files; here is what
-is left of it when a user calls an estimator.
+Validation of images and targets is tested in `tests/_images/test_validation.py` and
+`tests/_training/test_targets.py`.
 """
 
 import os
@@ -36,7 +36,7 @@ Y = np.arange(12) % 2
 @each_estimator
 @pytest.mark.parametrize("shape", [(12, 16), (12, 4, 5), (12, 4, 5, 3)])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_numbers(estimator, shape, value):
+def test_nan_and_infinity_raise(estimator, shape, value):
     X = RNG.random(shape)
     fitted = clone(estimator).fit(X, Y)
     X[3].flat[2] = value
@@ -50,7 +50,7 @@ def test_pixels_that_are_no_numbers(estimator, shape, value):
 
 @each_estimator
 @pytest.mark.parametrize("n_channels", [2, 5, 0])
-def test_channels_that_no_image_has(estimator, n_channels):
+def test_invalid_number_of_channels_raises(estimator, n_channels):
     X = np.zeros((12, 8, 8, n_channels))
     with pytest.raises(ValueError, match=r"\(12, 8, 8, \d\).*(channels last|no pixel)"):
         clone(estimator).fit(X, Y)
@@ -60,7 +60,7 @@ def test_channels_that_no_image_has(estimator, n_channels):
 
 
 @each_estimator
-def test_channels_first_are_not_taken_for_rows(estimator):
+def test_channels_first_raise(estimator):
     fitted = clone(estimator).fit(STACK, Y)
     with pytest.raises(ValueError, match=r"transpose\(0, 2, 3, 1\)"):
         output_of(fitted, STACK.transpose(0, 3, 1, 2))
@@ -69,7 +69,7 @@ def test_channels_first_are_not_taken_for_rows(estimator):
 
 
 @each_estimator
-def test_other_sizes_than_in_fit(estimator):
+def test_image_sizes_other_than_in_fit(estimator):
     fitted = clone(estimator).fit(STACK, Y)
     others = [np.kron(p, np.ones((k, 2, 1), np.uint8)) for k, p in enumerate(STACK, 1)]
     assert output_of(fitted, others).shape[0] == 12
@@ -82,7 +82,7 @@ def test_other_sizes_than_in_fit(estimator):
 
 
 @each_estimator
-def test_ragged_lists_of_numbers(estimator):
+def test_ragged_lists_of_numbers_raise(estimator):
     with pytest.raises(ValueError, match="inhomogeneous"):
         clone(estimator).fit([[1, 2, 3, 4]] * 11 + [[1, 2, 3]], Y)
 
@@ -92,8 +92,8 @@ def test_ragged_lists_of_numbers(estimator):
 def test_very_few_images(estimator, n):
     fitted = clone(estimator).fit(STACK, Y)
     few = output_of(fitted, STACK[:n])
-    most = np.abs(few).max()
-    np.testing.assert_allclose(few, output_of(fitted, STACK)[:n], atol=1e-5 * most)
+    largest = np.abs(few).max()
+    np.testing.assert_allclose(few, output_of(fitted, STACK)[:n], atol=1e-5 * largest)
     with pytest.raises(ValueError, match=r"0 sample\(s\)"):
         output_of(fitted, STACK[:0])
 
@@ -128,7 +128,7 @@ BAD_LABELS = {
 
 @each_classifier
 @pytest.mark.parametrize("name", BAD_LABELS)
-def test_labels_that_are_none(estimator, name):
+def test_invalid_labels_raise(estimator, name):
     y, reason = BAD_LABELS[name]
     with pytest.raises((ValueError, TypeError), match=reason) as ours:
         clone(estimator).fit(STACK, y)
@@ -138,7 +138,7 @@ def test_labels_that_are_none(estimator, name):
 
 
 @each_classifier
-def test_a_fit_that_is_refused_leaves_what_was_fitted(estimator):
+def test_failed_fit_leaves_the_fitted_model(estimator):
     fitted = clone(estimator).fit(STACK, np.where(Y, "b", "a"))
     expected = fitted.predict_proba(STACK)
     for X, y in (
@@ -154,7 +154,7 @@ def test_a_fit_that_is_refused_leaves_what_was_fitted(estimator):
 
 
 @each_classifier
-def test_a_fit_of_other_rows_that_is_refused_leaves_the_features(estimator):
+def test_failed_fit_leaves_the_number_of_features(estimator):
     flat, other = STACK.reshape(12, -1), STACK[:, :8, :8].reshape(12, -1)
     fitted = clone(estimator).fit(flat, Y)
     expected = fitted.predict_proba(flat)
@@ -168,7 +168,7 @@ def test_a_fit_of_other_rows_that_is_refused_leaves_the_features(estimator):
 
 
 @pytest.mark.parametrize("class_weight", [{"a": 2}, {}])
-def test_weights_of_some_classes(class_weight):
+def test_class_weight_of_some_classes(class_weight):
     mine = FineTunedCNNClassifier("tiny", max_epochs=0, random_state=0)
     mine.set_params(class_weight=class_weight).fit(STACK, np.where(Y, "b", "a"))
     full = clone(mine).set_params(class_weight={"a": 1, "b": 1, **class_weight})
@@ -179,18 +179,18 @@ def test_weights_of_some_classes(class_weight):
 
 
 @pytest.mark.parametrize("class_weight", [{"a": 2, "z": 3}, {"z": 3}])
-def test_weights_of_classes_that_are_not_there(class_weight):
+def test_class_weight_of_unknown_classes_raises(class_weight):
     mine = FineTunedCNNClassifier("tiny", max_epochs=0, class_weight=class_weight)
     theirs = LogisticRegression(class_weight=class_weight)
-    said = []
+    messages = []
     for each, X in ((mine, STACK), (theirs, STACK.reshape(12, -1))):
         with pytest.raises(ValueError, match="not in class_weight") as error:
             each.fit(X, np.where(Y, "b", "a"))
-        said.append(str(error.value))
-    assert said[0] == said[1]
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
 
 
-def test_a_class_all_of_whose_images_weigh_nothing():
+def test_class_of_zero_sample_weight_is_dropped():
     y = np.repeat(list("abc"), 4)
     weight = np.where(y == "b", 0.0, 1.0)
     mine, without = (
@@ -207,7 +207,7 @@ def test_a_class_all_of_whose_images_weigh_nothing():
         mine.fit(STACK, y, sample_weight=y == "c")
 
 
-def test_weight_zero_in_a_network_as_it_is():
+def test_zero_sample_weight_in_a_pretrained_classifier():
     weight = np.where(np.arange(12) < 6, 1.0, 0.0)
     mine = PretrainedClassifier("resnet_mini", engine="torch")
     some = clone(mine).fit(STACK[:6], Y[:6])
@@ -215,10 +215,10 @@ def test_weight_zero_in_a_network_as_it_is():
     np.testing.assert_allclose(mine.predict_proba(STACK), some.predict_proba(STACK))
 
 
-# Copies of an image, and groups of them
+# Duplicate images, and groups
 
 
-def test_copies_of_a_image_are_one_row_of_the_store(tmp_path):
+def test_duplicate_images_are_cached_once(tmp_path):
     mine = PretrainedFeatures("tiny", memory=tmp_path, engine="torch")
     X = resample(STACK, n_samples=200, random_state=0)
     rows = mine.transform(X)
@@ -230,7 +230,7 @@ def test_copies_of_a_image_are_one_row_of_the_store(tmp_path):
 
 
 @pytest.mark.parametrize("routing", [False, True])
-def test_groups_come_to_the_splitter_of_a_search(paths, routing):
+def test_groups_are_passed_to_the_splitter(paths, routing):
     groups = np.repeat(np.arange(8), 5)
     y = np.arange(40) % 2
     model = make_pipeline(
@@ -250,7 +250,7 @@ def test_groups_come_to_the_splitter_of_a_search(paths, routing):
     assert alone.shape == (40,)
 
 
-# A process that forked
+# Forked processes
 
 
 FORKED = """
@@ -261,10 +261,10 @@ mine = FeatureStore(sys.argv[1])
 mine.put(SPACE, KEYS[:20], make_rows(KEYS[:20]))
 check_rows(mine, n_expected=20)
 children = []
-for number in range(4):
+for i in range(4):
     child = os.fork()
     if not child:
-        keys = KEYS[20 + 5 * number : 25 + 5 * number]
+        keys = KEYS[20 + 5 * i : 25 + 5 * i]
         mine.put(SPACE, keys, make_rows(keys))
         positions, _ = mine.get(SPACE, KEYS[:20] + keys)
         os._exit(len(positions) != 25)
@@ -275,7 +275,7 @@ check_rows(mine)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_c10_children_of_a_fork_use_the_store(tmp_path):
+def test_forked_processes_share_the_store(tmp_path):
     tests = str(Path(__file__).parents[1])
     code = f"import sys; sys.path.insert(0, {tests!r})\n{FORKED}"
     command = [sys.executable, "-c", code, str(tmp_path / "store")]
@@ -283,7 +283,7 @@ def test_c10_children_of_a_fork_use_the_store(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
-# A quiet life
+# Output
 
 
 @each_estimator

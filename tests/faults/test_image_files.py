@@ -1,7 +1,6 @@
-"""Files that are no images, and files with odd names, given to each estimator.
+"""Invalid image files, and files with unusual names, passed to each estimator.
 
-What becomes of each kind of file is tested in `tests/test_decode.py`; here is what is
-left of it when a user calls an estimator.
+Decoding of each kind of file is tested in `tests/_images/test_decode.py`.
 """
 
 import io
@@ -23,24 +22,24 @@ from sktl import FeatureStore, PretrainedFeatures
 Y = np.arange(40) % 2
 
 
-def whole(format="PNG"):
-    """Give a file of 20 x 20 pixels."""
+def valid_file(format="PNG"):
+    """Return an image file of 20 x 20 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer := io.BytesIO(), format)
     return buffer.getvalue()
 
 
 def bomb():
-    """Give a file of few bytes and a hundred million pixels."""
+    """Return a small file of a hundred million pixels."""
     Image.new("1", (10_000, 10_000)).save(buffer := io.BytesIO(), "PNG")
     assert len(buffer.getvalue()) < 100_000
     return buffer.getvalue()
 
 
 BAD_FILES = {
-    "zero bytes": lambda path: path.write_bytes(b""),
-    "cut JPEG": lambda path: path.write_bytes(whole("JPEG")[:400]),
-    "cut PNG": lambda path: path.write_bytes(whole()[:200]),
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated JPEG": lambda path: path.write_bytes(valid_file("JPEG")[:400]),
+    "truncated PNG": lambda path: path.write_bytes(valid_file()[:200]),
     "text": lambda path: path.write_text("404 not found"),
     "directory": lambda path: path.mkdir(),
     "missing": lambda path: None,
@@ -54,19 +53,23 @@ BAD_FILES = {
 @each_estimator
 @pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_it_is_named_wherever_it_stands(estimator, name, memory, paths, tmp_path):
+def test_unreadable_file_is_named_in_every_estimator(
+    estimator, name, memory, paths, tmp_path
+):
     bad = tmp_path / "bad image"
     BAD_FILES[name](bad)
     store = tmp_path / "store"
     mine = clone(estimator).set_params(memory=store if memory else None, n_jobs=2)
     mine.fit(paths, Y)
     expected, threads = output_of(mine, paths), threading.active_count()
-    for row in (0, 33):
-        X = [*paths[:row], bad, *paths[row + 1 :]]
-        with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad image'\)"):
+    for index in (0, 33):
+        X = [*paths[:index], bad, *paths[index + 1 :]]
+        with pytest.raises(ValueError, match=rf"X\[{index}\] \('.*bad image'\)"):
             output_of(mine, X)
-        if not isinstance(mine, PretrainedFeatures):  # which reads nothing in fit
-            with pytest.raises(ValueError, match=rf"X\[{row}\] \('.*bad image'\)"):
+        if not isinstance(
+            mine, PretrainedFeatures
+        ):  # whose fit does not read the images
+            with pytest.raises(ValueError, match=rf"X\[{index}\] \('.*bad image'\)"):
                 clone(mine).fit(X, Y)
     assert threading.active_count() <= threads
     np.testing.assert_array_equal(output_of(mine, paths), expected)
@@ -75,13 +78,13 @@ def test_it_is_named_wherever_it_stands(estimator, name, memory, paths, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_bomb_is_refused_where_pillow_only_warns():
+def test_image_too_large_raises_where_pillow_warns():
     with pytest.raises(ValueError, match="10000 x 10000 pixels; files of more than"):
         PretrainedFeatures("tiny").transform([bomb()])
 
 
-def test_a_search_says_what_was_wrong(paths, tmp_path):
-    (tmp_path / "bad.png").write_bytes(whole()[:200])
+def test_search_raises_the_error_of_an_image(paths, tmp_path):
+    (tmp_path / "bad.png").write_bytes(valid_file()[:200])
     X = [*paths[:30], str(tmp_path / "bad.png"), *paths[31:]]
     with pytest.raises(ValueError, match=r"bad\.png"):
         cross_val_score(ESTIMATORS[0], X, Y, cv=2, error_score="raise")
@@ -108,21 +111,21 @@ NAMES = [
 
 @pytest.mark.skipif(os.name != "posix", reason="names that only POSIX allows")
 @pytest.mark.parametrize("name", NAMES)
-def test_names_are_taken_as_they_are(name, tmp_path, monkeypatch):
+def test_unusual_file_names(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mine = PretrainedFeatures("tiny", memory=tmp_path / "store")
     with pytest.raises(ValueError, match=r"X\[0\] \(.*No such file") as error:
         mine.transform([name])
     str(error.value).encode()
-    Path(tmp_path / name).write_bytes(whole())
-    expected = PretrainedFeatures("tiny").transform([whole()])
+    Path(tmp_path / name).write_bytes(valid_file())
+    expected = PretrainedFeatures("tiny").transform([valid_file()])
     for form in (name, Path(name), str(tmp_path / name)):
         for _ in range(2):
             np.testing.assert_array_equal(mine.transform([form]), expected)
 
 
-def test_bytes_are_content_and_never_a_name(tmp_path):
-    (tmp_path / "a.png").write_bytes(whole())
+def test_bytes_are_content_not_a_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(valid_file())
     with pytest.raises(ValueError, match=r"Cannot read image X\[0\] \(bytes\)"):
         PretrainedFeatures("tiny").transform([os.fsencode(tmp_path / "a.png")])
 
@@ -133,7 +136,7 @@ import numpy as np
 from sktl import PretrainedFeatures
 warnings.simplefilter("error")
 good, bad, store = sys.argv[1:]
-n_trainable = lambda: len(os.listdir("/proc/self/fd"))
+count_open = lambda: len(os.listdir("/proc/self/fd"))
 for memory in (None, store):
     mine = PretrainedFeatures("resnet_mini", memory=memory, engine="torch", n_jobs=2)
     counts = []
@@ -142,15 +145,15 @@ for memory in (None, store):
         try:
             mine.transform([good, bad])
         except ValueError:
-            counts.append(n_trainable())
+            counts.append(count_open())
     assert len(counts) == 40 and counts[-1] <= counts[1], counts
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux' /proc")
-def test_t13_no_file_stays_open(tmp_path):
-    (tmp_path / "good.png").write_bytes(whole())
-    (tmp_path / "bad.png").write_bytes(whole()[:200])
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc of Linux")
+def test_no_file_stays_open(tmp_path):
+    (tmp_path / "good.png").write_bytes(valid_file())
+    (tmp_path / "bad.png").write_bytes(valid_file()[:200])
     files = [str(tmp_path / name) for name in ("good.png", "bad.png", "store")]
     command = [sys.executable, "-W", "ignore::ResourceWarning", "-c", DESCRIPTORS]
     run = subprocess.run([*command, *files], capture_output=True, text=True)

@@ -1,7 +1,7 @@
-"""What is known to go wrong in other libraries for transfer learning, tried on ours.
+"""Defects of other libraries for transfer learning do not occur in sktl.
 
-Each test is named after the defect. Many more are tried elsewhere, where the part that
-could have them is tested: `docs/reliability.md` lists them.
+Tests of further defects are in the files of the modules that could have them:
+`docs/reliability.md` lists all of them.
 """
 
 import copy
@@ -36,24 +36,24 @@ def y():
     return np.repeat(["china", "flower"], 20)
 
 
-def tuned(**options):
-    """Classifier of a network that is trained in a moment."""
+def make_classifier(**options):
+    """Return a fast classifier."""
     options = {"max_epochs": 1, "random_state": 0, "engine": "torch", **options}
     return FineTunedCNNClassifier("tiny", **options)
 
 
-def same(one, other):
-    """Check that two state dicts have equal bits."""
+def check_equal(one, other):
+    """Check that two state dicts are bit-identical."""
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
 
 
-# Networks in the wrong mode, and networks that are not the ones asked for
+# Networks in the wrong mode, and wrong networks
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_a_network_never_put_into_evaluation_mode(images, tmp_path, memory):
+def test_network_is_used_in_evaluation_mode(images, tmp_path, memory):
     made = []
 
     def build():
@@ -71,13 +71,13 @@ def test_a_network_never_put_into_evaluation_mode(images, tmp_path, memory):
     rows = mine.fit(images).transform(images)
     np.testing.assert_array_equal(mine.set_params(memory=None).transform(images), rows)
     for network in (load_backbone("in training mode").network, *made):
-        same(network.state_dict(), before)  # the statistics of BatchNorm, too
+        check_equal(network.state_dict(), before)  # including BatchNorm statistics
     assert not any(
         m.training for m in load_backbone("in training mode").network.modules()
     )
 
 
-def test_a_search_that_scores_the_same_network_every_time(images):
+def test_search_scores_different_networks(images):
     y = images.mean((1, 2, 3)) > np.median(images.mean((1, 2, 3)))
     networks = ["tiny", "always the same"]
     register_backbone(
@@ -91,7 +91,7 @@ def test_a_search_that_scores_the_same_network_every_time(images):
     grid = {"pretrainedfeatures__backbone": networks}
     scoring = "neg_log_loss"
     found = GridSearchCV(model, grid, cv=2, scoring=scoring).fit(images, y)
-    alone = [
+    separate = [
         cross_val_score(
             make_pipeline(
                 PretrainedFeatures(name, engine="torch"), LogisticRegression()
@@ -103,11 +103,11 @@ def test_a_search_that_scores_the_same_network_every_time(images):
         ).mean()
         for name in networks
     ]
-    assert alone[0] != alone[1]
-    np.testing.assert_allclose(found.cv_results_["mean_test_score"], alone)
+    assert separate[0] != separate[1]
+    np.testing.assert_allclose(found.cv_results_["mean_test_score"], separate)
 
 
-def test_a_cache_that_knows_the_image_but_not_the_network(images, tmp_path):
+def test_cache_key_depends_on_the_network(images, tmp_path):
     seeds = iter([1, 2])
 
     def build():
@@ -115,7 +115,7 @@ def test_a_cache_that_knows_the_image_but_not_the_network(images, tmp_path):
         return TinyNet()
 
     rows = []
-    for _ in range(2):  # the same name, and not the same network
+    for _ in range(2):  # two networks of the same name
         register_backbone("changing", build, preprocessing=SMALL)
         mine = PretrainedFeatures("changing", engine="torch", memory=tmp_path)
         rows.append(mine.transform(images))
@@ -124,12 +124,12 @@ def test_a_cache_that_knows_the_image_but_not_the_network(images, tmp_path):
     assert not np.allclose(*rows)
 
 
-def test_a_cache_that_is_lost_with_clone_and_pickle(images, tmp_path, monkeypatch):
+def test_cache_is_kept_by_clone_and_pickle(images, tmp_path, monkeypatch):
     mine = PretrainedFeatures("tiny", memory=tmp_path).fit(images)
     expected = mine.transform(images)
     monkeypatch.setattr(
         "sktl._inference.cached_forward.batches", None
-    )  # nothing may be computed again
+    )  # computing any row raises
     for copied in (
         clone(mine),
         copy.deepcopy(mine),
@@ -140,7 +140,7 @@ def test_a_cache_that_is_lost_with_clone_and_pickle(images, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "squeezenet1_1"])
-def test_one_image_gives_a_corner_where_many_give_the_mean(images, name):
+def test_pooling_of_one_image_equals_that_of_many(images, name):
     mine = PretrainedFeatures(
         name, weights=None, image_size=64, batch_size=2, engine="torch"
     )
@@ -149,12 +149,12 @@ def test_one_image_gives_a_corner_where_many_give_the_mean(images, name):
     np.testing.assert_allclose(alone, many, rtol=0, atol=1e-5 * np.abs(many).max())
 
 
-def test_features_of_densenet_from_before_the_last_relu(images):
+def test_features_of_densenet_follow_the_last_relu(images):
     mine = PretrainedFeatures(
         "densenet121", weights=None, image_size=64, engine="torch"
     )
     rows = mine.transform(images[:2])
-    assert rows.min() >= 0  # what comes before it goes far below
+    assert rows.min() >= 0  # its input is negative
     network = load_backbone("densenet121", None).network
     backbone = load_backbone("densenet121", None)
     x = torch.from_numpy(
@@ -178,39 +178,43 @@ def pil_images(images):
     return [Image.fromarray(image) for image in images]
 
 
-# Training that others see, and training that is forgotten
+# Training that changes shared state, and training that is lost
 
 
-def test_fit_trains_the_network_that_others_use(images, y):
+def test_fit_does_not_change_shared_networks(images, y):
     features = PretrainedFeatures("tiny", engine="torch")
     before = features.transform(images)
-    first = tuned(lr=0.1, wise_ft_alpha=1.0).fit(images, y)
+    first = make_classifier(lr=0.1, wise_ft_alpha=1.0).fit(images, y)
     np.testing.assert_array_equal(features.transform(images), before)
-    # A clone begins where the first one did, not where it ended.
+    # A clone starts from the pretrained weights, not from the trained ones.
     again = clone(first).fit(images, y)
-    same(again.module_.state_dict(), first.module_.state_dict())
+    check_equal(again.module_.state_dict(), first.module_.state_dict())
     assert again.loss_curve_ == first.loss_curve_
 
 
-def test_a_clone_that_has_lost_the_pretrained_weights(images, y, tmp_path):
+def test_clone_keeps_the_pretrained_weights(images, y, tmp_path):
     torch.manual_seed(5)
     network = TinyNet()
     torch.save(network.state_dict(), tmp_path / "mine.pth")
-    model = tuned(weights=tmp_path / "mine.pth", max_epochs=0, head_init="random")
+    model = make_classifier(
+        weights=tmp_path / "mine.pth", max_epochs=0, head_init="random"
+    )
     found = cross_validate(clone(model), images, y, cv=2, return_estimator=True)
     for fitted in (*found["estimator"], clone(model.fit(images, y)).fit(images, y)):
         stem, stage1, *_ = fitted.module_
-        same(stem.state_dict(), network.stages["stem"].state_dict())
-        same(stage1.state_dict(), network.stages["stage1"].state_dict())
+        check_equal(stem.state_dict(), network.stages["stem"].state_dict())
+        check_equal(stage1.state_dict(), network.stages["stage1"].state_dict())
 
 
-def test_a_cross_validation_that_forgets_the_number_of_epochs(images, y):
-    found = cross_validate(tuned(max_epochs=3), images, y, cv=2, return_estimator=True)
+def test_cross_validation_keeps_the_number_of_epochs(images, y):
+    found = cross_validate(
+        make_classifier(max_epochs=3), images, y, cv=2, return_estimator=True
+    )
     assert [fitted.n_iter_ for fitted in found["estimator"]] == [3, 3]
 
 
-def test_a_request_for_fit_that_lands_in_score():
-    mine = tuned()
+def test_metadata_request_of_fit():
+    mine = make_classifier()
     with sklearn.config_context(enable_metadata_routing=True):
         mine.set_fit_request(sample_weight=True)
         requests = mine.get_metadata_routing()
@@ -218,17 +222,17 @@ def test_a_request_for_fit_that_lands_in_score():
     assert requests.score.requests == {"sample_weight": None}
 
 
-def test_a_parameter_that_fit_changes(images, y):
+def test_fit_does_not_change_parameters(images, y):
     weights, sizes = {"china": 2.0, "flower": 1.0}, [4]
-    mine = tuned(class_weight=weights, hidden_layer_sizes=sizes)
+    mine = make_classifier(class_weight=weights, hidden_layer_sizes=sizes)
     mine.fit(images, y)
     assert (weights, sizes) == ({"china": 2.0, "flower": 1.0}, [4])
     assert mine.class_weight is weights
     assert mine.hidden_layer_sizes is sizes
 
 
-def test_what_comes_out_of_a_search_cannot_be_copied(images, y, tmp_path):
-    search = GridSearchCV(tuned(), {"lr": [1e-3, 1e-2]}, cv=2).fit(images, y)
+def test_fitted_search_can_be_copied(images, y, tmp_path):
+    search = GridSearchCV(make_classifier(), {"lr": [1e-3, 1e-2]}, cv=2).fit(images, y)
     expected = search.predict_proba(images)
     joblib.dump(search, tmp_path / "search.joblib", compress=3)
     for copied in (
@@ -240,17 +244,17 @@ def test_what_comes_out_of_a_search_cannot_be_copied(images, y, tmp_path):
         clone(copied).fit(images, y)
 
 
-# Rows that go missing
+# Missing rows
 
 
 @pytest.mark.parametrize("memory", [False, True])
-def test_rows_of_bad_images_that_are_dropped(paths, tmp_path, memory):
+def test_rows_of_unreadable_images_are_not_dropped(paths, tmp_path, memory):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     mine = PretrainedFeatures("tiny", memory=tmp_path / "store" if memory else None)
-    for row in (0, 5, 39, 40):
-        X = [*paths[:row], str(bad), *paths[row:]]
-        with pytest.raises(ValueError, match=rf"X\[{row}\] \(.*bad\.png"):
+    for index in (0, 5, 39, 40):
+        X = [*paths[:index], str(bad), *paths[index:]]
+        with pytest.raises(ValueError, match=rf"X\[{index}\] \(.*bad\.png"):
             mine.transform(X)
     X = [*paths, paths[3], paths[3]]
     rows = mine.transform(X)

@@ -1,6 +1,6 @@
-"""What must hold of any images, labels and parameters: drawn, not chosen.
+"""Properties that hold for any images, labels and parameters, drawn by hypothesis.
 
-hypothesis draws the same cases in every run.
+The same cases are drawn in every run.
 """
 
 import io
@@ -32,26 +32,26 @@ from sktl._backbones.registry import load_backbone
 drawn = settings(
     derandomize=True,
     deadline=None,
-    phases=[Phase.generate],  # to make a failing case smaller can take minutes
+    phases=[Phase.generate],  # shrinking a failing case can take minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
 
 class RoundsByBatch(nn.Module):
-    """Make the last bits depend on the size of the batch, as larger networks do."""
+    """Layer whose last bits depend on the batch size, as those of larger networks."""
 
     def forward(self, x):
         return x * (1 + len(x) * 2.0**-22)
 
 
-def rounding():
-    """Build the small network with such bits."""
+def build_rounding():
+    """Build the small network with such a layer."""
     network = TinyNet()
     network.stages["stem"].append(RoundsByBatch())
     return network
 
 
-register_backbone("rounding", rounding, preprocessing=Preprocessing(16, 16))
+register_backbone("rounding", build_rounding, preprocessing=Preprocessing(16, 16))
 register_backbone(
     "of ten categories",
     lambda: nn.Sequential(
@@ -62,20 +62,20 @@ register_backbone(
 )
 
 
-# Images of any kind, in calls of any kind
+# Any images in any containers
 
 DTYPES = [np.uint8, np.uint16, np.float32, np.float64, np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
 class RandomImage:
-    """Pixels as a user has them, and the same as RGB, worked out here."""
+    """Pixels of any dtype and shape, and the expected RGB pixels."""
 
     pixels: np.ndarray
     rgb: np.ndarray
 
     def file(self):
-        """Give a PNG of it; None of a kind that PNG does not have."""
+        """Return a PNG file; None if PNG does not support the pixels."""
         if self.pixels.dtype.kind == "f" or (
             self.pixels.dtype != np.uint8 and self.pixels.shape[2:] not in [(), (1,)]
         ):
@@ -85,13 +85,13 @@ class RandomImage:
         return buffer.getvalue()
 
     def image(self):
-        """Give it as Pillow has it."""
+        """Return a PIL image."""
         one = self.pixels.shape[2:] == (1,)
         return Image.fromarray(self.pixels[..., 0] if one else self.pixels)
 
 
-def a_image(seed, height, width, n_channels, dtype):
-    """Draw pixels from a seed; whatever is transparent is so entirely."""
+def make_image(seed, height, width, n_channels, dtype):
+    """Return random pixels; alpha is either 0 or the maximum."""
     shape = (height, width, n_channels) if n_channels else (height, width)
     unit = np.random.default_rng(seed).random(shape)
     unit[..., 3:] = unit[..., 3:] > 0.5
@@ -109,7 +109,7 @@ def a_image(seed, height, width, n_channels, dtype):
 
 
 images_drawn = st.builds(
-    a_image,
+    make_image,
     st.integers(0, 2**32 - 1),
     st.integers(1, 40),
     st.integers(1, 40),
@@ -128,14 +128,14 @@ FORMS = {
 
 
 def forms_of(image):
-    """Name the forms there are of an image."""
+    """Return the forms in which an image can be passed."""
     if image.file() is not None:
         return list(FORMS)
     return ["array", "tensor"]
 
 
 def saved(image, folder):
-    """Write an image to a file that is called after it, once."""
+    """Write an image to a file, once, and return its path."""
     path = folder / f"{id(image)}.png"
     if not path.exists():
         path.write_bytes(image.file())
@@ -143,7 +143,7 @@ def saved(image, folder):
 
 
 def key_of(form, row, image):
-    """Say which rows are remembered as the same image."""
+    """Return a key that is equal for images with the same content hash."""
     if form in ("path", "Path", "bytes"):
         return image.file()
     pixels = image.rgb if form == "PIL" else image.pixels
@@ -151,7 +151,7 @@ def key_of(form, row, image):
 
 
 def object_array(rows):
-    """Put rows of any kind into an array, whatever their shapes."""
+    """Return a one-dimensional array of objects of any shape."""
     out = np.empty(len(rows), dtype=object)
     out[:] = [None] * len(rows)
     for i, row in enumerate(rows):
@@ -160,7 +160,7 @@ def object_array(rows):
 
 
 def held_by(kind, rows):
-    """Put rows into a container; into a list where that one cannot hold them."""
+    """Return a container of the rows; a list if it does not support them."""
     if kind in ("polars Series", "polars frame"):
         if not {type(row) for row in rows} <= {str} | {bytes}:
             return list(rows)
@@ -172,7 +172,7 @@ def held_by(kind, rows):
         if not all(isinstance(row, np.ndarray) for row in rows):
             return list(rows)
         alike = len({(row.shape, row.dtype) for row in rows}) == 1
-        # (n, h, 3) looks like one colour image, and is refused as that.
+        # (n, h, 3) looks like one colour image, and raises.
         if not alike or (rows[0].ndim == 2 and rows[0].shape[1] in (3, 4)):
             return list(rows)
         return np.stack(rows)
@@ -202,7 +202,7 @@ CONTAINERS = [
 
 
 def plain_row(image, layer):
-    """Compute an image alone, by a plain pass of torch."""
+    """Compute the features of one image with torch only."""
     backbone = load_backbone("rounding")
     x = backbone.preprocessing(Image.fromarray(image.rgb))
     x = torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None] / 255
@@ -216,26 +216,26 @@ def plain_row(image, layer):
 
 
 def close(got, expected):
-    """Check what is promised across sizes of calls: 1e-5 of the largest."""
-    most = np.abs(expected).max()
-    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * most)
+    """Check equality up to 1e-5 of the largest value, as across batch sizes."""
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Give a new folder whenever it is asked for."""
+    """Return a function that creates a new folder."""
     return lambda: tmp_path_factory.mktemp("drawn")
 
 
 @settings(drawn, max_examples=200)
 @given(st.data())
-def test_a_row_is_that_of_the_image_alone(folders, data):
+def test_row_depends_on_its_image_only(folders, data):
     draw, folder = data.draw, folders()
     pool = draw(st.lists(images_drawn, min_size=1, max_size=5))
-    if draw(st.booleans()):  # all alike, so that they can be a stack
+    if draw(st.booleans()):  # of the same shape, so that they can be stacked
         one = pool[0].pixels
         pool = [
-            a_image(i, *one.shape[:2], (*one.shape, 0)[2], one.dtype.type)
+            make_image(i, *one.shape[:2], (*one.shape, 0)[2], one.dtype.type)
             for i in range(len(pool))
         ]
     chosen = draw(st.lists(st.sampled_from(range(len(pool))), min_size=1, max_size=14))
@@ -255,22 +255,22 @@ def test_a_row_is_that_of_the_image_alone(folders, data):
     plain = PretrainedFeatures("rounding", engine="torch", layer=layer)
     plain.set_params(batch_size=draw(st.sampled_from([1, 3, 8])))
     expected = np.stack([plain_row(pool[i], layer) for i in chosen])
-    # In a call of many, each distinct image has bits of its own.
+    # Expected bits in calls with at least batch_size images.
     many = plain.transform([image.pixels for image in pool] * 8)
     padded = many[: len(pool)][chosen]
     close(padded, expected)
-    remembered = {}
-    knows = draw(st.sampled_from(["no memory", "none", "some", "all"]))
+    cached = {}
+    state = draw(st.sampled_from(["no memory", "none cached", "some", "all"]))
     mine = clone(plain).set_params(n_jobs=draw(st.sampled_from([None, 1, 3])))
-    if knows != "no memory":
+    if state != "no memory":
         mine.set_params(memory=folder / "store")
-    if knows in ("some", "all"):
-        first = rows[: len(rows) // 2 or 1] if knows == "some" else rows
+    if state in ("some", "all"):
+        first = rows[: len(rows) // 2 or 1] if state == "some" else rows
         known = mine.transform(first)
         close(known, expected[: len(first)])
         for key, row in zip(keys, known, strict=False):
-            remembered.setdefault(key, row)
-    # Folds, in any order, and each of them in a container of its own.
+            cached.setdefault(key, row)
+    # Splits in any order, each in another container.
     order = draw(st.permutations(range(len(rows))))
     cuts = draw(st.sets(st.integers(1, len(rows)), max_size=2))
     for part in np.split(np.array(order), sorted(cuts)):
@@ -280,17 +280,17 @@ def test_a_row_is_that_of_the_image_alone(folders, data):
         got = mine.transform(X)
         assert got.dtype == np.float32
         for position, i in enumerate(part):
-            if keys[i] in remembered:
-                np.testing.assert_array_equal(got[position], remembered[keys[i]])
+            if keys[i] in cached:
+                np.testing.assert_array_equal(got[position], cached[keys[i]])
             elif len(part) >= mine.batch_size:
                 np.testing.assert_array_equal(got[position], padded[i])
         close(got, expected[part])
         if mine.memory is not None:
             for position, i in enumerate(part):
-                remembered.setdefault(keys[i], got[position])
+                cached.setdefault(keys[i], got[position])
 
 
-# Labels of any kind
+# Any labels
 
 FEW = np.random.default_rng(0).integers(0, 256, (10, 12, 12, 3), dtype=np.uint8)
 
@@ -299,7 +299,7 @@ INTEGERS = ["i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8"]
 
 
 def of_dtype(code):
-    """Draw numbers that a NumPy dtype has; of floats whole ones."""
+    """Draw integral values of a NumPy dtype."""
     dtype = np.dtype(code)
     if dtype.kind == "f":
         return st.integers(-2000, 2000).map(dtype.type)
@@ -330,7 +330,7 @@ CONTAINERS_OF_LABELS = {
 
 @st.composite
 def labels(draw, n=10):
-    """Draw labels of n images, of two to four classes that all are there."""
+    """Draw labels of n images, of two to four classes that all occur."""
     kind = draw(st.sampled_from(sorted(KINDS_OF_LABELS)))
     classes = draw(st.lists(KINDS_OF_LABELS[kind], min_size=2, max_size=4, unique=True))
     more = draw(
@@ -343,15 +343,18 @@ def labels(draw, n=10):
     y = draw(st.permutations([*classes, *more]))
     containers = set(CONTAINERS_OF_LABELS)
     if "str" not in kind:
-        containers -= {"object array", "object Series"}  # see the test of those
+        containers -= {
+            "object array",
+            "object Series",
+        }  # see test_labels_of_other_objects_raise
     if kind == "f2" or "bool" in kind:
-        # Of float16 pandas has none, and of booleans scikit-learn makes floats.
+        # pandas does not support float16, and scikit-learn converts booleans to floats.
         containers -= {"category"}
     return CONTAINERS_OF_LABELS[draw(st.sampled_from(sorted(containers)))](y)
 
 
 def check_labels(fitted, y):
-    """Check classes_ and predictions against NumPy."""
+    """Check `classes_` and predictions against NumPy."""
     y = np.asarray(y)
     expected = np.unique(y)
     np.testing.assert_array_equal(fitted.classes_, expected)
@@ -366,7 +369,7 @@ def check_labels(fitted, y):
 
 @settings(drawn, max_examples=80)
 @given(labels(), st.sampled_from([0, 1]))
-def test_labels_come_back_from_a_fine_tuned_network(folders, y, max_epochs):
+def test_labels_of_a_fine_tuned_classifier(folders, y, max_epochs):
     mine = FineTunedCNNClassifier(
         "tiny",
         trainable="head",
@@ -384,18 +387,18 @@ def test_labels_come_back_from_a_fine_tuned_network(folders, y, max_epochs):
 
 @settings(drawn, max_examples=80)
 @given(labels())
-def test_labels_come_back_from_a_network_as_it_is(y):
+def test_labels_of_a_pretrained_classifier(y):
     mine = PretrainedClassifier("of ten categories", engine="torch")
     check_labels(mine.fit(FEW, y), y)
     check_labels(pickle.loads(pickle.dumps(mine)), y)
     mine.set_params(label_map=dict(zip("abcdefghij", np.asarray(y), strict=True)))
     if np.asarray(y).dtype == object:
-        return  # a dict says nothing of how its labels are to be kept
+        return  # a label_map does not define the dtype of its labels
     check_labels(mine.fit(FEW), y)
 
 
 @pytest.mark.parametrize("y", [[1, 2], [True, False], [1.0, 2.0]])
-def test_objects_that_are_no_strings_are_refused_in_scikit_learns_words(y):
+def test_labels_of_other_objects_raise(y):
     y = object_array(y * 5)
     with pytest.raises(ValueError, match="Unknown label type: unknown") as theirs:
         LogisticRegression().fit(FEW.reshape(10, -1), y)
@@ -405,7 +408,7 @@ def test_objects_that_are_no_strings_are_refused_in_scikit_learns_words(y):
         assert str(ours.value) == str(theirs.value)
 
 
-# Parameters of any kind
+# Any parameters
 
 COMMON = {
     "image_size": [None, 20],
@@ -462,7 +465,7 @@ VALID = {
 
 
 def output_of(fitted):
-    """Give the numbers that an estimator is there for."""
+    """Return the features or the probabilities of an estimator."""
     if hasattr(fitted, "transform"):
         return fitted.transform(FEW)
     return fitted.predict_proba(FEW)
@@ -471,10 +474,10 @@ def output_of(fitted):
 @pytest.mark.parametrize("kind", VALID)
 @settings(drawn, max_examples=20)
 @given(data=st.data())
-def test_copies_of_all_sorts_commute_with_fit(folders, kind, data):
+def test_copies_fit_equal_models(folders, kind, data):
     values = {name: st.sampled_from(of) for name, of in VALID[kind].items()}
     params = data.draw(st.fixed_dictionaries({}, optional=values))
-    # Defaults that would fetch weights, or take long.
+    # Without defaults that download weights or are slow.
     params = {"backbone": VALID[kind]["backbone"][0], "engine": "torch", **params}
     if params.get("memory") == "store":
         params["memory"] = str(folders())

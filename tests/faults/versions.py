@@ -1,9 +1,9 @@
 """Run the tests with the lowest versions that `pyproject.toml` allows, or the newest.
 
-``python tests/faults/versions.py lowest`` (or ``newest``) makes a virtual environment
-in the folder for temporary files, runs the tests in it, prints what was installed and
-what came of it, and removes it: 6 GB and a quarter of an hour. What follows is for
-pytest. It needs the package packaging, which pytest brings along.
+``python tests/faults/versions.py lowest`` (or ``newest``) creates a virtual environment
+in the folder for temporary files, runs the tests in it, prints the installed versions
+and the result, and removes it; this takes 6 GB and a quarter of an hour. Further
+arguments are passed to pytest. It needs the package packaging, a dependency of pytest.
 """
 
 import json
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def requirements() -> Iterator[Requirement]:
-    """Give what sktl needs, and what its tests need."""
+    """Yield the requirements of sktl and of its tests."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["test"]]
@@ -36,7 +36,7 @@ def requirements() -> Iterator[Requirement]:
 
 
 def lowest(requirement: Requirement) -> str:
-    """Give the version that the one bound of a requirement is."""
+    """Return the lower bound of a requirement."""
     (bound,) = requirement.specifier
     if bound.operator != ">=":
         raise ValueError(f"A requirement must have a lower bound. Got {requirement}.")
@@ -44,7 +44,7 @@ def lowest(requirement: Requirement) -> str:
 
 
 def main(which: str, *options: str) -> int:
-    """Run."""
+    """Run the tests, and return the exit status of pytest."""
     stated = {canonicalize_name(r.name): lowest(r) for r in requirements()}
     pins = {"lowest": [f"{n}=={v}" for n, v in stated.items()], "newest": []}[which]
     with tempfile.TemporaryDirectory() as folder:
