@@ -20,7 +20,7 @@ from torchvision.transforms import InterpolationMode
 
 from sktl._images.preprocessing import Preprocessing
 
-NAMES = {"flip", "standard", "trivial"}
+AUGMENTATIONS = {"flip", "standard", "trivial"}
 
 # Smaller crops of a photograph often do not show the labelled object.
 _CROP_SCALE = (0.35, 1.0)  # fraction of the area
