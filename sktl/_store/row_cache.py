@@ -66,7 +66,7 @@ class RowCache:
         if rows.nbytes > MAX_BYTES or rows[0].nbytes > _MAX_ROW_BYTES:
             return
         with _lock:
-            if sum(cache._nbytes() for cache in _caches) + rows.nbytes > MAX_BYTES:
+            if sum(cache.nbytes for cache in _caches) + rows.nbytes > MAX_BYTES:
                 for cache in _caches:
                     cache.clear()
             buffer, slots = self._contents
@@ -89,7 +89,9 @@ class RowCache:
         """Evict all rows; concurrent readers keep the buffer they looked up."""
         self._contents = np.empty(0), {}
 
-    def _nbytes(self) -> int:
+    @property
+    def nbytes(self) -> int:
+        """Size of the cached rows in bytes."""
         buffer, slots = self._contents
         return len(slots) * buffer[:1].nbytes
 
