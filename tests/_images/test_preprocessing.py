@@ -67,7 +67,7 @@ def test_elongated_images_are_resized_in_part(
     assert max(preprocessing._resize_center(image).size) <= max(crop_size, 40)
 
 
-def test_extremely_elongatedrandom_image() -> None:
+def test_extremely_elongated_image() -> None:
     # Resized as a whole, it would have 256 x 15 360 000 pixels: 12 GB.
     image = Image.new("RGB", (1, 60000), (10, 20, 30))
     got = Preprocessing(256, 224)(image)
