@@ -14,7 +14,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 
 from sktl._images.augmentation import AUGMENTATIONS
-from sktl._images.decode import PixelRange
+from sktl._images.pixel_values import PixelRange
 from sktl._images.validation import ImageShape
 from sktl._inference.execution import ENGINES
 from sktl._inference.feature_cache import Memory
