@@ -11,9 +11,9 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from sktl import Preprocessing, PretrainedFeatures
-from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
+from sktl._images.augmented_views import AugmentedViews
 from sktl._images.validation import validate_images
-from sktl._training.datasets import ImageDataset
+from sktl._training.datasets import FixedViewDataset
 from sktl._utils.random_state import temporary_seed
 
 AT_16 = Preprocessing(16, 16)
@@ -114,15 +114,9 @@ def test_a_bad_image_is_named_by_its_row(paths, tmp_path):
 @pytest.mark.parametrize("augmentation", ["trivial", ImageOps.mirror])
 def test_training_samples_one_view_of_each_image(images, augmentation):
     views = make_views(images, augmentation)
-    dataset = ImageDataset(
-        views,
-        np.arange(len(images)),
-        np.arange(len(images)),
-        np.ones(len(images)),
-        augmentation=APPLY_VIEW,
-        side=16,
-        n_jobs=2,
-    )
+    indices = np.arange(len(images))
+    weights = np.ones(len(images))
+    dataset = FixedViewDataset(views, indices, weights, image_size=16, n_jobs=2)
     expected = compute_all(views).reshape(-1, 3, 16, 16, 3)
     chosen = Counter()
     for _ in range(4):
