@@ -3,7 +3,7 @@
 from sktl._inference.cached_forward import CacheableImages
 from sktl._inference.distributed import distributed_forward
 from sktl._inference.engines import Rows
-from sktl._inference.feature_cache import FeatureCache, Memory, open_store
+from sktl._inference.feature_cache import Memory, open_cache
 from sktl._inference.model_spec import ModelSpec
 
 
@@ -29,9 +29,5 @@ def extract_features(spec: ModelSpec, images: CacheableImages, memory: Memory) -
     ValueError, MemoryError, FileNotFoundError
         As `distributed_forward`.
     """
-    store = open_store(memory)
-    cache = None
-    if store is not None:
-        namespace = {**spec.namespace(), **images.decode_fingerprint()}
-        cache = FeatureCache(store, namespace)
+    cache = open_cache(memory, spec.namespace(), images.decode_fingerprint())
     return distributed_forward(spec, images, cache)

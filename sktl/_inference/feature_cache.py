@@ -67,3 +67,27 @@ class FeatureCache:
         directory = os.path.abspath(os.path.expanduser(self.store.directory))
         store = FeatureStore(directory, self.store.max_bytes)
         return FeatureCache(store, self.namespace)
+
+
+def open_cache(
+    memory: Memory, model: Mapping[str, str], images: Mapping[str, str]
+) -> FeatureCache | None:
+    """Return the cache of the rows of a model for some images.
+
+    Parameters
+    ----------
+    memory : str, path-like, FeatureStore, joblib.Memory or None
+        Location of the cache.
+    model : mapping of str to str
+        Every setting of the model that affects a row, see `ModelSpec.namespace`.
+    images : mapping of str to str
+        Every setting of the images that affects a row, besides their content, see
+        `ImageSequence.decode_fingerprint`.
+
+    Returns
+    -------
+    FeatureCache or None
+        None if nothing is to be cached.
+    """
+    store = open_store(memory)
+    return None if store is None else FeatureCache(store, {**model, **images})

@@ -34,7 +34,7 @@ from sktl._inference.engines import (
 )
 from sktl._inference.execution import PRECISIONS, ExecutionConfig
 from sktl._inference.extract_features import extract_features
-from sktl._inference.feature_cache import FeatureCache, Memory, open_store
+from sktl._inference.feature_cache import Memory, open_cache, open_store
 from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
@@ -241,15 +241,13 @@ class FrozenActivations:
     def _compute_here(
         self, n_frozen: int, images: ImageSequence | AugmentedViews
     ) -> NDArray[np.float32]:
-        store = self._store_for(n_frozen)
-        namespace = self._spec(n_frozen).namespace()
-        namespace["weights"] = self._digest(n_frozen)
+        model = {**self._spec(n_frozen).namespace(), "weights": self._digest(n_frozen)}
         return cached_forward(
             lambda: self._compile(n_frozen),
             images,
             self._preprocessing,
             self._execution,
-            None if store is None else FeatureCache(store, namespace),
+            open_cache(self._store_for(n_frozen), model, images.decode_fingerprint()),
         )
 
     def _spec(self, n_frozen: int) -> ModelSpec:
