@@ -40,14 +40,14 @@ class Augmentation:
     random : callable
         Maps the output of `deterministic` to pixels ``(side, side, 3)``, uint8, which
         differ from call to call.
-    deterministic_gives_pixels : bool
+    deterministic_returns_pixels : bool
         Whether `deterministic` returns pixels ``(side, side, 3)``, uint8, which can be
         cached.
     """
 
     deterministic: Callable[[Image.Image], Any]
     random: Callable[[Any], NDArray[np.uint8]]
-    deterministic_gives_pixels: bool
+    deterministic_returns_pixels: bool
 
 
 def augmentation_for(

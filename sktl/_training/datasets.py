@@ -96,7 +96,7 @@ class ImageDataset(Dataset[Any]):
         self._is_cached = np.zeros(len(rows), dtype=bool)
         shape = (len(rows), image_size, image_size, 3)
         if (
-            augmentation.deterministic_gives_pixels
+            augmentation.deterministic_returns_pixels
             and np.prod(shape) <= _MAX_CACHED_BYTES
         ):
             self._pixels = np.empty(shape, dtype=np.uint8)

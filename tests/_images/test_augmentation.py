@@ -99,7 +99,7 @@ def test_random_transform_does_not_modify_its_input(image, augmentation):
 def test_deterministic_transform_returns_pixels_or_the_image(image, augmentation):
     augmentation = augmentation_for(augmentation, AT_16)
     transformed = augmentation.deterministic(image)
-    if augmentation.deterministic_gives_pixels:
+    if augmentation.deterministic_returns_pixels:
         np.testing.assert_array_equal(transformed, AT_16(image))
     else:
         np.testing.assert_array_equal(np.array(transformed), np.array(image))
