@@ -20,17 +20,6 @@ from torch import Tensor
 
 from sktl._utils.files import write_atomically
 
-# What it may end in to make sense of a document that somebody else wrote, with a right
-# sha256. Whoever reads one turns these into a ValueError that names the file.
-PARSE_ERRORS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
