@@ -1,6 +1,7 @@
 """The layout of the library: packages, allowed imports, and public names."""
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -11,9 +12,10 @@ import pytest
 import sktl
 
 ROOT = Path(sktl.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "how_it_works.md"
 
 # What the modules of each package may import, besides those of the same package. A
-# dot stands for one module of a package. This list is also in docs/how_it_works.md.
+# dot stands for one module of a package. This list is also in `PAGE`.
 ALLOWED = {
     "_training": {"_inference", "_backbones", "_images", "_store", "_utils"},
     "_inference": {"_backbones", "_images", "_store", "_utils"},
@@ -64,6 +66,25 @@ def test_imports_are_allowed(module):
             assert {other, imported} & allowed, f"{module} imports {imported}"
         else:  # an estimator or a command line, which stand side by side
             assert other in ALLOWED, f"{module} imports {imported}"
+
+
+def test_documented_imports_are_those_allowed():
+    rows = re.findall(r"^\| `(_\w+)` \| .+ \| (.+) \|$", PAGE.read_text(), re.MULTILINE)
+    assert {name: set(re.findall("`(.+?)`", cell)) for name, cell in rows} == ALLOWED
+
+
+def test_documented_modules_are_those_that_exist():
+    (tree,) = re.findall(
+        r"^sktl/\n(.*?)```", PAGE.read_text(), re.MULTILINE | re.DOTALL
+    )
+    documented, package = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if name.endswith("/"):
+            package = name.replace("/", ".")
+        else:
+            documented.append(package + name)
+    assert sorted(documented) == sorted(MODULES)
 
 
 def test_no_cycle_between_modules():
