@@ -3,9 +3,8 @@
 import os
 from collections.abc import Callable, Sequence
 from numbers import Integral, Real
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,22 +15,16 @@ from sklearn.utils import Tags
 from sktl._images.augmentation import AUGMENTATIONS
 from sktl._images.pixel_values import PixelRange
 from sktl._images.validation import ImageShape
-from sktl._inference.execution import ENGINES
 from sktl._inference.feature_cache import Memory
-from sktl._store.feature_store import FeatureStore
+from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.base_estimator import BaseFineTunedCNN
 from sktl._training.multiclass import MulticlassTarget, encode_multiclass
 from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
 from sktl._training.targets import EncodedTargets, Target
-from sktl._utils.sklearn_compat import (
-    DocLinkMixin,
-    Interval,
-    StrOptions,
-    fit_context,
-)
+from sktl._utils.sklearn_compat import Interval, StrOptions, fit_context
 
 
-class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
+class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     """Fine-tune a pretrained convolutional network for classification.
 
     Replaces the classification head, initializes it with a logistic regression on the
@@ -41,10 +34,12 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
     Parameters
     ----------
     backbone : str, default="resnet18"
-        Name of a backbone with stages, see `list_backbones`.
+        Name of a network, see `list_backbones`. It must have stages.
     weights : str, path-like or None, default="DEFAULT"
-        Pretrained weights to load, as in `PretrainedFeatures`. None: random weights,
-        seeded by `random_state`, as a baseline.
+        Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
+        downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
+        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
+        random weights, seeded by `random_state`, a baseline.
     trainable : {"head", "all"}, int or str, default="all"
         What is trained: the head; all stages; an int n, the head and the last n stages;
         or the name of a stage, that stage and all above it. All other stages are
@@ -108,39 +103,49 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
         Copies of them are called during training. KeyboardInterrupt raised by one, as
         by skorch's EarlyStopping, ends `fit` with it: use `early_stopping`.
     image_size : int or None, default=None
-        Side in pixels to resize and crop to, instead of what the weights were trained
-        with.
+        Side in pixels to which images are resized and cropped. None: the size that the
+        weights were trained with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened image, as in `PretrainedFeatures`.
+        For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
+        else with three (last); else, with a warning, a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
-        Values of black and white in array input, as in `PretrainedFeatures`.
+        Values of black and white in array input. ``"auto"`` depends on the dtype only:
+        the full range of integers, (0, 1) for floats. Values outside the range are
+        clipped, with a warning.
     reducing_gap : float or None, default=None
-        How large JPEG files are decoded, as in `PretrainedFeatures`.
+        Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
+        multiple of the required size remains: several times faster, with slightly
+        different features. 2 and 3 are common values. None decodes all pixels.
     batch_size : int, default=32
-        Number of images of a step, and of those that go through at a time.
+        Number of images per batch. For fewer images, inference uses batches of one.
     device : str or torch.device, default="auto"
-        ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
+        Device that runs the network. ``"auto"``: the accelerator of this machine, if
+        any, else the CPU.
     precision : {"float32", "bfloat16", "auto"}, default="float32"
-        What the network computes in. ``"auto"`` is bfloat16 where the processor
-        multiplies it natively, several times as fast, else float32. Weights and their
-        updates are float32 anyway.
+        Data type used inside the network. ``"auto"``: bfloat16 if the processor
+        supports it natively, which is several times faster, else float32.
+        Weights are updated in float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What computes the network where it does not train: in `predict`, and the
-        features for the linear probe. As in `PretrainedFeatures`.
+        Library that runs inference: torch; ``torch.compile``, which needs a C++
+        compiler and up to a minute; or OpenVINO, which needs a CPU and
+        ``pip install "sktl[openvino]"``. ``"auto"``: OpenVINO if it is installed and
+        the device is a CPU, else torch. Results agree up to rounding. Unsupported
+        networks fall back to torch with a warning.
     n_jobs : int or None, default=None
-        Number of threads that decode images ahead of the network. None means as many
-        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None lets its workers compute, in `fit`, what frozen
-        pretrained stages say of the images.
+        Number of threads that decode images. None: as many as torch uses, unless in a
+        :obj:`joblib.parallel_config` context; -1: all processors. With a process-based
+        joblib backend (loky, Dask, Ray), any `n_jobs` other than None distributes the
+        images over its workers.
+        Workers compute only the frozen pretrained stages, in `fit`.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        Where it is remembered what the frozen stages give of each image, as in
-        `PretrainedFeatures`, and shared with it; see the notes.
+        Directory of a feature cache, see `FeatureStore`: frozen layers process each
+        image only once, even across folds, candidates, processes and sessions. Of a
+        :obj:`joblib.Memory`, the location is used. None means no cache.
     random_state : int, RandomState instance or None, default=None
         Decides the order of the images, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
-        1 shows a progress bar on anything that takes longer than a second.
+        If 1, show a progress bar for anything longer than a second.
 
     Attributes
     ----------
@@ -219,9 +224,8 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
     array(['china', 'flower'], dtype='<U6')
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's own declaration)
-        "backbone": [str],
-        "weights": [str, os.PathLike, None],
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SHARED_CONSTRAINTS,
         "trainable": [str, Interval(Integral, 0, None, closed="left")],
         "head_init": [StrOptions({"linear_probe", "random"})],
         "hidden_layer_sizes": [
@@ -247,18 +251,8 @@ class FineTunedCNNClassifier(DocLinkMixin, ClassifierMixin, BaseFineTunedCNN):
         "warm_start": ["boolean"],
         "checkpoint": [str, os.PathLike, None],
         "callbacks": [list, tuple, None],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
-        "image_shape": [StrOptions({"auto"}), tuple, list],
-        "pixel_range": [StrOptions({"auto"}), tuple, list],
-        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "device": [str, torch.device],
         "precision": [StrOptions({"float32", "bfloat16", "auto"})],
-        "engine": [StrOptions({*ENGINES, "auto"})],
-        "n_jobs": [Integral, None],
-        "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
         "random_state": ["random_state"],
-        "verbose": ["verbose"],
     }
 
     def __init__(

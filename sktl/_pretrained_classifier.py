@@ -1,14 +1,13 @@
-"""Pretrained networks as they are."""
+"""PretrainedClassifier: classify images without training."""
 
 import copy
 import difflib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, Self
+from numbers import Integral
+from typing import Any, ClassVar, Self
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,79 +23,81 @@ from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
-from sktl._inference.execution import ENGINES, PRECISIONS, ExecutionConfig
+from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
 from sktl._inference.model_spec import ModelSpec
-from sktl._store.feature_store import FeatureStore
-from sktl._utils.sklearn_compat import (
-    DocLinkMixin,
-    Interval,
-    StrOptions,
-    check_sample_weight,
-    check_y,
-    fit_context,
-)
+from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
+from sktl._utils.sklearn_compat import check_sample_weight, check_y, fit_context
 
 
-class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
-    """Say what is in images with a pretrained network, as it is.
+class PretrainedClassifier(ClassifierMixin, BaseEstimator):
+    """Classify images with a pretrained network, without training.
 
-    Nothing in the network is trained. Its categories are the labels, or are led to
-    labels of your own: by a `label_map` that you write down, or by one that `fit`
-    learns from examples. That makes it the first thing to try, and the baseline that
-    shows when nothing needs training.
+    The categories of the network are the class labels, or are mapped to your own
+    labels: by `label_map`, or by a mapping that `fit` learns from labelled images. This
+    is the first thing to try, and a baseline that shows whether training is worthwhile.
 
     Parameters
     ----------
     backbone : str, default="resnet18"
-        A name from `list_backbones`, of a network with weights that have categories.
+        Name of a network, see `list_backbones`. Its weights must have categories.
     weights : str or path-like, default="DEFAULT"
-        Where the numbers in the network come from: a name that torchvision gives to
-        weights, or the path of a state dict (``.pth``, ``.pt`` or ``.safetensors``).
+        Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
+        downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
+        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed.
     label_map : dict or None, default=None
-        From names of categories to labels. Probabilities of categories with the same
-        label are added up, and those of categories that are not named left out.
+        Maps names of categories to labels. The probabilities of categories with the
+        same label are summed; categories that are not in the dict are ignored.
     image_size : int or None, default=None
-        Side in pixels to resize and crop to, instead of what the weights were trained
-        with.
+        Side in pixels to which images are resized and cropped. None: the size that the
+        weights were trained with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened image, as in `PretrainedFeatures`.
+        For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
+        else with three (last); else, with a warning, a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
-        Values of black and white in array input, as in `PretrainedFeatures`.
+        Values of black and white in array input. ``"auto"`` depends on the dtype only:
+        the full range of integers, (0, 1) for floats. Values outside the range are
+        clipped, with a warning.
     reducing_gap : float or None, default=None
-        How large JPEG files are decoded, as in `PretrainedFeatures`.
+        Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
+        multiple of the required size remains: several times faster, with slightly
+        different features. 2 and 3 are common values. None decodes all pixels.
     batch_size : int, default=32
-        Number of images that go through the network at a time. In calls with fewer
-        images they go one by one.
+        Number of images per batch. For fewer images, inference uses batches of one.
     device : str or torch.device, default="auto"
-        ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
+        Device that runs the network. ``"auto"``: the accelerator of this machine, if
+        any, else the CPU.
     precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
-        What the network computes in. ``"auto"`` is bfloat16 where the processor
-        multiplies it natively, several times as fast, else float32.
+        Data type used inside the network. ``"auto"``: bfloat16 if the processor
+        supports it natively, which is several times faster, else float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What computes the network, as in `PretrainedFeatures`.
+        Library that runs inference: torch; ``torch.compile``, which needs a C++
+        compiler and up to a minute; or OpenVINO, which needs a CPU and
+        ``pip install "sktl[openvino]"``. ``"auto"``: OpenVINO if it is installed and
+        the device is a CPU, else torch. Results agree up to rounding. Unsupported
+        networks fall back to torch with a warning.
     n_jobs : int or None, default=None
-        Number of threads that decode images ahead of the network. None means as many
-        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None sends the images to its workers.
+        Number of threads that decode images. None: as many as torch uses, unless in a
+        :obj:`joblib.parallel_config` context; -1: all processors. With a process-based
+        joblib backend (loky, Dask, Ray), any `n_jobs` other than None distributes the
+        images over its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        A directory in which the output for every image is remembered, so that each
-        goes through the network once, whatever folds, candidates and sessions it
-        turns up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
-        used. None remembers nothing.
+        Directory of a feature cache, see `FeatureStore`: frozen layers process each
+        image only once, even across folds, candidates, processes and sessions. Of a
+        :obj:`joblib.Memory`, the location is used. None means no cache.
     verbose : int, default=0
-        1 shows a progress bar on anything that takes longer than a second.
+        If 1, show a progress bar for anything longer than a second.
 
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels, sorted: names of categories, or labels of your own.
+        Sorted class labels: names of categories, or your own labels.
     class_proba_given_category_ : array of shape (n_categories, n_classes), maybe sparse
-        Probability of each label in each category of the network, in its own order.
+        Probability of each class given each category of the network, in the order of
+        the network.
     weights_digest_ : str
-        SHA-256 of the weights at the time of `fit`.
+        SHA-256 of the weights seen during `fit`.
     n_features_in_ : int
         Number of features seen during `fit`, for 2-D `X` and data frames.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -104,22 +105,22 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
 
     See Also
     --------
-    PretrainedFeatures : Columns for any model of scikit-learn, from the same networks.
-    list_backbones : Names of the networks there are.
+    PretrainedFeatures : Features of the same networks, for any scikit-learn model.
+    list_backbones : Names of all available networks.
 
     Notes
     -----
-    With labels `y` and without a `label_map`, `fit` counts how often each label comes
-    with each category, every image spread over the categories as the network's
-    probabilities are, and adds one to each count (Laplace). The probability of a label
-    is then the sum over categories of p(label | category) p(category | image).
+    With `y` and without `label_map`, `fit` counts how often each class occurs with each
+    category, where an image is distributed over the categories by the probabilities of
+    the network, and adds one to each count (Laplace smoothing). The probability of a
+    class is then the sum over categories of p(class | category) p(category | image).
 
-    Where a network has two categories of one name, their numbers are added to the
-    names, such as ``"crane (134)"`` and ``"crane (517)"``.
+    If several categories of a network have the same name, their indices are appended:
+    ``"crane (134)"`` and ``"crane (517)"``.
 
     Examples
     --------
-    A network for small images comes with the library:
+    A network for small images is part of the library:
 
     >>> from sklearn.datasets import load_sample_images
     >>> from sktl import PretrainedClassifier
@@ -132,21 +133,9 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     (2, 3)
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's own declaration)
-        "backbone": [str],
-        "weights": [str, os.PathLike, None],
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SHARED_CONSTRAINTS,
         "label_map": [dict, None],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
-        "image_shape": [StrOptions({"auto"}), tuple, list],
-        "pixel_range": [StrOptions({"auto"}), tuple, list],
-        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "device": [str, torch.device],
-        "precision": [StrOptions({*PRECISIONS, "auto"})],
-        "engine": [StrOptions({*ENGINES, "auto"})],
-        "n_jobs": [Integral, None],
-        "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
-        "verbose": ["verbose"],
     }
 
     def __init__(
@@ -184,61 +173,57 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
 
     @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Self:
-        """Settle what the labels are.
+        """Determine the class labels.
 
         Parameters
         ----------
         X : array-like of images
-            As in `PretrainedFeatures.fit`. They are looked at only where labels are
-            learned from `y`.
+            As in `PretrainedFeatures.fit`. Images are read only if labels are learned
+            from `y`.
         y : array-like of shape (n_samples,), default=None
-            Labels. Without them, and without a `label_map`, the names of the
-            categories are the labels. With a `label_map` it is only checked that it
-            leads to all of them.
+            Class labels. Without `y` and `label_map`, the labels are the names of the
+            categories. With `label_map`, `y` is only validated: the map must contain
+            all of its labels.
         sample_weight : array-like of shape (n_samples,), default=None
-            How much each image counts where labels are learned. None is 1 for each.
+            Weights of the samples where labels are learned. None means 1 for each.
 
         Returns
         -------
         self : object
-            The estimator itself.
+            The fitted estimator.
 
         Raises
         ------
         ValueError
-            If the weights have no categories, the `label_map` names one that they do
-            not have, or `X` or `y` is not as it must be.
+            If the weights have no categories, `label_map` has a key that is not a
+            category, or `X` or `y` is invalid.
         ConnectionError
-            If weights have to be downloaded and cannot be.
+            If weights must be downloaded and there is no connection.
         """
-        checked = copy.copy(self)
-        images = checked._as_images(X, reset=True)
+        validated = copy.copy(self)  # a failed fit leaves the estimator unchanged
+        images = validated._validate_images(X, reset=True)
         backbone = self._load_backbone()
-        categories = _categories(backbone, self.weights)
+        categories = _category_names(backbone, self.weights)
         if y is not None:
             y = check_y(y, estimator=self)
             check_classification_targets(y)
             check_consistent_length(images, y)
         if self.label_map is not None:
-            classes, given = _mapped(self.label_map, categories, y)
+            classes, class_proba = _classes_from_map(self.label_map, categories, y)
         elif y is None:
-            classes, order = np.unique(categories, return_inverse=True)
-            given = _one_label_each(order)
+            classes, class_index = np.unique(categories, return_inverse=True)
+            class_proba = _indicator_matrix(class_index, len(classes))
         else:
-            weight = check_sample_weight(sample_weight, y, dtype=np.float64)
-            classes, label = np.unique(y, return_inverse=True)
-            indicator = weight[:, None] * (label[:, None] == range(len(classes)))
-            # (n_categories, n_samples) @ (n_samples, n_classes)
-            counts = 1 + self._category_proba(backbone, images).T @ indicator
-            given = counts / counts.sum(axis=1, keepdims=True)
-        # At the end: what a bad image or Ctrl-C stops leaves the last fit whole.
-        copy_feature_metadata(self, checked)
-        self.classes_, self.class_proba_given_category_ = classes, given
+            sample_weight = check_sample_weight(sample_weight, y, dtype=np.float64)
+            category_proba = self._category_proba(backbone, images)
+            classes, class_proba = _learn_classes(category_proba, y, sample_weight)
+        copy_feature_metadata(self, validated)
+        self.classes_, self.class_proba_given_category_ = classes, class_proba
         self.weights_digest_ = backbone.digest
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """Name what is in images.
+        """Predict class labels.
 
         Parameters
         ----------
@@ -248,19 +233,19 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         y : ndarray of shape (n_samples,)
-            The most probable label of each.
+            The most probable class of each image.
 
         Raises
         ------
         ValueError
-            If an image cannot be read (the message names its row, its path and the
-            reason), or backbone or weights changed since `fit`.
+            If an image cannot be read (names the row, the path and the reason), or
+            backbone or weights changed since `fit`.
         """
         proba = self.predict_proba(X)
         return self.classes_[proba.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> NDArray[np.float64]:
-        """Give the probabilities of all labels.
+        """Predict class probabilities.
 
         Parameters
         ----------
@@ -270,7 +255,7 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         proba : ndarray of shape (n_samples, n_classes)
-            In the order of `classes_`; each row adds up to 1.
+            In the order of `classes_`; the sum of each row is 1.
 
         Raises
         ------
@@ -279,7 +264,7 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         self._validate_params()
-        images = self._as_images(X, reset=False)
+        images = self._validate_images(X, reset=False)
         backbone = self._load_backbone()
         if backbone.digest != self.weights_digest_:
             raise ValueError(
@@ -295,7 +280,7 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         return proba / proba.sum(axis=1, keepdims=True)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
-        """Give the logarithms of the probabilities.
+        """Compute the logarithms of the class probabilities.
 
         Parameters
         ----------
@@ -305,58 +290,58 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         Returns
         -------
         scores : ndarray of shape (n_samples, n_classes) or (n_samples,)
-            Of two labels, as everywhere in scikit-learn, the log-odds of the second.
+            For two classes, as in scikit-learn, the log-odds of the second class.
 
         Raises
         ------
         ValueError
             As in `predict`.
         """
-        tiny = np.finfo(np.float64).tiny  # instead of a logarithm of 0
+        tiny = np.finfo(np.float64).tiny  # avoids the logarithm of 0
         scores = np.log(np.maximum(self.predict_proba(X), tiny))
         return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
 
     def top_k(self, X: Any, k: int = 5) -> tuple[NDArray[Any], NDArray[np.float64]]:
-        """Give the k most probable labels of each image.
+        """Return the k most probable classes of each image.
 
         Parameters
         ----------
         X : array-like of images
             As in `fit`.
         k : int, default=5
-            How many, at most the number of labels.
+            Number of classes; at most the number of all classes.
 
         Returns
         -------
         labels : ndarray of shape (n_samples, k)
-            The most probable first.
+            Class labels, most probable first.
         probabilities : ndarray of shape (n_samples, k)
-            Theirs.
+            Their probabilities.
 
         Raises
         ------
         ValueError
-            If there are fewer than k labels, and as in `predict`.
+            If there are fewer than k classes, and as in `predict`.
         """
         check_is_fitted(self)
         if not isinstance(k, Integral) or not 1 <= k <= len(self.classes_):
             raise ValueError(
                 "The 'k' parameter of top_k must be an int from 1 to the number of "
-                f"labels, {len(self.classes_)}. Got {k!r} instead."
+                f"classes, {len(self.classes_)}. Got {k!r} instead."
             )
         proba = self.predict_proba(X)
         best = np.argsort(-proba, axis=1, kind="stable")[:, :k]
         return self.classes_[best], np.take_along_axis(proba, best, axis=1)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that labels are not required, and that blobs are no images."""
+        """Return tags: `y` is optional, and points of a plane cannot be classified."""
         tags = super().__sklearn_tags__()
         tags.target_tags.required = False
         tags.input_tags.three_d_array = True
         tags.classifier_tags.poor_score = True
         return tags
 
-    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+    def _validate_images(self, X: Any, *, reset: bool) -> ImageSequence:
         return validate_images(
             X,
             estimator=self,
@@ -371,7 +356,7 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
     def _category_proba(
         self, backbone: Backbone, images: ImageSequence
     ) -> NDArray[np.float64]:
-        """Run the network: ``(n_samples, n_categories)``, in its own order."""
+        """Run the network; return ``(n_samples, n_categories)`` in its own order."""
         preprocessing = backbone.preprocessing_at(self.image_size)
         spec = ModelSpec(
             BackboneSpec.to(backbone, self.weights),
@@ -383,63 +368,94 @@ class PretrainedClassifier(DocLinkMixin, ClassifierMixin, BaseEstimator):
         min_decode_size = preprocessing.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_decode_size)
         logits = extract_features(spec, images, self.memory)
-        # In float64, so that adding up a thousand of them rounds nothing away.
+        # float64, so that the sum over a thousand categories is exact enough.
         return softmax(logits.astype(np.float64), axis=1)
 
 
-def _categories(backbone: Backbone, weights: object) -> list[str]:
-    """Give the names of the categories, with numbers added to those of one name."""
+def _category_names(backbone: Backbone, weights: object) -> list[str]:
+    """Return unique names of the categories; equal names get their index appended."""
     if backbone.categories is None:
         raise ValueError(
-            "PretrainedClassifier needs weights whose categories have names. Got "
+            "PretrainedClassifier requires weights with named categories. Got "
             f"weights={str(weights)!r} of {backbone.name!r}, which have none: they are "
-            "random, or their head is another than that of the weights with names. Use "
+            "random, or their head is not the one of the named weights. Use "
             "PretrainedFeatures, or register_backbone(..., categories=...)."
         )
-    times = Counter(backbone.categories)
+    n_uses = Counter(backbone.categories)
     return [
-        name if times[name] == 1 else f"{name} ({i})"
+        name if n_uses[name] == 1 else f"{name} ({i})"
         for i, name in enumerate(backbone.categories)
     ]
 
 
-def _one_label_each(label: NDArray[np.intp], n_labels: int | None = None) -> csr_array:
-    """Give the matrix ``(n_categories, n_labels)`` with a 1 for each category's label.
+def _indicator_matrix(class_index: NDArray[np.intp], n_classes: int) -> csr_array:
+    """Return ``(n_categories, n_classes)`` with a 1 at the class of each category.
 
-    A negative label is none.
+    Categories with a negative index have no class.
     """
-    category = np.flatnonzero(label >= 0)
-    shape = (len(label), n_labels or len(label))
-    return csr_array((np.ones(len(category)), (category, label[category])), shape)
+    category = np.flatnonzero(class_index >= 0)
+    entries = (np.ones(len(category)), (category, class_index[category]))
+    return csr_array(entries, (len(class_index), n_classes))
 
 
-def _mapped(
+def _classes_from_map(
     label_map: Mapping[str, Any], categories: Sequence[str], y: NDArray[Any] | None
 ) -> tuple[NDArray[Any], csr_array]:
-    """Check a map from categories to labels, and give labels and matrix."""
+    """Validate a label map; return the classes and ``(n_categories, n_classes)``."""
     if not label_map:
         raise ValueError(
-            "The 'label_map' parameter of PretrainedClassifier must name at least one "
-            "category. Got {} instead."
+            "The 'label_map' parameter of PretrainedClassifier must contain at least "
+            "one category. Got {} instead."
         )
     for name in label_map:
         if name not in categories:
             close = difflib.get_close_matches(str(name), categories, n=5)
             raise ValueError(
-                "The 'label_map' parameter of PretrainedClassifier must lead from "
-                f"names of categories to labels. Got {name!r}, which is none of the "
+                "The 'label_map' parameter of PretrainedClassifier must map names of "
+                f"categories to labels. Got {name!r}, which is not one of the "
                 f"{len(categories)} categories."
-                f"{' The closest: ' + ', '.join(close) + '.' if close else ''}"
+                f"{' The closest ones: ' + ', '.join(close) + '.' if close else ''}"
             )
     classes = np.unique(np.asarray(list(label_map.values())))
     if y is not None and not np.isin(y, classes).all():
         missing = np.setdiff1d(y, classes).tolist()
         raise ValueError(
-            f"label_map must lead to every label in y. Got no category for {missing}; "
-            f"it leads to {classes.tolist()}."
+            f"label_map must contain every label in y. Got no category for {missing}; "
+            f"its labels are {classes.tolist()}."
         )
-    label = np.full(len(categories), -1)
-    index = {name: i for i, name in enumerate(categories)}
-    for name, value in label_map.items():
-        label[index[name]] = np.searchsorted(classes, value)
-    return classes, _one_label_each(label, len(classes))
+    class_index = np.full(len(categories), -1)
+    position = {name: i for i, name in enumerate(categories)}
+    for name, label in label_map.items():
+        class_index[position[name]] = np.searchsorted(classes, label)
+    return classes, _indicator_matrix(class_index, len(classes))
+
+
+def _learn_classes(
+    category_proba: NDArray[np.float64],
+    y: NDArray[Any],
+    sample_weight: NDArray[np.float64],
+) -> tuple[NDArray[Any], NDArray[np.float64]]:
+    """Estimate p(class | category) from labelled images, with Laplace smoothing.
+
+    Parameters
+    ----------
+    category_proba : ndarray of shape (n_samples, n_categories)
+        Probabilities of the network.
+    y : ndarray of shape (n_samples,)
+        Class labels.
+    sample_weight : ndarray of shape (n_samples,)
+        Weights of the samples.
+
+    Returns
+    -------
+    classes : ndarray of shape (n_classes,)
+        Sorted class labels.
+    class_proba : ndarray of shape (n_categories, n_classes)
+        The sum of each row is 1.
+    """
+    classes, encoded = np.unique(y, return_inverse=True)
+    # (n_samples, n_classes)
+    indicator = sample_weight[:, None] * (encoded[:, None] == range(len(classes)))
+    # (n_categories, n_samples) @ (n_samples, n_classes)
+    counts = 1 + category_proba.T @ indicator
+    return classes, counts / counts.sum(axis=1, keepdims=True)

@@ -1,11 +1,11 @@
-"""Pretrained networks as fixed feature extractors."""
+"""PretrainedFeatures: a transformer that extracts image features."""
 
+import copy
 import os
-from numbers import Integral, Real
-from typing import Any, Self
+from numbers import Integral
+from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
 
-import joblib
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,116 +17,100 @@ from sktl._backbones.backbone import Backbone
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
-from sktl._images.validation import ImageShape, validate_images
-from sktl._inference.execution import ENGINES, PRECISIONS, ExecutionConfig
+from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
+from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
 from sktl._inference.model_spec import ModelSpec
-from sktl._store.feature_store import FeatureStore
+from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._utils.sklearn_compat import (
-    DocLinkMixin,
     Interval,
     StrOptions,
     check_feature_names_in,
     fit_context,
 )
 
-# The parameters that were found valid last, by class.
-_valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
+# The parameters that passed validation last, by class; see `_validate_params`.
+_last_valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
 
 
-class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
-    """Turn images into columns with a pretrained network.
+class PretrainedFeatures(TransformerMixin, BaseEstimator):
+    """Extract image features with a pretrained network.
 
-    The network is cut open at a layer, and what the layer says about an image,
-    averaged over positions, becomes a row of numbers for any scikit-learn model. The
-    network itself is never trained. This is the strategy called *fixed feature
-    extractor* [1]_, and with a linear model on top the one to try first. For images
-    that are not photographs, try the lower stages too.
+    The activations of one or more layers are pooled over positions, and become the
+    columns for any scikit-learn model. The network itself is not trained. This strategy
+    is called *fixed feature extractor* [1]_; with a linear model it is the first one to
+    try. For images that are not photographs, try lower stages as well.
 
     Parameters
     ----------
     backbone : str, default="resnet18"
-        A name from `list_backbones`: every classification network of torchvision, and
-        whatever `register_backbone` added.
+        Name of a network, see `list_backbones`.
     weights : str, path-like or None, default="DEFAULT"
-        Where the numbers in the network come from.
-
-        - A name that torchvision gives to weights, such as ``"IMAGENET1K_V1"``;
-          ``"DEFAULT"`` is the best of them. They are downloaded once.
-        - The path of a state dict: ``.pth``, ``.pt`` or ``.safetensors``. Nothing in
-          the file is executed.
-        - None: random numbers, the same every time. A baseline.
+        Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
+        downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
+        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
+        random weights, the same in every call, a baseline.
     layer : str or list of str, default="penultimate"
-        What to look at.
+        Layer or layers whose activations are returned.
 
-        - ``"penultimate"``: what the network's own last linear layer sees.
+        - ``"penultimate"``: the input of the last linear layer of the network.
         - The name of a stage: ``"stem"``, ``"stage1"``, and so on. A stage ends where
-          the resolution halves; lower ones suit images far from photographs.
-        - The name of any module of the network, as
-          ``dict(torchvision.models.get_model("resnet18").named_modules())`` has it; of
-          one that runs several times, its last output.
-        - A list of these: one pass, columns side by side.
+          the resolution halves. Lower stages suit images unlike photographs.
+        - The name of any module of the network, as in
+          ``dict(torchvision.models.get_model("resnet18").named_modules())``. For a
+          module that is called several times, its last output.
+        - A list of these: one forward pass, columns side by side.
     pooling : {"avg", "max", "gem", "flatten"} or int, default="avg"
-        How the positions of a layer become one vector: their average, maximum or
-        generalized mean [2]_; every value (``"flatten"``); or an int k: averages over
-        a grid of k x k fields, which keeps where things are. Without effect on a
-        layer that has no positions, such as the penultimate of most networks.
+        How the positions of a layer are reduced to one vector: by the average, the
+        maximum or the generalized mean [2]_; not at all (``"flatten"``); or, for an int
+        k, by averages over a k x k grid, which preserve the spatial layout. No effect
+        on a layer without positions, such as the penultimate layer of most networks.
     image_size : int or None, default=None
-        Side in pixels to resize and crop to, instead of what the weights were trained
-        with.
+        Side in pixels to which images are resized and cropped. None: the size that the
+        weights were trained with.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, how a row is a flattened image. ``"auto"``: a square, else three
-        squares with channels last, else a strip one pixel high, with a warning.
+        For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
+        else with three (last); else, with a warning, a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
-        Values of black and white in array input. ``"auto"``: the full range of an
-        integer dtype, (0, 1) for floats. It is never guessed from the values; values
-        outside are clipped, with a warning.
+        Values of black and white in array input. ``"auto"`` depends on the dtype only:
+        the full range of integers, (0, 1) for floats. Values outside the range are
+        clipped, with a warning.
     reducing_gap : float or None, default=None
-        Large JPEG files can be decoded at a half, a quarter or an eighth of their size,
-        several times as fast, as long as this many times the size that the network
-        wants is left. 2 or 3 is common; it moves the features a little. None decodes
-        all pixels.
+        Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
+        multiple of the required size remains: several times faster, with slightly
+        different features. 2 and 3 are common values. None decodes all pixels.
     batch_size : int, default=32
-        Number of images that go through the network at a time. In calls with fewer
-        images they go one by one, so choose it no larger than the machine needs.
+        Number of images per batch. For fewer images, inference uses batches of one.
     device : str or torch.device, default="auto"
-        ``"auto"`` is the accelerator of this machine if it has one, else its CPU.
+        Device that runs the network. ``"auto"``: the accelerator of this machine, if
+        any, else the CPU.
     precision : {"float32", "bfloat16", "float16", "auto"}, default="float32"
-        What the network computes in. ``"auto"`` is bfloat16 where the processor
-        multiplies it natively, several times as fast, else float32. The features are
-        float32 in any case.
+        Data type used inside the network. ``"auto"``: bfloat16 if the processor
+        supports it natively, which is several times faster, else float32.
     engine : {"auto", "torch", "compile", "openvino"}, default="auto"
-        What computes the network.
-
-        - ``"torch"``: torch, step by step.
-        - ``"compile"``: ``torch.compile``, which takes up to a minute to make a program
-          of the network, and needs a C++ compiler.
-        - ``"openvino"``: OpenVINO, on a CPU. It is installed by
-          ``pip install "sktl[openvino]"``.
-        - ``"auto"``: OpenVINO where it is installed and the device is a CPU, else
-          torch. It depends on the machine only, never on the data.
-
-        The answers are the same up to rounding. A network that an engine cannot take is
-        computed by torch, with a warning.
+        Library that runs inference: torch; ``torch.compile``, which needs a C++
+        compiler and up to a minute; or OpenVINO, which needs a CPU and
+        ``pip install "sktl[openvino]"``. ``"auto"``: OpenVINO if it is installed and
+        the device is a CPU, else torch. Results agree up to rounding. Unsupported
+        networks fall back to torch with a warning.
     n_jobs : int or None, default=None
-        Number of threads that decode images ahead of the network. None means as many
-        as torch computes with, unless in a :obj:`joblib.parallel_config` context; -1
-        means all processors. Where that context chose a backend of processes, such as
-        Dask or Ray, any number but None sends the images to its workers.
+        Number of threads that decode images. None: as many as torch uses, unless in a
+        :obj:`joblib.parallel_config` context; -1: all processors. With a process-based
+        joblib backend (loky, Dask, Ray), any `n_jobs` other than None distributes the
+        images over its workers.
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
-        A directory in which the features of every image are remembered, so that each
-        goes through the network once, whatever folds, candidates and sessions it turns
-        up in; see `FeatureStore`. Of a :obj:`joblib.Memory` its location is
-        used. None remembers nothing.
+        Directory of a feature cache, see `FeatureStore`: frozen layers process each
+        image only once, even across folds, candidates, processes and sessions. Of a
+        :obj:`joblib.Memory`, the location is used. None means no cache.
     verbose : int, default=0
-        1 shows a progress bar on anything that takes longer than a second.
+        If 1, show a progress bar for anything longer than a second.
 
     Attributes
     ----------
     weights_digest_ : str
-        SHA-256 of the weights at the time of `fit`. `transform` refuses to go on with
-        a file that changed since.
+        SHA-256 of the weights seen during `fit`. `transform` raises an error if the
+        file changed since.
     n_features_in_ : int
         Number of features seen during `fit`, for 2-D `X` and data frames.
     feature_names_in_ : ndarray of shape (`n_features_in_`,)
@@ -134,19 +118,18 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
 
     See Also
     --------
-    FeatureStore : What `memory` keeps, and how to look after it.
-    list_backbones : Names of the networks there are.
-    register_backbone : Add a network of one's own.
+    FeatureStore : The cache behind `memory`.
+    list_backbones : Names of all available networks.
+    register_backbone : Add your own network.
     sklearn.datasets.load_files : Paths and labels of images sorted into folders.
 
     Notes
     -----
-    `fit` trains nothing: it checks the parameters and the form of `X`, and reads the
-    weights. So features that are computed once, before a cross-validation, leak
-    nothing, and save computing them for every fold and candidate; a `memory` saves it
-    inside a search too. `transform` works
-    without `fit`; only the names of the features, and with them
-    ``set_output(transform="pandas")``, need it.
+    `fit` trains nothing: it validates the parameters and the form of `X`, and reads the
+    weights. So features that are computed once, before a cross-validation, leak no
+    information and save the computation for every fold and candidate; `memory` saves it
+    inside a search as well. `transform` works without `fit`; only the names of the
+    features, and with them ``set_output(transform="pandas")``, require it.
 
     `X` may be a list, tuple, array, Series or data frame of one column (of pandas or
     polars) in which each element is a path (`str` or path-like), `bytes` (the content
@@ -154,18 +137,19 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
     array of shape (n_samples, h, w), (n_samples, h, w, c) or (n_samples, n_features).
     Channels come last; there are 1, 3 or 4 of them. Images may differ in size.
 
-    An image is resized, cropped and normalized as the weights ask for, so that its
+    Images are resized, cropped and normalized as the weights require, so that the
     features equal those of torchvision's network on ``weights.transforms()``. The same
     image has the same features as a path, as bytes, as a PIL image and as an array.
 
-    A row does not depend on its neighbours. In calls with at least `batch_size`
-    images it has the same bits whatever the order and the number of threads; between
-    batch sizes, and in smaller calls, it moves by less than 1e-5 of the largest
-    feature in float32.
+    A row does not depend on the other images. In calls with at least `batch_size`
+    images, it has the same bits for any order and number of threads; between batch
+    sizes, and in smaller calls, it differs by less than 1e-5 of the largest feature in
+    float32. The features are float32 for any `precision`.
 
     An estimator holds parameters and a digest, not weights: copies and saved models are
-    small, and all copies in one process share one network. A saved model therefore
-    needs the same weights where it is loaded; ``set_params(weights=...)`` says where.
+    small, and all copies in a process share one network. A saved model therefore
+    requires the same weights where it is loaded; their location may be changed by
+    ``set_params(weights=...)``.
 
     References
     ----------
@@ -185,7 +169,7 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
     >>> features.fit_transform(photographs).shape
     (2, 512)
 
-    Where things are in the image, on a grid of 2 x 2:
+    Averages over a grid of 2 x 2 preserve the spatial layout:
 
     >>> features.set_params(layer="stage2", pooling=2).fit_transform(photographs).shape
     (2, 1024)
@@ -193,25 +177,13 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
     array(['squeezenet1_1_stage2_0', 'squeezenet1_1_stage2_1'], dtype=object)
     """
 
-    _parameter_constraints = {  # noqa: RUF012  (scikit-learn's own declaration)
-        "backbone": [str],
-        "weights": [str, os.PathLike, None],
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SHARED_CONSTRAINTS,
         "layer": [str, list, tuple],
         "pooling": [
             StrOptions({"avg", "max", "gem", "flatten"}),
             Interval(Integral, 1, None, closed="left"),
         ],
-        "image_size": [Interval(Integral, 1, None, closed="left"), None],
-        "image_shape": [StrOptions({"auto"}), tuple, list],
-        "pixel_range": [StrOptions({"auto"}), tuple, list],
-        "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "device": [str, torch.device],
-        "precision": [StrOptions({*PRECISIONS, "auto"})],
-        "engine": [StrOptions({*ENGINES, "auto"})],
-        "n_jobs": [Integral, None],
-        "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
-        "verbose": ["verbose"],
     }
 
     def __init__(
@@ -251,7 +223,7 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
 
     @fit_context(prefer_skip_nested_validation=True)
     def fit(self, X: Any, y: Any = None) -> Self:
-        """Check the parameters and the form of `X`, and read the weights.
+        """Validate the parameters and the form of `X`, and read the weights.
 
         Parameters
         ----------
@@ -263,23 +235,25 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         Returns
         -------
         self : object
-            The estimator itself.
+            The fitted estimator.
 
         Raises
         ------
         ValueError
-            If a parameter or `X` is not as it must be, or the weights do not belong
-            to the backbone. Images that are files are not read yet.
+            If a parameter or `X` is invalid, or the weights do not belong to the
+            backbone. Image files are not read yet.
         TypeError
             If `X` is a single image, or has no order.
         ConnectionError
-            If weights have to be downloaded and cannot be.
+            If weights must be downloaded and there is no connection.
         """
-        self._as_images(X, reset=True)
+        validated = copy.copy(self)  # a failed fit leaves the estimator unchanged
+        validated._validate_images(X, reset=True)
         backbone = self._load_backbone()
-        self._model_spec(backbone).compile()  # validates layer and device
+        self._layer_widths = self._compute_layer_widths(backbone)
+        self._fit_settings = self._column_settings()
+        copy_feature_metadata(self, validated)
         self.weights_digest_ = backbone.digest
-        self._digest_of = (self.backbone, self.weights)
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -298,25 +272,26 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         Raises
         ------
         ValueError
-            If an image cannot be read (the message names its row, its path and the
-            reason), or the weights changed since `fit`.
+            If an image cannot be read (names the row, the path and the reason), or the
+            weights changed since `fit`.
         TypeError
             If `X` is a single image, or has no order.
         ConnectionError
-            If weights have to be downloaded and cannot be.
+            If weights must be downloaded and there is no connection.
         MemoryError
             If a batch does not fit into memory.
         """
         self._validate_params()
-        images = self._as_images(X, reset=False)
-        backbone = self._backbone_of_fit()
+        images = self._validate_images(X, reset=False)
+        backbone = self._load_backbone()
+        self._check_weights_unchanged(backbone)
         spec = self._model_spec(backbone, len(images))
         min_decode_size = spec.preprocessing.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_decode_size)
         return extract_features(spec, images, self.memory)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
-        """Get the names of the columns: backbone, layer, and index within the layer.
+        """Return the column names: backbone, layer, and index within the layer.
 
         Parameters
         ----------
@@ -330,8 +305,9 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         """
         check_is_fitted(self, "weights_digest_")
         check_feature_names_in(self, input_features, generate_names=False)
-        widths = self._model_spec(self._backbone_of_fit()).compile().widths
-        assert widths is not None  # of a FeatureExtractor
+        widths = self._layer_widths
+        if self._fit_settings != self._column_settings():  # set_params after fit
+            widths = self._compute_layer_widths(self._load_backbone())
         names = [
             f"{self.backbone}_{layer}_{i}"
             for layer, width in zip(self._layers(), widths, strict=True)
@@ -340,7 +316,7 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         return np.asarray(names, dtype=object)
 
     def __sklearn_tags__(self) -> Tags:
-        """Say that `transform` needs no `fit` and gives float32."""
+        """Return tags: no `fit` required, float32 output."""
         tags = super().__sklearn_tags__()
         tags.requires_fit = False
         tags.input_tags.three_d_array = True
@@ -348,18 +324,21 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         return tags
 
     def _validate_params(self) -> None:
-        """Validate the parameters, unless they are the ones that were valid last."""
-        # Of this class, for a clone has the parameters of what it was cloned from. The
-        # very same objects, as True equals 1; held here, so that no other gets the id
-        # of one. Of those that can be changed in place only the type is validated here;
-        # what is in them is looked at in each call.
-        parameters = [getattr(self, name) for name in self._parameter_constraints]
-        valid = _valid.get(type(self), ())
-        if list(map(id, parameters)) != list(map(id, valid)):
-            super()._validate_params()
-            _valid[type(self)] = parameters
+        """Validate the parameters, unless they were validated before.
 
-    def _as_images(self, X: Any, *, reset: bool) -> ImageSequence:
+        Compared by identity (True equals 1) with the parameters of this class that were
+        valid last, which may be those of another instance: each fold of a search clones
+        the estimator. They are kept alive here, so that their ids remain unique. Of
+        mutable parameters only the type is validated here; `fit` and `transform` check
+        the values in each call.
+        """
+        parameters = [getattr(self, name) for name in self._parameter_constraints]
+        last_valid = _last_valid.get(type(self), ())
+        if list(map(id, parameters)) != list(map(id, last_valid)):
+            super()._validate_params()
+            _last_valid[type(self)] = parameters
+
+    def _validate_images(self, X: Any, *, reset: bool) -> ImageSequence:
         return validate_images(
             X,
             estimator=self,
@@ -377,30 +356,36 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
         ):
             raise ValueError(
                 "The 'layer' parameter of PretrainedFeatures must be a name or a list "
-                f"of different names. Got {self.layer!r} instead."
+                f"of distinct names. Got {self.layer!r} instead."
             )
         return layers
+
+    def _pooling(self) -> str | int:
+        # An integer of NumPy, for example from a grid, becomes an int.
+        return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
 
     def _load_backbone(self) -> Backbone:
         return load_backbone(self.backbone, self.weights, progress=self.verbose > 0)
 
-    def _backbone_of_fit(self) -> Backbone:
-        backbone = self._load_backbone()
-        fitted = getattr(self, "weights_digest_", backbone.digest)
-        same = getattr(self, "_digest_of", None) == (self.backbone, self.weights)
-        if same and fitted != backbone.digest:
+    def _check_weights_unchanged(self, backbone: Backbone) -> None:
+        """Raise an error if the weights file changed since `fit`."""
+        fitted = getattr(self, "_fit_settings", None)
+        if fitted is None or fitted[:2] != (self.backbone, self.weights):
+            return  # not fitted, or other weights chosen by set_params
+        if self.weights_digest_ != backbone.digest:
             raise ValueError(
                 f"The weights {str(self.weights)!r} of {self.backbone!r} must be those "
-                f"seen in fit, with digest {fitted[:12]}. Got {backbone.digest[:12]} "
-                "instead: they changed. Call fit again to use the new ones."
+                f"seen in fit, with digest {self.weights_digest_[:12]}. Got "
+                f"{backbone.digest[:12]} instead: they changed. Call fit again to use "
+                "the new ones."
             )
-        return backbone
 
-    def _pooling(self) -> str | int:
-        # NumPy's integers are integers too, and a grid may hold them.
-        return self.pooling if isinstance(self.pooling, str) else int(self.pooling)
+    def _column_settings(self) -> tuple[Any, ...]:
+        """Return the parameters that determine the columns; the first two, weights."""
+        layers, pooling = self._layers(), self._pooling()
+        return self.backbone, self.weights, layers, pooling, self.image_size
 
-    def _model_spec(self, backbone: Backbone, n_samples: int = 1) -> ModelSpec:
+    def _model_spec(self, backbone: Backbone, n_samples: int) -> ModelSpec:
         return ModelSpec(
             BackboneSpec.to(backbone, self.weights),
             self._layers(),
@@ -408,3 +393,9 @@ class PretrainedFeatures(DocLinkMixin, TransformerMixin, BaseEstimator):
             backbone.preprocessing_at(self.image_size),
             ExecutionConfig.from_estimator(self).for_n_samples(n_samples),
         )
+
+    def _compute_layer_widths(self, backbone: Backbone) -> tuple[int, ...]:
+        """Return the number of columns of each layer; validates layers and pooling."""
+        widths = self._model_spec(backbone, n_samples=1).compile().widths
+        assert widths is not None  # of a FeatureExtractor
+        return widths

@@ -1,4 +1,4 @@
-"""PretrainedFeatures as people use it, and its promises on real photographs."""
+"""PretrainedFeatures in scikit-learn models, and on real photographs."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ from sktl import Preprocessing, PretrainedFeatures, register_backbone
 
 @pytest.fixture
 def table(paths):
-    """Paths beside a number and a category; neither half of y is told by those."""
+    """Paths, and two columns that do not separate the classes."""
     n = len(paths)
     return pd.DataFrame(
         {"path": paths, "altitude": np.arange(n) % 7, "site": list("abcd") * (n // 4)},
@@ -94,18 +94,18 @@ def test_grid_search_in_other_processes(images, y):
     np.testing.assert_array_equal(alone, spread)
 
 
-def test_names_say_backbone_layer_and_index(paths):
+def test_feature_names_have_backbone_layer_and_index(paths):
     mine = PretrainedFeatures("tiny", layer=["stage1", "stem"]).fit(paths)
     names = mine.get_feature_names_out()
     assert names[0] == "tiny_stage1_0"
     assert names[16] == "tiny_stem_0"
     assert len(names) == mine.transform(paths[:1]).shape[1] == 24
-    # A parameter that changes afterwards changes the names along with the columns.
+    # Parameters that are set after fit change the names as well.
     mine.set_params(layer="stem", pooling="flatten", image_size=32)
     assert len(mine.get_feature_names_out()) == mine.transform(paths[:1]).shape[1]
 
 
-def test_set_params_really_switches(paths):
+def test_set_params_changes_the_network(paths):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32).fit(paths)
     mine.set_params(backbone="tiny", image_size=None)
     expected = PretrainedFeatures("tiny").fit_transform(paths)
@@ -117,7 +117,7 @@ def saved(network, path):
     return path
 
 
-def test_weights_that_changed_since_fit_are_refused(paths, tmp_path):
+def test_weights_that_changed_since_fit_raise_an_error(paths, tmp_path):
     torch.manual_seed(0)
     file = saved(models.squeezenet1_1(), tmp_path / "mine.pth")
     mine = PretrainedFeatures("squeezenet1_1", weights=file, image_size=32).fit(paths)
@@ -128,7 +128,7 @@ def test_weights_that_changed_since_fit_are_refused(paths, tmp_path):
     assert (mine.fit(paths).transform(paths[:2]) != before).any()
 
 
-def test_random_weights_are_a_baseline_that_repeats(paths):
+def test_random_weights_are_the_same_in_every_process(paths):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
     here = mine.transform(paths[:3])
     code = (
@@ -140,9 +140,9 @@ def test_random_weights_are_a_baseline_that_repeats(paths):
     np.testing.assert_allclose(np.load(file), here, atol=1e-5 * np.abs(here).max())
 
 
-def test_one_network_serves_all_clones(paths, monkeypatch):
+def test_clones_share_one_compiled_model(paths, monkeypatch):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=48)
-    mine.fit(paths)
+    mine.fit(paths).transform(paths[:2])
     built = []
     monkeypatch.setattr(
         "sktl._inference.model_spec.FeatureExtractor", lambda *_: built.append(1)
@@ -151,14 +151,26 @@ def test_one_network_serves_all_clones(paths, monkeypatch):
     assert not built
 
 
+def test_a_failed_fit_leaves_the_estimator_unchanged(images):
+    mine = PretrainedFeatures("tiny").fit(images.reshape(len(images), -1)[:, :768])
+    state = dict(vars(mine))
+    with pytest.raises(ValueError, match="'device' parameter"):
+        mine.set_params(device="gpu").fit(images.reshape(len(images), -1)[:, :48])
+    assert vars(mine.set_params(device="auto")) == state
+
+
+def test_the_html_representation_has_no_external_link():
+    assert 'href="http' not in PretrainedFeatures()._repr_html_()
+
+
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
         ({"backbone": "resnet19"}, "Do you mean .*resnet18"),
         ({"weights": "IMAGENET_V7"}, r"has the weights .*\.safetensors.*IMAGENET_V7"),
         ({"weights": 3}, "'weights' parameter of PretrainedFeatures must be"),
-        ({"layer": []}, "'layer' parameter .* a name or a list of different names"),
-        ({"layer": ["stem", "stem"]}, "list of different names"),
+        ({"layer": []}, "'layer' parameter .* a name or a list of distinct names"),
+        ({"layer": ["stem", "stem"]}, "list of distinct names"),
         ({"layer": "stage7"}, r"\(stem, stage1, stage2, stage3, stage4\)"),
         ({"pooling": "mean"}, "'pooling' parameter"),
         ({"pooling": 0}, "'pooling' parameter"),
@@ -171,7 +183,7 @@ def test_one_network_serves_all_clones(paths, monkeypatch):
         ({"n_jobs": 1.5}, "'n_jobs' parameter"),
     ],
 )
-def test_parameters_are_checked(paths, parameters, message):
+def test_invalid_parameters_raise_an_error(paths, parameters, message):
     mine = PretrainedFeatures(**{"backbone": "resnet18", "weights": None, **parameters})
     for method in (mine.fit, mine.transform):
         with pytest.raises(ValueError, match=message):
@@ -198,7 +210,7 @@ def test_too_small_images_for_a_network(paths):
         mine.fit(paths)
 
 
-def test_a_bad_image_is_named(paths, tmp_path):
+def test_an_invalid_image_is_named(paths, tmp_path):
     bad = tmp_path / "broken.png"
     bad.write_bytes(Path(paths[0]).read_bytes()[:200])
     mine = PretrainedFeatures("tiny").fit([*paths, bad])  # files are not read yet
@@ -206,20 +218,20 @@ def test_a_bad_image_is_named(paths, tmp_path):
         mine.transform([*paths, bad])
 
 
-def test_a_read_only_array_is_left_alone(images):
+def test_a_read_only_array_is_not_modified(images):
     X = images.copy()
     X.flags.writeable = False
     PretrainedFeatures("tiny").fit(X).transform(X)
     np.testing.assert_array_equal(X, images)
 
 
-def test_integers_of_numpy_are_integers(paths):
+def test_pooling_may_be_a_numpy_integer(paths):
     mine = PretrainedFeatures("tiny", layer="stage1", pooling=np.int64(2))
     expected = PretrainedFeatures("tiny", layer="stage1", pooling=2).transform(paths)
     np.testing.assert_array_equal(mine.transform(paths), expected)
 
 
-def test_a_name_registered_again_is_the_new_network(paths):
+def test_a_backbone_registered_again_replaces_the_old_one(paths):
     def network(sign):
         class Net(nn.Module):
             """Printed the same whatever its forward does."""
@@ -242,14 +254,14 @@ def test_a_name_registered_again_is_the_new_network(paths):
     np.testing.assert_array_equal(rows[0], -rows[1])
 
 
-def test_images_too_small_for_a_network_of_ones_own(paths):
+def test_images_too_small_for_a_registered_network(paths):
     size = Preprocessing(resize_size=64, crop_size=64)
     register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
     with pytest.raises(ValueError, match=r"does not support images of 32 x 32"):
         PretrainedFeatures("own", image_size=32).fit(paths)
 
 
-# Promises, on real photographs and real weights.
+# Real photographs and real weights.
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +277,7 @@ def weights(test_data):
 
 @pytest.fixture(scope="module")
 def plain_features(photographs, weights):
-    """Compute what torchvision's own network and transform give, one by one."""
+    """Compute features with the network and transform of torchvision, one by one."""
     net = models.squeezenet1_1()
     net.load_state_dict(torch.load(weights, weights_only=True))
     transform = models.SqueezeNet1_1_Weights.IMAGENET1K_V1.transforms()
@@ -306,7 +318,7 @@ def test_real_rows_do_not_depend_on_order_workers_or_batches(photographs, weight
 
 
 def test_fake_features_equal_those_of_torchvision(paths, tmp_path):
-    """The first promise again, smaller, where there is no real data."""
+    """The same as for real features, without test data."""
     torch.manual_seed(0)
     net = models.squeezenet1_1().eval()
     file = saved(net, tmp_path / "mine.pth")
@@ -322,7 +334,7 @@ MEMORY = """
 import sys, psutil
 from sktl import PretrainedFeatures
 class Paths(list):
-    # Tells how much memory there is when a row is asked for.
+    # Records the memory in use when a row is requested.
     def __getitem__(self, i):
         if isinstance(i, int) and i % 500 == 0:
             sizes[i] = psutil.Process().memory_info().rss
@@ -343,18 +355,18 @@ def test_memory_does_not_grow_with_the_number_of_paths(paths):
     grown = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment
     ).stdout
-    output = 20_000 * 64 * 4 / 2**20  # MB, and it is filled as it goes
+    output = 20_000 * 64 * 4 / 2**20  # MB, filled while rows are computed
     assert float(grown) <= output + 50
 
 
 @pytest.mark.skipif(shutil.which("mkfifo") is None, reason="needs named pipes")
-def test_a_pipe_does_not_hang(tmp_path):
+def test_a_named_pipe_raises_an_error(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     with pytest.raises(ValueError, match=r"X\[0\].*pipe\.jpg"):
         PretrainedFeatures("tiny").transform([tmp_path / "pipe.jpg"])
 
 
-def test_large_jpeg_files_may_be_decoded_smaller(tmp_path, monkeypatch):
+def test_reducing_gap_decodes_large_jpeg_files_at_reduced_size(tmp_path, monkeypatch):
     photograph = Image.fromarray(load_sample_images().images[0]).resize((1280, 854))
     photograph.save(path := tmp_path / "large.jpg", quality=95)
     sizes = []
@@ -370,4 +382,4 @@ def test_large_jpeg_files_may_be_decoded_smaller(tmp_path, monkeypatch):
     assert sizes == [(1280, 854), (160, 107)]
     assert 0 < np.abs(reduced - whole).max() < 0.2 * np.abs(whole).max()
     np.testing.assert_array_equal(mine.transform([path]), whole)
-    assert len(sizes) == 2  # both are remembered, and apart
+    assert len(sizes) == 2  # both are cached, separately

@@ -62,7 +62,7 @@ def cached_forward(
     preprocessing, execution
         As in `forward`.
     cache : FeatureCache or None
-        Rows of this model. None computes all rows.
+        From `open_cache`. None computes all rows.
 
     Returns
     -------

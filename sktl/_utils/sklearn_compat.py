@@ -11,7 +11,6 @@ from sklearn.utils.validation import _check_sample_weight as check_sample_weight
 from sklearn.utils.validation import _check_y as check_y
 
 __all__ = [
-    "DocLinkMixin",
     "Interval",
     "StrOptions",
     "check_feature_names_in",
@@ -19,12 +18,3 @@ __all__ = [
     "check_y",
     "fit_context",
 ]
-
-
-class DocLinkMixin:
-    """Mixin that links the HTML representation of an estimator to its documentation."""
-
-    _doc_link_module = "sktl"
-    _doc_link_template = (
-        "https://sktl.readthedocs.io/en/stable/api/sktl.{estimator_name}.html"
-    )

@@ -1,4 +1,4 @@
-"""Each image goes through the network once, and the rows are what they were."""
+"""Each image goes through the network once; cached rows keep their bits."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from sktl._inference.forward import batches
 
 
 class Counting(PretrainedFeatures):
-    """Write down how many images go through the network, in any process."""
+    """Log the number of images that go through the network, in any process."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ def n_through(estimator):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("kind", ["paths", "arrays"])
-def test_c9_a_grid_search_runs_each_image_once(counting, paths, images, kind, shuffle):
+def test_a_grid_search_runs_each_image_once(counting, paths, images, kind, shuffle):
     X = np.array(paths) if kind == "paths" else images
     y = np.arange(len(X)) % 2
     search = GridSearchCV(
@@ -78,11 +78,11 @@ def test_c9_a_grid_search_runs_each_image_once(counting, paths, images, kind, sh
 
 
 class Noting(Counting):
-    """Write down what is looked up, computed and published, in order in any process."""
+    """Log lookups, computed and written rows, in order, in any process."""
 
     def transform(self, X):
         def note(event, keys=()):
-            moment = time.monotonic_ns()  # of one clock for all processes
+            moment = time.monotonic_ns()  # one clock for all processes
             with open(self.log, "a") as log:
                 for key in keys or [b""]:
                     print(os.getpid(), moment, event, key.hex(), file=log)
@@ -96,7 +96,7 @@ class Noting(Counting):
 
         def noted_put(store, space, keys, rows):
             put(store, space, keys, rows)
-            note("published", keys)
+            note("written", keys)
 
         def noted_batches(network, missing, *arguments, **options):
             for positions, out in batches(network, missing, *arguments, **options):
@@ -117,7 +117,7 @@ class Noting(Counting):
             return PretrainedFeatures.transform(self, X)
 
 
-def test_c9_two_workers_share_the_work(tmp_path, paths):
+def test_two_workers_share_the_work(tmp_path, paths):
     mine = Noting(log=str(tmp_path / "log"), memory=str(tmp_path / "store"))
     search = GridSearchCV(
         make_pipeline(mine, RidgeClassifier()),
@@ -129,25 +129,25 @@ def test_c9_two_workers_share_the_work(tmp_path, paths):
     joblib.Parallel(n_jobs=2)(both_awake(paths) for _ in range(4))
     search.fit(paths, np.arange(len(paths)) % 2)
     log = [line.split(" ") for line in Path(mine.log).read_text().splitlines()]
-    published, looked, n_since = {}, {}, {}
+    written, looked, n_since = {}, {}, {}
     for _, moment, event, key in log:
-        if event == "published":
-            published[key] = min(int(moment), published.get(key, 2**63))
-    assert len(published) == len(paths)
-    # An image more than once only if both had it in their hands at the same moment:
-    # none is computed that was there when its worker looked, before each batch.
+        if event == "written":
+            written[key] = min(int(moment), written.get(key, 2**63))
+    assert len(written) == len(paths)
+    # A worker computes no row that was written before its last lookup; it looks up
+    # before each batch. So only rows in progress at the same time are computed twice.
     for process, moment, event, key in log:
         if event == "look":
             looked[process], n_since[process] = int(moment), 0
         elif event == "computed":
             n_since[process] += 1
             assert n_since[process] <= mine.batch_size
-            assert looked[process] <= published[key]
+            assert looked[process] <= written[key]
     search.fit(paths, np.arange(len(paths)) % 2)
-    assert Path(mine.log).read_text().count("published") == str(log).count("published")
+    assert Path(mine.log).read_text().count("written") == str(log).count("written")
 
 
-def test_what_another_process_computed_meanwhile_is_left_out(counting, paths):
+def test_rows_written_by_another_process_meanwhile_are_not_computed(counting, paths):
     expected = clone(counting).set_params(memory=None).transform(paths)
     other = clone(counting)
     put = FeatureStore.put
@@ -164,14 +164,13 @@ def test_what_another_process_computed_meanwhile_is_left_out(counting, paths):
         mock.patch.object(sktl._inference.cached_forward, "_MIN_ROWS_PER_WRITE", 4),
     ):
         got = counting.transform(paths)
-    # All by the two; what the one had computed before the other began, and the batch
-    # that was decoded, is all that could be left.
+    # Together they compute each image once.
     assert n_through(counting) == len(paths)
     np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("estimator", [PretrainedFeatures, PretrainedClassifier])
-def test_c12_cold_warm_and_no_store_have_equal_bits(estimator, paths, tmp_path):
+def test_cold_warm_and_no_cache_have_equal_bits(estimator, paths, tmp_path):
     method = "transform" if estimator is PretrainedFeatures else "decision_function"
     plain = estimator("resnet_mini").fit(paths)
     expected = getattr(plain, method)(paths)
@@ -181,14 +180,14 @@ def test_c12_cold_warm_and_no_store_have_equal_bits(estimator, paths, tmp_path):
         np.testing.assert_array_equal(
             got[:: 1 if X is paths or X == paths else -1], expected
         )
-    few = getattr(mine, method)(paths[:3])  # remembered from a padded batch
+    few = getattr(mine, method)(paths[:3])  # cached from a padded batch
     np.testing.assert_array_equal(few, expected[:3])
 
 
-def test_c12_a_store_that_knows_some(paths, tmp_path):
+def test_a_partly_filled_cache(paths, tmp_path):
     expected = PretrainedFeatures("resnet_mini").transform(paths)
     mine = PretrainedFeatures("resnet_mini", memory=tmp_path)
-    mine.transform(paths[:5])  # one by one, so with other rounding
+    mine.transform(paths[:5])  # one by one, which rounds differently
     got = mine.transform(paths)
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
@@ -200,7 +199,7 @@ def test_duplicates_are_computed_once(counting, paths, tmp_path):
     np.testing.assert_array_equal(rows[[0, 0, 2]], rows[[1, 3, 4]])
 
 
-def test_a_hit_decodes_nothing(counting, paths, monkeypatch):
+def test_a_cache_hit_decodes_nothing(counting, paths, monkeypatch):
     expected = counting.transform(paths)
     monkeypatch.setattr(Image, "open", None)
     np.testing.assert_array_equal(counting.transform(paths), expected)
@@ -217,7 +216,7 @@ def test_a_hit_decodes_nothing(counting, paths, monkeypatch):
         {"pixel_range": (0, 300)},
     ],
 )
-def test_c7_what_makes_other_rows_is_another_space(change, paths, tmp_path):
+def test_settings_that_change_rows_have_their_own_namespace(change, paths, tmp_path):
     mine = PretrainedFeatures("resnet_mini", layer="stem", memory=tmp_path)
     mine.transform(paths[:4])
     mine.set_params(**change)
@@ -226,14 +225,16 @@ def test_c7_what_makes_other_rows_is_another_space(change, paths, tmp_path):
     assert len(FeatureStore(tmp_path).info()["spaces"]) == 2
 
 
-def test_c7_another_decoder_is_another_space(counting, paths, monkeypatch):
+def test_another_version_of_the_decoder_has_its_own_namespace(
+    counting, paths, monkeypatch
+):
     counting.transform(paths)
     monkeypatch.setattr("PIL.__version__", "99.0.0")
     counting.transform(paths)
     assert n_through(counting) == 2 * len(paths)
 
 
-def test_c8_a_file_replaced_by_another_of_the_same_size(counting, tmp_path):
+def test_a_file_replaced_by_another_of_the_same_size(counting, tmp_path):
     file = tmp_path / "a.bmp"
     for colour in ("red", "blue"):
         Image.new("RGB", (8, 8), colour).save(file)
@@ -243,7 +244,7 @@ def test_c8_a_file_replaced_by_another_of_the_same_size(counting, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["path", "store", "joblib"])
-def test_memory_is_a_directory_or_has_one(kind, paths, tmp_path):
+def test_memory_may_be_a_directory_or_have_one(kind, paths, tmp_path):
     memory = {
         "path": tmp_path,
         "store": FeatureStore(tmp_path),
@@ -258,7 +259,7 @@ def test_memory_is_a_directory_or_has_one(kind, paths, tmp_path):
     assert off.transform(paths[:3]).shape == (3, 256)
 
 
-def test_memory_that_is_none_of_these(paths):
+def test_an_invalid_memory_raises_an_error(paths):
     with pytest.raises(ValueError, match="'memory' parameter"):
         PretrainedFeatures("resnet_mini", memory=3).transform(paths)
     with pytest.raises(ValueError, match=r"memory must be a directory.*is a file"):
@@ -289,7 +290,7 @@ def test_a_damaged_shard_does_not_fail_a_fit(counting, paths):
     np.testing.assert_array_equal(counting.transform(paths), expected)
 
 
-def test_a_store_too_small_for_all_does_not_fail_a_fit(counting, paths):
+def test_a_store_with_too_small_max_bytes_does_not_fail_a_fit(counting, paths):
     expected = clone(counting).set_params(memory=None).transform(paths)
     for max_bytes in (1, 5_000):
         small = FeatureStore(counting.memory, max_bytes=max_bytes)
@@ -298,7 +299,7 @@ def test_a_store_too_small_for_all_does_not_fail_a_fit(counting, paths):
         assert small.info()["bytes"] <= max_bytes
 
 
-def test_rows_that_go_before_they_are_read_are_computed(counting, paths):
+def test_rows_deleted_before_they_are_read_are_computed(counting, paths):
     expected = clone(counting).set_params(memory=None).transform(paths)
     everything = dict.fromkeys(map(key_of, paths))
     with mock.patch.object(FeatureStore, "known", return_value=everything):
@@ -310,7 +311,7 @@ def key_of(path):
     return sktl._images.hashing.content_hash(path, row=0, pixel_range="auto")
 
 
-def test_what_was_computed_before_an_interrupt_is_kept(counting, paths):
+def test_rows_computed_before_an_interrupt_are_cached(counting, paths):
     def interrupted(*arguments, **options):
         for n, result in enumerate(batches(*arguments, **options)):
             if n == 3:
@@ -325,7 +326,7 @@ def test_what_was_computed_before_an_interrupt_is_kept(counting, paths):
     assert FeatureStore(counting.memory).info()["rows"] == 12
 
 
-def test_a_bad_image_is_named(counting, paths, tmp_path):
+def test_an_invalid_image_is_named(counting, paths, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(Path(paths[0]).read_bytes()[:60])
     with pytest.raises(ValueError, match=r"X\[2\] \('.*bad.png'\)"):

@@ -1,4 +1,4 @@
-"""Rows that come from other processes have the bits of those computed here."""
+"""Rows computed by workers have the same bits as those of this process."""
 
 import contextlib
 import os
@@ -31,13 +31,13 @@ from sktl import (
 )
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.validation import validate_images
-from sktl._inference.distributed import distributed_forward
+from sktl._inference.distributed import _chunks, distributed_forward
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.feature_cache import FeatureCache
 from sktl._inference.model_spec import ModelSpec
 
 pytestmark = [
-    # Of the engines, about their own insides.
+    # Warnings of Dask and Ray about their own code.
     pytest.mark.filterwarnings("default::DeprecationWarning"),
     pytest.mark.filterwarnings("default::FutureWarning"),
     pytest.mark.filterwarnings("default::ResourceWarning"),
@@ -47,14 +47,14 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Leave no OMP_NUM_THREADS=1, as Dask does, for what a later test starts."""
+    """Restore the environment afterwards: Dask sets OMP_NUM_THREADS=1."""
     with mock.patch.dict(os.environ):
         yield
 
 
 @pytest.fixture(scope="module")
 def dask():
-    """Give a cluster of two processes of Dask, one thread each."""
+    """Start a Dask cluster of two processes with one thread each."""
     distributed = pytest.importorskip("distributed")
     with (
         distributed.LocalCluster(
@@ -67,7 +67,7 @@ def dask():
 
 @pytest.fixture(scope="module")
 def ray(tmp_path_factory):
-    """Start two workers of Ray, which may be lost."""
+    """Start two Ray workers that may be restarted."""
     ray = pytest.importorskip("ray")
     from ray.util.joblib import register_ray
 
@@ -93,7 +93,7 @@ def engine(request):
 
 @dataclass(frozen=True)
 class Logged(ModelSpec):
-    """Write down each batch, and who computes it; rest a while, if asked to."""
+    """Log each batch with its process, and delay it."""
 
     log: str = ""
     seconds: float = 0.0
@@ -119,7 +119,7 @@ def logged(log, seconds=0.0, weights="DEFAULT"):
     return Logged(*given, log=str(log), seconds=seconds)
 
 
-def spread(network, X, store=None):
+def run_distributed(network, X, store=None):
     images = validate_images(X, estimator=PretrainedFeatures(), reset=True)
     cache = None if store is None else FeatureCache(store, {"test": "distributed"})
     return distributed_forward(network, images, cache)
@@ -130,7 +130,7 @@ def batches_in(log):
 
 
 @pytest.mark.parametrize("kind", ["paths", "arrays"])
-def test_rows_have_the_bits_of_those_computed_here(engine, paths, images, kind):
+def test_rows_of_workers_have_equal_bits(engine, paths, images, kind):
     X = paths if kind == "paths" else images
     mine = PretrainedFeatures("resnet_mini", layer=["stem", "penultimate"])
     mine.set_params(batch_size=8)
@@ -140,7 +140,7 @@ def test_rows_have_the_bits_of_those_computed_here(engine, paths, images, kind):
     np.testing.assert_array_equal(got, expected)
 
 
-def test_all_three_estimators_spread(dask, paths):
+def test_all_estimators_distribute(dask, paths):
     y = np.arange(40) % 2
     tuned = FineTunedCNNClassifier(
         "resnet_mini", trainable=1, max_epochs=1, batch_size=8, random_state=0
@@ -153,33 +153,33 @@ def test_all_three_estimators_spread(dask, paths):
         np.testing.assert_array_equal(fitted.predict_proba(paths), expected)
 
 
-def test_each_image_is_computed_by_one_of_the_workers(engine, paths, tmp_path):
+def test_each_image_is_computed_once_by_a_worker(engine, paths, tmp_path):
     log, store = tmp_path / "log", FeatureStore(tmp_path / "store")
     network = logged(log, seconds=0.05)
     with joblib.parallel_config(**engine):
-        rows = spread(network, paths, store)
+        rows = run_distributed(network, paths, store)
         batches = batches_in(log)
         assert sum(int(n) for _, n in batches) == len(paths)
         assert len({pid for pid, _ in batches} - {str(os.getpid())}) == 2
-        np.testing.assert_array_equal(spread(network, paths, store), rows)
-    assert batches_in(log) == batches  # nothing the second time
+        np.testing.assert_array_equal(run_distributed(network, paths, store), rows)
+    assert batches_in(log) == batches  # all cached
     assert store.info()["rows"] == len(paths)
-    np.testing.assert_array_equal(spread(network, paths, store), rows)
+    np.testing.assert_array_equal(run_distributed(network, paths, store), rows)
     assert batches_in(log) == batches
 
 
 @contextlib.contextmanager
 def in_a_thread(function):
-    """Run a function beside the block."""
-    thread = threading.Thread(target=function, daemon=True)  # it may wait for ever
+    """Run a function in parallel with the block."""
+    thread = threading.Thread(target=function, daemon=True)  # does not prevent exit
     thread.start()
     yield
     thread.join(60)
     assert not thread.is_alive()
 
 
-def test_what_a_lost_worker_had_is_done_again(engine, paths, tmp_path):
-    expected = spread(logged(tmp_path / "other"), paths)
+def test_chunks_of_a_lost_worker_are_repeated(engine, paths, tmp_path):
+    expected = run_distributed(logged(tmp_path / "other"), paths)
     network = logged(tmp_path / "log", seconds=0.1)
     killed = []
 
@@ -191,30 +191,30 @@ def test_what_a_lost_worker_had_is_done_again(engine, paths, tmp_path):
 
     (tmp_path / "log").touch()
     with joblib.parallel_config(**engine), in_a_thread(kill):
-        rows = spread(network, paths)
+        rows = run_distributed(network, paths)
     assert killed
     assert killed[0] != os.getpid()
     np.testing.assert_array_equal(rows, expected)
     assert len(batches_in(tmp_path / "log")) > len(paths) // 2
 
 
-def test_a_worker_without_the_weights_says_so(engine, paths, tmp_path):
+def test_a_worker_without_the_weights_raises_an_error(engine, paths, tmp_path):
     network = logged(tmp_path / "log", weights=tmp_path / "nowhere.pth")
     with (
         joblib.parallel_config(**engine),
         pytest.raises(FileNotFoundError, match=r"nowhere.* must be on the machine"),
     ):
-        spread(network, paths)
+        run_distributed(network, paths)
 
 
-def test_a_bad_image_is_named_by_its_row(engine, paths, tmp_path):
+def test_an_invalid_image_is_named_by_its_row(engine, paths, tmp_path):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     with (
         joblib.parallel_config(**engine),
         pytest.raises(ValueError, match=r"X\[30\].*bad\.png"),
     ):
-        spread(logged(tmp_path / "log"), [*paths[:30], str(bad), *paths[30:]])
+        run_distributed(logged(tmp_path / "log"), [*paths[:30], str(bad), *paths[30:]])
 
 
 def test_a_search_with_a_shared_memory(engine, paths, tmp_path):
@@ -234,7 +234,7 @@ def test_a_search_with_a_shared_memory(engine, paths, tmp_path):
     assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
-def test_paths_are_the_same_in_another_working_directory(dask, paths, monkeypatch):
+def test_workers_resolve_relative_paths(dask, paths, monkeypatch):
     folder = Path(paths[0]).parent
     monkeypatch.chdir(folder)
     names = [Path(path).name for path in paths]
@@ -246,12 +246,12 @@ def test_paths_are_the_same_in_another_working_directory(dask, paths, monkeypatc
 
 
 class InThisProcess(ThreadingBackend):
-    """As a worker of Dask that gets the tasks which its own task began."""
+    """Backend like a Dask worker that runs the tasks started by its own task."""
 
     supports_sharedmem = False
 
 
-def test_a_training_does_not_keep_workers_waiting(images):
+def test_training_does_not_block_its_own_tasks(images):
     joblib.register_parallel_backend("in this process", InThisProcess)
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
     mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
@@ -270,7 +270,7 @@ def test_a_training_does_not_keep_workers_waiting(images):
     assert mine.history_ == expected.history_
 
 
-def test_a_search_whose_candidates_spread_too(dask, paths):
+def test_a_distributed_search_over_estimators_that_distribute(dask, paths):
     y = np.arange(40) % 2
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
     mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
@@ -283,7 +283,7 @@ def test_a_search_whose_candidates_spread_too(dask, paths):
     np.testing.assert_array_equal(*scores)
 
 
-def test_a_fitted_network_needs_no_weights_file(paths, tmp_path):
+def test_prediction_needs_no_weights_file(paths, tmp_path):
     file = tmp_path / "mine.safetensors"
     shutil.copy(Path(sktl.__file__).parent / "data" / "resnet_mini.safetensors", file)
     mine = FineTunedCNNClassifier("resnet_mini", weights=file, max_epochs=1)
@@ -295,7 +295,7 @@ def test_a_fitted_network_needs_no_weights_file(paths, tmp_path):
         np.testing.assert_array_equal(mine.predict_proba(paths), expected)
 
 
-def test_more_than_memory_holds_is_left_to_the_workers(dask, paths, tmp_path):
+def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp_path):
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, max_epochs=1)
     mine.set_params(batch_size=8, head_init="random", random_state=0)
     y = np.arange(40) % 2
@@ -310,7 +310,7 @@ def test_more_than_memory_holds_is_left_to_the_workers(dask, paths, tmp_path):
     assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
-def test_a_bag_of_paths_gives_rows_by_partition(dask, paths):
+def test_transform_maps_over_the_partitions_of_a_bag(dask, paths):
     bag = pytest.importorskip("dask.bag").from_sequence(paths, npartitions=2)
     mine = PretrainedFeatures("resnet_mini", batch_size=8)
     rows = bag.map_partitions(lambda part: mine.transform(list(part)))
@@ -318,15 +318,15 @@ def test_a_bag_of_paths_gives_rows_by_partition(dask, paths):
     np.testing.assert_array_equal(np.concatenate(parts), mine.transform(paths))
 
 
-def test_without_a_choice_of_the_users_all_stays_here(paths, tmp_path):
+def test_without_a_process_backend_nothing_is_distributed(paths, tmp_path):
     network = logged(tmp_path / "log")
-    spread(network, paths)
+    run_distributed(network, paths)
     with joblib.parallel_config("threading", n_jobs=2):
-        spread(network, paths)
+        run_distributed(network, paths)
     assert {pid for pid, _ in batches_in(tmp_path / "log")} == {str(os.getpid())}
 
 
-# What has another name on a cluster of one's own, or is too large for a test.
+# Replacements in the code of the page: names of a cluster, and sizes for a test.
 HERE = {
     'Client("scheduler:8786")': "Client.current()",
     '"resnet18"': '"resnet_mini"',
@@ -339,7 +339,7 @@ HERE = {
 
 @pytest.fixture
 def page(tmp_path, paths):
-    """Give the blocks of code of docs/scaling.md, and the names they start from."""
+    """Return the code blocks of docs/scaling.md, and the names they use."""
     text = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
     names = {**HERE, "/shared/": f"{tmp_path}/", "paths.csv": f"{tmp_path}/paths.csv"}
     for there, here in names.items():
@@ -351,7 +351,7 @@ def page(tmp_path, paths):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL), names
 
 
-def test_the_blocks_of_the_page_run_on_dask(dask, page, paths):
+def test_the_page_runs_on_dask(dask, page, paths):
     (one_call, _, search, blocks, _), names = page
     names |= {"da": pytest.importorskip("dask.array"), "y": np.arange(40) % 2}
     exec(one_call, names)
@@ -361,7 +361,7 @@ def test_the_blocks_of_the_page_run_on_dask(dask, page, paths):
     np.testing.assert_array_equal(names["blocks"], names["table"])
 
 
-def test_the_blocks_of_the_page_run_on_ray(ray, page, paths, tmp_path):
+def test_the_page_runs_on_ray(ray, page, paths, tmp_path):
     (_, one_call, _, _, dataset), names = page
     (tmp_path / "paths.csv").write_text("\n".join(["path", *map(str, paths)]))
     names |= {"features": PretrainedFeatures("resnet_mini", n_jobs=2)}
@@ -371,3 +371,13 @@ def test_the_blocks_of_the_page_run_on_ray(ray, page, paths, tmp_path):
     by_path = {row["path"]: row["features"] for row in names["rows"].take_all()}
     rows = np.stack([by_path[str(path)] for path in paths])
     np.testing.assert_array_equal(rows, names["table"])
+
+
+@pytest.mark.parametrize(
+    ("n_images", "batch_size", "expected"),
+    [(40, 32, [40]), (100, 32, [64, 36]), (20, 1, [8, 8, 4]), (20, 3, [9, 9, 2])],
+)
+def test_chunks_are_whole_batches_of_a_useful_size(n_images, batch_size, expected):
+    chunks = _chunks(n_images, batch_size)
+    assert [len(chunk) for chunk in chunks] == expected
+    assert [i for chunk in chunks for i in chunk] == list(range(n_images))

@@ -1,4 +1,4 @@
-"""The features a head is solved on are those of PretrainedFeatures, and shared."""
+"""Features are those of PretrainedFeatures, and share its cache."""
 
 from types import SimpleNamespace
 from unittest import mock
@@ -58,7 +58,9 @@ def passes():
         (["stage2"], 2, "bfloat16"),
     ],
 )
-def test_they_are_those_of_pretrained_features(images, layers, pooling, precision):
+def test_features_equal_those_of_pretrained_features(
+    images, layers, pooling, precision
+):
     got = features(images, layers=layers, pooling=pooling, precision=precision)
     expected = PretrainedFeatures(
         "resnet_mini",
@@ -72,10 +74,10 @@ def test_they_are_those_of_pretrained_features(images, layers, pooling, precisio
     np.testing.assert_array_equal(got, expected)
 
 
-def test_they_are_what_the_network_gives_to_its_last_layer(images):
-    backbone, fed = load_backbone("resnet_mini"), []
+def test_penultimate_features_are_the_input_of_the_last_layer(images):
+    backbone, recorded = load_backbone("resnet_mini"), []
     handle = backbone.last_linear.register_forward_pre_hook(
-        lambda module, inputs: fed.append(inputs[0])
+        lambda module, inputs: recorded.append(inputs[0])
     )
     pixels = np.stack([backbone.preprocessing(p) for p in as_images(images)])
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
@@ -86,7 +88,7 @@ def test_they_are_what_the_network_gives_to_its_last_layer(images):
     with torch.inference_mode():
         backbone.network((x - mean) / std)
     handle.remove()
-    np.testing.assert_allclose(features(images), fed[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(features(images), recorded[0], rtol=1e-3, atol=1e-5)
 
 
 def as_images(images):
@@ -99,10 +101,10 @@ def test_each_image_goes_through_once(images, paths, tmp_path, passes):
     np.testing.assert_array_equal(features(paths[:32][::-1], tmp_path)[::-1], first)
     assert sum(passes) == 32
     features(paths, tmp_path)
-    assert sum(passes) == 48  # the eight that are new, in a batch that is filled up
+    assert sum(passes) == 48  # the eight new images, in one padded batch
 
 
-def test_rows_are_shared_with_pretrained_features(paths, tmp_path, passes):
+def test_the_cache_is_shared_with_pretrained_features(paths, tmp_path, passes):
     mine = PretrainedFeatures(
         "resnet_mini", memory=tmp_path, engine="torch", batch_size=16
     )
@@ -115,7 +117,7 @@ def test_rows_are_shared_with_pretrained_features(paths, tmp_path, passes):
 
 
 @pytest.mark.parametrize("first", ["features", "classifier"])
-def test_a_fit_shares_its_rows_with_a_pipeline(paths, tmp_path, first):
+def test_the_cache_is_shared_with_the_fine_tuned_classifier(paths, tmp_path, first):
     pretrained = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=16)
     classifier = FineTunedCNNClassifier(
         "resnet_mini", max_epochs=0, memory=tmp_path, batch_size=16
@@ -132,7 +134,7 @@ def test_a_fit_shares_its_rows_with_a_pipeline(paths, tmp_path, first):
     assert FeatureStore(tmp_path).info()["rows"] == 32
 
 
-def test_if_all_is_known_no_network_is_made(paths, tmp_path):
+def test_no_model_is_compiled_if_all_rows_are_cached(paths, tmp_path):
     expected = features(paths, tmp_path)
     with mock.patch.object(ModelSpec, "compile", None):
         np.testing.assert_array_equal(features(paths, tmp_path), expected)
@@ -147,7 +149,7 @@ def test_if_all_is_known_no_network_is_made(paths, tmp_path):
         {"engine": "openvino"},
     ],
 )
-def test_what_makes_other_rows_is_another_space(paths, tmp_path, change):
+def test_settings_that_change_rows_have_their_own_namespace(paths, tmp_path, change):
     features(paths[:4], tmp_path)
     got = features(paths[:4], tmp_path, **change)
     np.testing.assert_array_equal(got, features(paths[:4], **change))

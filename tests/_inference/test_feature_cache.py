@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sktl import FeatureStore
-from sktl._inference.feature_cache import FeatureCache, open_store
+from sktl._inference.feature_cache import FeatureCache, open_cache, open_store
 
 HASHES = [bytes([i]) * 32 for i in range(3)]
 ROWS = np.arange(6, dtype=np.float32).reshape(3, 2)
@@ -31,6 +31,15 @@ def test_rows_of_namespaces_are_kept_apart(tmp_path):
     np.testing.assert_array_equal(positions, [0, 1])
     np.testing.assert_array_equal(rows, ROWS[:2])
     assert set(one.refresh()) == set(HASHES[:2])
+
+
+def test_the_namespace_has_the_settings_of_model_and_images(tmp_path):
+    cache = open_cache(tmp_path, {"a": "1"}, {"b": "2"})
+    cache.put(HASHES, ROWS)
+    assert cache.namespace == {"a": "1", "b": "2"}
+    for model, images in ({"a": "2"}, {"b": "2"}), ({"a": "1"}, {"b": "3"}):
+        assert open_cache(tmp_path, model, images).get(HASHES)[1] is None
+    assert open_cache(None, {"a": "1"}, {"b": "2"}) is None
 
 
 def test_refresh_finds_rows_of_another_process(tmp_path):

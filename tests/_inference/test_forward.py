@@ -1,4 +1,4 @@
-"""The forward loop against a plain loop over images."""
+"""The forward loop, compared with a plain loop over images."""
 
 import copy
 import threading
@@ -66,7 +66,7 @@ def test_equals_a_plain_loop(images, engine):
 
 
 @EACH_ENGINE
-def test_a_row_does_not_depend_on_its_neighbours(images, engine):
+def test_a_row_does_not_depend_on_other_images(images, engine):
     net = network("squeezenet1_1", engine=engine)
     rows = run(net, images)
     order = np.random.default_rng(0).permutation(len(images))
@@ -78,14 +78,14 @@ def test_a_row_does_not_depend_on_its_neighbours(images, engine):
 
 @EACH_ENGINE
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_batch_sizes_agree(images, batch_size, engine):
+def test_batch_sizes_agree_up_to_rounding(images, batch_size, engine):
     net = network("squeezenet1_1", engine=engine)
     rows = run(net, images)
     other = run(net, images, batch_size=batch_size)
     assert np.abs(other - rows).max() <= 1e-5 * np.abs(rows).max()
 
 
-def test_small_calls_do_not_pay_for_a_whole_batch(images):
+def test_small_calls_run_one_image_at_a_time(images):
     seen = []
 
     class Recorder(nn.Module):
@@ -103,7 +103,7 @@ def test_small_calls_do_not_pay_for_a_whole_batch(images):
 
 @EACH_ENGINE
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_lower_precision_is_close_and_comes_back_as_float32(images, precision, engine):
+def test_lower_precision_is_close_and_returns_float32(images, precision, engine):
     expected = run(network("squeezenet1_1"), images)
     got = run(network("squeezenet1_1", precision, engine=engine), images)
     assert got.dtype == np.float32
@@ -113,7 +113,7 @@ def test_lower_precision_is_close_and_comes_back_as_float32(images, precision, e
 
 
 @EACH_ENGINE
-def test_global_state_is_left_alone(images, engine):
+def test_global_state_is_unchanged(images, engine):
     state = torch.get_rng_state()
     engines.compiled_models.clear()
     run(network("resnet18", engine=engine), images)
@@ -123,7 +123,7 @@ def test_global_state_is_left_alone(images, engine):
 
 
 @EACH_ENGINE
-def test_threads_share_a_network_without_mixing_rows(images, engine):
+def test_threads_may_share_a_model(images, engine):
     net = network("resnet18", layer="layer1", engine=engine)
     halves = images[:16], images[16:32]
     expected = [run(net, half) for half in halves]
@@ -134,7 +134,7 @@ def test_threads_share_a_network_without_mixing_rows(images, engine):
                 np.testing.assert_array_equal(rows, wanted)
 
 
-def test_two_passes_at_once_keep_their_rows_apart():
+def test_two_passes_at_the_same_time_have_their_own_rows():
     both_inside = threading.Barrier(2, timeout=10)
     backbone = copy.deepcopy(load_backbone("tiny"))
 
@@ -168,7 +168,7 @@ def test_images_are_decoded_at_most_two_batches_ahead(images):
     run(Slow(), Lazy(images), batch_size=4)
     done = 4 * np.arange(1, len(furthest))
     assert (np.array(furthest[1:]) - done < 2 * 4 + 2).all()
-    assert (np.array(furthest[1:-2]) >= done[:-2]).any()  # and it is ahead
+    assert (np.array(furthest[1:-2]) >= done[:-2]).any()  # and decoding does run ahead
 
 
 class _Broken(list):
@@ -183,20 +183,20 @@ class _Broken(list):
 
 
 @pytest.mark.parametrize("error", [ValueError("X[9] is bad"), KeyboardInterrupt()])
-def test_errors_come_out_and_threads_end(images, error):
-    before = set(threading.enumerate())  # other libraries have some, too
+def test_errors_are_raised_and_threads_end(images, error):
+    before = set(threading.enumerate())  # other libraries start threads, too
     with pytest.raises(type(error)):
         run(network("tiny"), _Broken(images, 9, error), batch_size=4, n_jobs=3)
     assert set(threading.enumerate()) <= before
 
 
-def test_no_memory_says_what_to_change(images):
-    class Hungry(nn.Module):
+def test_out_of_memory_raises_memory_error(images):
+    class OutOfMemory(nn.Module):
         def forward(self, x):
             return torch.empty(2**60)
 
     with pytest.raises(MemoryError, match=r"batch of 8 images .* Reduce batch_size"):
-        run(Hungry(), images)
+        run(OutOfMemory(), images)
     other = _Raises(RuntimeError("shapes differ"))
     with pytest.raises(RuntimeError, match="shapes differ"):
         run(other, images)
@@ -211,7 +211,7 @@ class _Raises(nn.Module):
         raise self._error
 
 
-def test_output_that_is_not_finite_is_named_by_the_row_of_x(images):
+def test_an_output_that_is_not_finite_raises_an_error(images):
     class Overflow(nn.Module):
         def forward(self, x):
             out = x.mean((2, 3))
@@ -221,15 +221,17 @@ def test_output_that_is_not_finite_is_named_by_the_row_of_x(images):
     X = validate_images(images, estimator=PretrainedFeatures(), reset=True)
     with pytest.raises(ValueError, match=r"X\[3\] must be finite.*weights do not fit"):
         run(Overflow(), X)
-    with pytest.raises(ValueError, match=r"X\[14\] must be finite"):  # of those left
+    with pytest.raises(
+        ValueError, match=r"X\[14\] must be finite"
+    ):  # position 3 of the subset
         run(Overflow(), X.subset(range(8, 40, 2)))
     with pytest.raises(ValueError, match=r"float16: use 'bfloat16'"):
         run(Overflow(), X, precision="float16")
 
 
 @pytest.mark.parametrize("verbose", [0, 1])
-def test_a_bar_is_shown_when_asked_for(images, capsys, monkeypatch, verbose):
-    # The bar waits for a second, so let the clock run fast.
+def test_verbose_shows_a_progress_bar(images, capsys, monkeypatch, verbose):
+    # The bar appears after a second, so the clock is accelerated.
     clock = iter(np.arange(0.0, 1e6, 2.0))
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
     run(network("tiny"), images, verbose=verbose)
@@ -238,7 +240,7 @@ def test_a_bar_is_shown_when_asked_for(images, capsys, monkeypatch, verbose):
     assert captured.out == ""
 
 
-def test_where_a_device_computes_by_itself_batches_are_started_ahead(images):
+def test_batches_are_started_ahead_on_an_asynchronous_device(images):
     events = []
 
     def start(pixels):

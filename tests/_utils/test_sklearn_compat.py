@@ -8,10 +8,8 @@ from sklearn.base import BaseEstimator
 from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import InvalidParameterError
 
-from sktl import PretrainedFeatures
 from sktl._utils import sklearn_compat
 from sktl._utils.sklearn_compat import (
-    DocLinkMixin,
     Interval,
     StrOptions,
     check_feature_names_in,
@@ -89,10 +87,6 @@ def test_check_feature_names_in():
         check_feature_names_in(estimator, ["a", "b"])
     with pytest.raises((ValueError, NotFittedError)):
         check_feature_names_in(Estimator(), None)
-
-
-def test_doc_link_mixin_is_used_by_the_estimators():
-    assert issubclass(PretrainedFeatures, DocLinkMixin)
 
 
 def test_every_name_is_exported():

@@ -1,0 +1,28 @@
+"""Constraints on the parameters that the estimators share."""
+
+import os
+from numbers import Integral, Real
+from typing import Any
+
+import joblib
+import torch
+
+from sktl._inference.execution import ENGINES, PRECISIONS
+from sktl._store.feature_store import FeatureStore
+from sktl._utils.sklearn_compat import Interval, StrOptions
+
+SHARED_CONSTRAINTS: dict[str, list[Any]] = {
+    "backbone": [str],
+    "weights": [str, os.PathLike, None],
+    "image_size": [Interval(Integral, 1, None, closed="left"), None],
+    "image_shape": [StrOptions({"auto"}), tuple, list],
+    "pixel_range": [StrOptions({"auto"}), tuple, list],
+    "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
+    "batch_size": [Interval(Integral, 1, None, closed="left")],
+    "device": [str, torch.device],
+    "precision": [StrOptions({*PRECISIONS, "auto"})],
+    "engine": [StrOptions({*ENGINES, "auto"})],
+    "n_jobs": [Integral, None],
+    "memory": [str, os.PathLike, FeatureStore, joblib.Memory, None],
+    "verbose": ["verbose"],
+}
