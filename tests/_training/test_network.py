@@ -1,4 +1,4 @@
-"""What trains moves, what is frozen keeps its bits, whatever the architecture."""
+"""Tests of the network in training: new head, frozen prefix, trainable stages."""
 
 import copy
 
@@ -8,11 +8,16 @@ from torch import nn
 from torchvision import models
 
 from sktl._backbones.registry import load_backbone
+from sktl._images.preprocessing import Normalization
 from sktl._training.network import (
+    NormalizedInput,
     PartiallyFrozen,
-    n_trainable_stages,
-    parameter_groups,
+    count_frozen_parts,
+    count_trainable_stages,
+    network_digest,
+    output_shape,
     replace_head,
+    stage_names,
 )
 
 STAGES = ["stem", "stage1", "stage2", "stage3"]
@@ -38,13 +43,13 @@ FAMILIES = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_penultimate_feature_goes_into_the_head(family):
+def test_input_of_the_head_is_the_penultimate_feature(family):
     backbone = load_backbone(family, None)
     network = replace_head(backbone, 3).eval()
-    fed = []
+    inputs = []
 
     handle = backbone.last_linear.register_forward_pre_hook(
-        lambda module, inputs: fed.append(inputs[0])
+        lambda module, arguments: inputs.append(arguments[0])
     )
     side = backbone.preprocessing.crop_size
     x = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
@@ -52,40 +57,40 @@ def test_the_penultimate_feature_goes_into_the_head(family):
         backbone.network(x)
         got = network[:-1](x)
     handle.remove()
-    expected = fed[0].mean((2, 3)) if fed[0].ndim == 4 else fed[0]
+    expected = inputs[0].mean((2, 3)) if inputs[0].ndim == 4 else inputs[0]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert network(x).shape == (2, 3)
 
 
-def one_step(partly):
-    optimizer = torch.optim.SGD(partly.parameters(), lr=0.1, weight_decay=0.1)
-    partly.train()
-    partly(torch.randn(4, 3, 64, 64)).square().sum().backward()
+def one_step(network):
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.1)
+    network.train()
+    network(torch.randn(4, 3, 64, 64)).square().sum().backward()
     optimizer.step()
 
 
 @pytest.mark.parametrize("family", ["resnet18", "mobilenet_v2", "densenet121"])
 @pytest.mark.parametrize("trainable", ["head", 1])
-def test_frozen_keeps_its_bits(family, trainable):
+def test_frozen_stages_do_not_change(family, trainable):
     network = replace_head(load_backbone(family, None), 3)
     before = copy.deepcopy(network.state_dict())
-    names = [name for name, _ in network.named_children()][:-2]
-    n_trainable = n_trainable_stages(trainable, names)
+    names = stage_names(network)
+    n_trainable = count_trainable_stages(trainable, names)
     one_step(PartiallyFrozen(network, n_trainable))
-    trains = ("head.", *(f"{n}." for n in names[len(names) - n_trainable :]))
-    trains += ("neck.",) if n_trainable else ()
-    moved = {
+    trained = ("head.", *(f"{n}." for n in names[len(names) - n_trainable :]))
+    trained += ("neck.",) if n_trainable else ()
+    changed = {
         name
         for name, value in network.state_dict().items()
         if not torch.equal(value, before[name])
     }
-    assert moved
-    assert all(name.startswith(trains) for name in moved)
+    assert changed
+    assert all(name.startswith(trained) for name in changed)
     parameters = {name for name, _ in network.named_parameters()}
-    assert {n for n in parameters if n.startswith(trains)} <= moved
+    assert {n for n in parameters if n.startswith(trained)} <= changed
 
 
-def test_the_backbone_that_others_share_stays_as_it_is():
+def test_training_does_not_change_the_shared_backbone():
     backbone = load_backbone("resnet_mini")
     before = copy.deepcopy(backbone.network.state_dict())
     one_step(PartiallyFrozen(replace_head(backbone, 3), 4))
@@ -96,15 +101,15 @@ def test_the_backbone_that_others_share_stays_as_it_is():
 
 
 @pytest.mark.parametrize("n_trainable", range(6))
-def test_stages_open_one_by_one(n_trainable):
+def test_unfreeze(n_trainable):
     network = replace_head(load_backbone("resnet_mini"), 3)
-    partly = PartiallyFrozen(network, 0)
-    partly.train()
-    partly.unfreeze(n_trainable)
+    partially_frozen = PartiallyFrozen(network, 0)
+    partially_frozen.train()
+    partially_frozen.unfreeze(n_trainable)
     *stages, neck, head = network
-    trains = [False] * (5 - n_trainable) + [True] * n_trainable
-    assert [stage.training for stage in stages] == trains
-    assert [next(s.parameters()).requires_grad for s in stages] == trains
+    trainable = [False] * (5 - n_trainable) + [True] * n_trainable
+    assert [stage.training for stage in stages] == trainable
+    assert [next(s.parameters()).requires_grad for s in stages] == trainable
     assert neck.training == (n_trainable > 0)
     assert head.training
 
@@ -113,46 +118,22 @@ def test_stages_open_one_by_one(n_trainable):
     ("trainable", "expected"),
     [("head", 0), ("all", 4), (0, 0), (2, 2), (4, 4), ("stage3", 1), ("stem", 4)],
 )
-def test_depth(trainable, expected):
-    assert n_trainable_stages(trainable, STAGES) == expected
+def test_count_trainable_stages(trainable, expected):
+    assert count_trainable_stages(trainable, STAGES) == expected
 
 
 @pytest.mark.parametrize(
     ("trainable", "reason"),
     [("stage9", "one of the stages"), (5, "from 0 to 4"), (-1, "from 0 to 4")],
 )
-def test_no_such_depth(trainable, reason):
+def test_invalid_trainable(trainable, reason):
     with pytest.raises(ValueError, match=reason):
-        n_trainable_stages(trainable, STAGES)
+        count_trainable_stages(trainable, STAGES)
     with pytest.raises(ValueError, match="Do you mean 'stage3'"):
-        n_trainable_stages("stage_3", STAGES)
+        count_trainable_stages("stage_3", STAGES)
 
 
-def test_groups_are_those_of_the_definition():
-    network = replace_head(load_backbone("resnet_mini"), 3)
-    groups = parameter_groups(network, 9, lr=0.1, layer_decay=0.5, weight_decay=0.01)
-    of_parameter = {id(p): group for group in groups for p in group["params"]}
-    assert len(of_parameter) == sum(len(group["params"]) for group in groups)
-    depth = {"head": 0, "neck": 1, "stage4": 1, "stage3": 2, "stage2": 3, "stage1": 4}
-    for name, parameter in network.named_parameters():
-        group = of_parameter.pop(id(parameter))
-        part = name.split(".")[0]
-        assert group["lr"] == pytest.approx(0.1 * 0.5 ** depth.get(part, 5))
-        assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
-    assert not of_parameter
-
-
-@pytest.mark.parametrize("n_trainable", [0, 1, 3])
-def test_an_optimizer_is_asked_for_what_trains_only(n_trainable):
-    network = replace_head(load_backbone("resnet_mini"), 3)
-    rates = {"lr": 0.1, "layer_decay": 0.5, "weight_decay": 0.01}
-    groups = parameter_groups(network, n_trainable, **rates)
-    PartiallyFrozen(network, n_trainable)
-    opened = {id(p) for p in network.parameters() if p.requires_grad}
-    assert {id(p) for group in groups for p in group["params"]} == opened
-
-
-def test_the_head_as_it_was_asked_for():
+def test_hidden_layers_and_dropout_of_the_head():
     backbone = load_backbone("resnet_mini")
     network = replace_head(backbone, 3, hidden_layer_sizes=(16, 8), dropout=0.25)
     kinds = [type(layer).__name__ for layer in network.head]
@@ -167,7 +148,7 @@ def test_the_head_as_it_was_asked_for():
     assert sum(isinstance(m, nn.Dropout) for m in vgg.modules()) == 1
 
 
-def test_bfloat16_computes_in_it_and_answers_in_float32():
+def test_bfloat16_returns_float32():
     network = replace_head(load_backbone("resnet_mini"), 3)
     x = torch.randn(2, 3, 32, 32)
     exact = PartiallyFrozen(network, 1).eval()(x)
@@ -177,8 +158,8 @@ def test_bfloat16_computes_in_it_and_answers_in_float32():
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.1)
 
 
-def test_a_head_without_a_place_for_another():
-    class Own(nn.Module):
+def test_head_that_cannot_be_replaced():
+    class CustomHead(nn.Module):
         def __init__(self):
             super().__init__()
             self.fc = models.resnet18().fc
@@ -187,10 +168,83 @@ def test_a_head_without_a_place_for_another():
             return self.fc(x.mean((2, 3)))
 
     backbone = copy.deepcopy(load_backbone("resnet_mini"))
-    own = Own()
-    backbone.network.head = own
-    object.__setattr__(
-        backbone, "cut", type(backbone.staged_model)(backbone.staged_model.stages, own)
-    )
+    head = CustomHead()
+    backbone.network.head = head
+    staged = type(backbone.staged_model)(backbone.staged_model.stages, head)
+    object.__setattr__(backbone, "staged_model", staged)
     with pytest.raises(ValueError, match=r"must be an nn\.Sequential"):
         replace_head(backbone, 3)
+
+
+def test_count_frozen_parts():
+    network = replace_head(load_backbone("resnet_mini"), 3)  # 5 stages, neck, head
+    assert [count_frozen_parts(network, n) for n in range(6)] == [6, 4, 3, 2, 1, 0]
+
+
+def test_digest_depends_on_weights_and_architecture():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    copied = copy.deepcopy(network)
+    assert network_digest(copied) == network_digest(network)
+    copied[1].running_mean += 1
+    assert network_digest(copied) != network_digest(network)
+    strided = copy.deepcopy(network)
+    strided[0].stride = (2, 2)
+    assert network_digest(strided) != network_digest(network)
+
+
+def test_output_shape_leaves_the_network_as_it_is():
+    network = replace_head(load_backbone("resnet_mini"), 3).train()
+    before = network_digest(network)
+    assert output_shape(network, 32) == (3,)
+    assert output_shape(network[:5], 32) == (256, 4, 4)
+    assert all(module.training for module in network.modules())
+    assert network_digest(network) == before
+
+
+def test_freeze_batch_norm_keeps_the_statistics():
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for freeze in (False, True):
+        network = replace_head(load_backbone("resnet_mini"), 3)
+        before = copy.deepcopy(network.stage4.state_dict())
+        PartiallyFrozen(network, 1, freeze_batch_norm=freeze).train()(x)
+        changed = [
+            name
+            for name, value in network.stage4.state_dict().items()
+            if not torch.equal(value, before[name])
+        ]
+        assert bool(changed) == (not freeze)
+
+
+def test_prefix_is_fused_once_and_again_after_a_change_of_depth():
+    network = replace_head(load_backbone("resnet_mini"), 3)
+    fused = []
+
+    def fuse(prefix):
+        fused.append(len(prefix))
+        return copy.deepcopy(prefix)
+
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model = PartiallyFrozen(network, 1, fuse_prefix=fuse).eval()
+    parameters = len(list(model.parameters()))
+    expected = network.eval()(x)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+    assert len(list(model.parameters())) == parameters
+    model.unfreeze(2)
+    torch.testing.assert_close(model(x), expected)
+    model.unfreeze(5)  # no prefix is left
+    torch.testing.assert_close(model(x), expected)
+    assert fused == [4, 3]
+
+
+def test_pixels_are_normalized_and_activations_are_not():
+    backbone = load_backbone("resnet_mini")
+    network = replace_head(backbone, 3)
+    model = NormalizedInput(PartiallyFrozen(network, 1), backbone.preprocessing).eval()
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (2, 40, 40, 3), generator=generator).to(torch.uint8)
+    with torch.inference_mode():
+        normalized = Normalization(backbone.preprocessing)(pixels)
+        torch.testing.assert_close(model(pixels), network(normalized))
+        activations = network[:4](normalized)
+        torch.testing.assert_close(model(activations), network(normalized))

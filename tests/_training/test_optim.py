@@ -1,4 +1,4 @@
-"""A step is that of torch: the loss, the rates, the state of the optimizer."""
+"""Tests of learning rate schedules, parameter groups and optimizers."""
 
 import copy
 import math
@@ -6,45 +6,21 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import replace_head
+from sktl._training.network import PartiallyFrozen, replace_head
 from sktl._training.optim import (
-    WeightedCrossEntropy,
     load_optimizer_state,
     lr_lambda,
     make_optimizer,
+    parameter_groups,
 )
 
 
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
-def test_the_loss_is_that_of_torch(label_smoothing):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(8, 3, generator=generator)
-    label = torch.randint(3, (8,), generator=generator)
-    got = WeightedCrossEntropy(label_smoothing)(logits, (label, torch.ones(8)))
-    expected = nn.CrossEntropyLoss(label_smoothing=label_smoothing)(logits, label)
-    torch.testing.assert_close(got, expected)
-
-
-def test_weight_2_is_the_gradient_of_the_image_twice():
-    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
-    label, weight = torch.tensor([0, 3, 1]), torch.tensor([1.0, 2.0, 0.0])
-    criterion = WeightedCrossEntropy(0.1)
-    heavy = logits.clone().requires_grad_()
-    (3 * criterion(heavy, (label, weight))).backward()
-    twice = logits[[0, 1, 1]].clone().requires_grad_()
-    (3 * criterion(twice, (label[[0, 1, 1]], torch.ones(3)))).backward()
-    torch.testing.assert_close(heavy.grad[0], twice.grad[0])
-    torch.testing.assert_close(heavy.grad[1], twice.grad[1] + twice.grad[2])
-    assert not heavy.grad[2].any()
-
-
-def rates_of(make, n_steps):
+def learning_rates(make_scheduler, n_steps):
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    scheduler, rates = make(optimizer), []
+    scheduler, rates = make_scheduler(optimizer), []
     for _ in range(n_steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -53,11 +29,11 @@ def rates_of(make, n_steps):
 
 
 @pytest.mark.parametrize("n_steps", [3, 10, 47, 200])
-def test_onecycle_is_that_of_torch(n_steps):
+def test_onecycle_equals_torch(n_steps):
     # torch's last step has the rate 0; here that would be the step after the last.
     n_up, total = math.ceil(0.3 * n_steps), n_steps + 1
 
-    def make(optimizer):
+    def make_scheduler(optimizer):
         return OneCycleLR(
             optimizer,
             max_lr=1.0,
@@ -68,28 +44,30 @@ def test_onecycle_is_that_of_torch(n_steps):
         )
 
     got = [lr_lambda("onecycle", step, n_steps) for step in range(n_steps)]
-    np.testing.assert_allclose(got, rates_of(make, n_steps), rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(
+        got, learning_rates(make_scheduler, n_steps), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("n_steps", [1, 3, 10, 47, 200])
-def test_cosine_is_that_of_torch_after_the_warm_up(n_steps):
+def test_cosine_equals_torch_after_the_warm_up(n_steps):
     n_up = math.ceil(n_steps / 10)
     got = [lr_lambda("cosine", step, n_steps) for step in range(n_steps)]
     warm_up = np.arange(1, n_up + 1) / (n_up + 1)
     np.testing.assert_allclose(got[:n_up], warm_up, rtol=1e-9)
     n_down = n_steps - n_up
     if n_down:
-        expected = rates_of(lambda o: CosineAnnealingLR(o, T_max=n_down), n_down)
+        expected = learning_rates(lambda o: CosineAnnealingLR(o, T_max=n_down), n_down)
         np.testing.assert_allclose(got[n_up:], expected, rtol=1e-9, atol=1e-9)
     assert all(0 < rate <= 1 for rate in got)
     assert {lr_lambda("constant", step, n_steps) for step in range(n_steps)} == {1}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
+def test_loaded_optimizer_continues_with_equal_bits(optimizer):
     network = replace_head(load_backbone("tiny", None), 3)
     network.to(memory_format=torch.channels_last)
-    mine = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def step(network, optimizer):
@@ -97,28 +75,60 @@ def test_a_restored_optimizer_goes_on_with_the_same_bits(optimizer):
         network(x).square().sum().backward()
         optimizer.step()
 
-    step(network, mine)
+    step(network, first)
     other = copy.deepcopy(network)
-    again = make_optimizer(other, 3, optimizer, 0.5, 0.1, [], lr=0.1)
-    load_optimizer_state(again, mine.state_dict()["state"])
-    step(network, mine)
-    step(other, again)
+    second = make_optimizer(other, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    load_optimizer_state(second, optimizer, first.state_dict()["state"])
+    step(network, first)
+    step(other, second)
     for one, two in zip(network.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
-    assert again.param_groups[0]["highest_lr"] == 0.1
+    assert second.param_groups[0]["max_lr"] == 0.1
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("value", [None, torch.ones(3, 7), torch.tensor(True)])
-def test_the_state_of_another_optimizer_is_refused(optimizer, value):
+def test_state_of_another_optimizer(optimizer, value):
     network = replace_head(load_backbone("tiny", None), 3)
-    mine = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
     network(torch.ones(2, 3, 16, 16)).sum().backward()
-    mine.step()
-    for name in list(mine.state_dict()["state"][0]):
-        state = mine.state_dict()["state"]
+    first.step()
+    for name in list(first.state_dict()["state"][0]):
+        state = first.state_dict()["state"]
         state[0] = {**state[0], name: value}
         if value is None:
             del state[0][name]
         with pytest.raises(ValueError, match="of parameter 0 is of another optimizer"):
-            load_optimizer_state(mine, state)
+            load_optimizer_state(first, optimizer, state)
+
+
+@pytest.mark.parametrize("number", [-1, 99])
+def test_state_of_a_parameter_that_does_not_exist(number):
+    network = replace_head(load_backbone("tiny", None), 3)
+    optimizer = make_optimizer(network, 3, "sgd", 0.5, 0.1, [], lr=0.1)
+    with pytest.raises(ValueError, match=f"parameter {number} too many"):
+        load_optimizer_state(optimizer, "sgd", {number: {}})
+
+
+def test_parameter_groups():
+    network = replace_head(load_backbone("resnet_mini"), 3)
+    groups = parameter_groups(network, 9, lr=0.1, layer_decay=0.5, weight_decay=0.01)
+    group_of = {id(p): group for group in groups for p in group["params"]}
+    assert len(group_of) == sum(len(group["params"]) for group in groups)
+    depth = {"head": 0, "neck": 1, "stage4": 1, "stage3": 2, "stage2": 3, "stage1": 4}
+    for name, parameter in network.named_parameters():
+        group = group_of.pop(id(parameter))
+        part = name.split(".")[0]
+        assert group["lr"] == pytest.approx(0.1 * 0.5 ** depth.get(part, 5))
+        assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
+    assert not group_of
+
+
+@pytest.mark.parametrize("n_trainable", [0, 1, 3])
+def test_parameter_groups_contain_trainable_parameters_only(n_trainable):
+    network = replace_head(load_backbone("resnet_mini"), 3)
+    rates = {"lr": 0.1, "layer_decay": 0.5, "weight_decay": 0.01}
+    groups = parameter_groups(network, n_trainable, **rates)
+    PartiallyFrozen(network, n_trainable)
+    trainable = {id(p) for p in network.parameters() if p.requires_grad}
+    assert {id(p) for group in groups for p in group["params"]} == trainable
