@@ -299,7 +299,8 @@ def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, max_epochs=1)
     mine.set_params(batch_size=8, head_init="random", random_state=0)
     y = np.arange(40) % 2
-    with mock.patch("sktl._training.frozen_activations._MOST_KEPT", 4 * 4096 * 10):
+    limit = "sktl._training.frozen_activations._MAX_BYTES_IN_MEMORY"
+    with mock.patch(limit, 4 * 4096 * 10):
         expected = clone(mine).fit(paths, y)
         with (
             joblib.parallel_config(**dask),

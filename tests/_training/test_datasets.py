@@ -1,4 +1,4 @@
-"""Every image once per epoch, in batches of even size, decoded ahead and kept."""
+"""Tests of datasets and the data loader: order, batches, cached pixels, threads."""
 
 import gc
 import itertools
@@ -12,15 +12,21 @@ from PIL import Image
 
 from sktl import Preprocessing, PretrainedFeatures
 from sktl._images.augmentation import augmentation_for
+from sktl._images.augmented_views import AugmentedViews
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import validate_images
 from sktl._training import datasets
-from sktl._training.datasets import BatchLoader, ImageDataset
+from sktl._training.datasets import (
+    ActivationDataset,
+    BatchLoader,
+    FixedViewDataset,
+    ImageDataset,
+)
 
 AT_16 = Preprocessing(16, 16)
 
 
-class Counting(ImageSequence):
+class CountingSequence(ImageSequence):
     """Count how often each row is decoded."""
 
     def __init__(self, rows):
@@ -34,32 +40,32 @@ class Counting(ImageSequence):
         return super().__getitem__(row)
 
 
-def dataset_of(images, augmentation=None, n_jobs=2, rows=None):
+def make_dataset(images, augmentation=None, n_jobs=2, rows=None):
     rows = np.arange(len(images)) if rows is None else np.asarray(rows)
     return ImageDataset(
         images,
         rows,
-        rows % 7,  # labels and weights that tell the row
+        rows % 7,  # targets and weights that identify the row
         rows / 8,
         augmentation=augmentation_for(augmentation, AT_16),
-        side=16,
+        image_size=16,
         n_jobs=n_jobs,
     )
 
 
 def pool_threads():
-    """Threads that decode; others may belong to libraries."""
+    """Return the names of the decoding threads; others may belong to libraries."""
     names = [thread.name for thread in threading.enumerate()]
     return [name for name in names if name.startswith("ThreadPoolExecutor")]
 
 
 @pytest.fixture
 def counting(images):
-    return Counting(images)
+    return CountingSequence(images)
 
 
 @pytest.fixture(autouse=True)
-def no_thread_is_left():
+def no_thread_left():
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
@@ -69,16 +75,16 @@ def rows_in(batches):
     return [(8 * weight).int().tolist() for _, (_, weight) in batches]
 
 
-def in_a_row(batches):
+def concatenate(batches):
     return list(itertools.chain(*batches))
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 16, 39, 40, 41, 1000])
-def test_every_image_once_in_batches_of_even_size(counting, batch_size, shuffle):
-    batches = BatchLoader(dataset_of(counting), batch_size, shuffle)
+def test_each_image_once_in_batches_of_even_size(counting, batch_size, shuffle):
+    batches = BatchLoader(make_dataset(counting), batch_size, shuffle)
     rows = rows_in(batches)
-    assert sorted(in_a_row(rows)) == list(range(40))
+    assert sorted(concatenate(rows)) == list(range(40))
     sizes = [len(batch) for batch in rows]
     assert len(sizes) == len(batches) == -(-40 // batch_size)
     assert max(sizes) <= batch_size
@@ -86,85 +92,105 @@ def test_every_image_once_in_batches_of_even_size(counting, batch_size, shuffle)
 
 
 @pytest.mark.parametrize("augmentation", [None, "standard"])
-def test_pixels_labels_and_weights_belong_together(counting, images, augmentation):
-    dataset = dataset_of(counting, augmentation, rows=[30, 2, 17, 5, 9])
+def test_pixels_targets_and_weights_belong_together(counting, images, augmentation):
+    dataset = make_dataset(counting, augmentation, rows=[30, 2, 17, 5, 9])
     assert len(dataset) == 5
-    for pixels, (label, weight) in BatchLoader(dataset, 2, shuffle=True):
+    differences = []
+    for pixels, (y, weight) in BatchLoader(dataset, 2, shuffle=True):
         rows = (8 * weight).long()
         assert pixels.shape == (len(rows), 16, 16, 3)
-        assert (pixels.dtype, label.dtype) == (torch.uint8, torch.int64)
+        assert (pixels.dtype, y.dtype) == (torch.uint8, torch.int64)
         assert weight.dtype == torch.float32
-        assert torch.equal(label, rows % 7)
+        assert torch.equal(y, rows % 7)
         for each, row in zip(pixels, rows, strict=True):
             expected = AT_16(Image.fromarray(images[row]))
-            assert augmentation or (each.numpy() == expected).all()
+            differences.append(np.abs(each.numpy() - expected.astype(int)).max())
+    assert len(differences) == 5
+    # Crops of random areas and random colors differ from the whole image.
+    assert all((difference > 0) == bool(augmentation) for difference in differences)
 
 
-def test_the_order_is_drawn_from_the_generator_of_torch(counting):
-    batches = BatchLoader(dataset_of(counting), 16, shuffle=True)
+@pytest.mark.parametrize("augmentation", ["flip", "standard"])
+def test_augmented_pixels_are_those_of_the_image(counting, images, augmentation):
+    dataset = make_dataset(counting, augmentation, rows=[30, 2, 17])
+    augment = augmentation_for(augmentation, AT_16)
+    torch.manual_seed(3)
+    pixels, (_, weight) = next(iter(BatchLoader(dataset, 3, shuffle=True)))
+    torch.manual_seed(3)
+    rows = np.array([30, 2, 17])[torch.randperm(3)]
+    np.testing.assert_array_equal(8 * weight, rows)
+    for each, row in zip(pixels, rows, strict=True):
+        image = augment.deterministic(Image.fromarray(images[row]))
+        np.testing.assert_array_equal(each, augment.random(image))
+
+
+def test_order_is_drawn_from_the_global_generator_of_torch(counting):
+    batches = BatchLoader(make_dataset(counting), 16, shuffle=True)
     torch.manual_seed(5)
-    epochs = [in_a_row(rows_in(batches)) for _ in range(2)]
+    epochs = [concatenate(rows_in(batches)) for _ in range(2)]
     torch.manual_seed(5)
     assert epochs == [torch.randperm(40).tolist() for _ in range(2)]
     assert epochs[0] != epochs[1]
-    assert in_a_row(rows_in(BatchLoader(dataset_of(counting), 16))) == list(range(40))
+    assert concatenate(rows_in(BatchLoader(make_dataset(counting), 16))) == list(
+        range(40)
+    )
 
 
 @pytest.mark.parametrize("augmentation", [None, "flip"])
-def test_pixels_that_stay_the_same_are_decoded_once(counting, augmentation):
-    batches = BatchLoader(dataset_of(counting, augmentation), 16, shuffle=True)
+def test_constant_pixels_are_decoded_once(counting, augmentation):
+    batches = BatchLoader(make_dataset(counting, augmentation), 16, shuffle=True)
     for _ in range(3):
         assert len(rows_in(batches)) == 3
     assert counting.counts == Counter(range(40))
 
 
 @pytest.mark.parametrize("augmentation", ["standard", "trivial", lambda each: each])
-def test_whole_images_are_not_kept(counting, augmentation):
-    batches = BatchLoader(dataset_of(counting, augmentation), 16)
+def test_whole_images_are_not_cached(counting, augmentation):
+    batches = BatchLoader(make_dataset(counting, augmentation), 16)
     for _ in range(3):
         assert len(rows_in(batches)) == 3
     assert set(counting.counts.values()) == {3}
 
 
 @pytest.mark.parametrize(("spare", "n_decodes"), [(0, 1), (-1, 2)])
-def test_over_the_budget_nothing_is_kept(counting, monkeypatch, spare, n_decodes):
-    monkeypatch.setattr(datasets, "_MOST_KEPT", 40 * 16 * 16 * 3 + spare)
-    batches = BatchLoader(dataset_of(counting), 16)
+def test_no_pixels_are_cached_above_the_limit(counting, monkeypatch, spare, n_decodes):
+    monkeypatch.setattr(datasets, "_MAX_CACHED_BYTES", 40 * 16 * 16 * 3 + spare)
+    batches = BatchLoader(make_dataset(counting), 16)
     first, second = list(batches), list(batches)
     assert set(counting.counts.values()) == {n_decodes}
     for (one, _), (other, _) in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
-def test_whoever_changes_a_batch_does_not_change_what_is_kept(counting):
-    batches = BatchLoader(dataset_of(counting, "flip"), 40)
+def test_changing_a_batch_does_not_change_the_cache(counting):
+    batches = BatchLoader(make_dataset(counting, "flip"), 40)
     torch.manual_seed(1)
     expected = next(iter(batches))[0].clone()
-    for pixels, (label, weight) in batches:
+    for pixels, (y, weight) in batches:
         pixels.zero_()
-        label.zero_()
+        y.zero_()
         weight.zero_()
     torch.manual_seed(1)
-    pixels, (label, weight) = next(iter(batches))
+    pixels, (y, weight) = next(iter(batches))
     assert torch.equal(pixels, expected)
-    assert label.any()
+    assert y.any()
     assert weight.any()
 
 
 @pytest.mark.parametrize("augmentation", [None, "flip", "standard", "trivial"])
-def test_the_number_of_threads_does_not_change_what_comes(paths, augmentation):
+def test_batches_do_not_depend_on_the_number_of_threads(paths, augmentation):
     images = validate_images(paths, estimator=PretrainedFeatures(), reset=True)
-    came = []
+    results = []
     for n_jobs in (None, 1, 2, 5):
-        batches = BatchLoader(dataset_of(images, augmentation, n_jobs), 16, True)
+        batches = BatchLoader(make_dataset(images, augmentation, n_jobs), 16, True)
         torch.manual_seed(0)
         epochs = [pixels for _ in range(2) for pixels, _ in batches]
-        came.append(torch.cat(epochs))
-    assert all(torch.equal(came[0], each) for each in came[1:])
+        results.append(torch.cat(epochs))
+    assert all(torch.equal(results[0], each) for each in results[1:])
 
 
 def test_decoding_runs_at_most_two_batches_ahead(counting):
-    batches = iter(BatchLoader(dataset_of(counting, "standard"), 4))
+    batches = iter(BatchLoader(make_dataset(counting, "standard"), 4))
     next(batches)
     assert sum(counting.counts.values()) <= 4 + 2 * 4 + 1
     batches.close()
@@ -172,46 +198,116 @@ def test_decoding_runs_at_most_two_batches_ahead(counting):
 
 @pytest.mark.parametrize("n_jobs", [1, 3])
 @pytest.mark.parametrize("augmentation", [None, "standard"])
-def test_a_bad_image_is_named(paths, tmp_path, n_jobs, augmentation):
+def test_invalid_image(paths, tmp_path, n_jobs, augmentation):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n")
-    given = [*paths[:20], str(bad), *paths[20:]]
-    images = validate_images(given, estimator=PretrainedFeatures(), reset=True)
-    dataset = dataset_of(images, augmentation, n_jobs, rows=range(3, 41))
+    X = [*paths[:20], str(bad), *paths[20:]]
+    images = validate_images(X, estimator=PretrainedFeatures(), reset=True)
+    dataset = make_dataset(images, augmentation, n_jobs, rows=range(3, 41))
     for _ in range(2):
         with pytest.raises(ValueError, match=r"X\[20\] \('.*bad\.png'\)"):
             list(BatchLoader(dataset, 4, shuffle=True))
         assert pool_threads() == []
 
 
-def test_a_variation_that_fails_ends_the_threads(counting):
+def test_error_in_the_augmentation_ends_the_threads(counting):
     def failing(image):
-        raise RuntimeError("mine")
+        raise RuntimeError("no augmentation")
 
-    with pytest.raises(RuntimeError, match="mine"):
-        list(BatchLoader(dataset_of(counting, failing), 4))
+    with pytest.raises(RuntimeError, match="no augmentation"):
+        list(BatchLoader(make_dataset(counting, failing), 4))
     assert pool_threads() == []
 
 
-def test_an_abandoned_epoch_ends_the_threads(counting):
-    batches = iter(BatchLoader(dataset_of(counting, "standard"), 4))
+def test_incomplete_epoch_ends_the_threads(counting):
+    batches = iter(BatchLoader(make_dataset(counting, "standard"), 4))
     next(batches)
     del batches
     gc.collect()
     assert pool_threads() == []
-    for n, _ in enumerate(BatchLoader(dataset_of(counting), 4)):
+    for n, _ in enumerate(BatchLoader(make_dataset(counting), 4)):
         if n == 2:
             break
 
 
-def test_an_abandoned_epoch_keeps_what_it_has(counting):
-    batches = BatchLoader(dataset_of(counting, n_jobs=1), 4)
+def test_incomplete_epoch_keeps_its_cached_pixels(counting):
+    batches = BatchLoader(make_dataset(counting, n_jobs=1), 4)
     next(iter(batches))
     assert len(rows_in(batches)) == 10
     assert counting.counts == Counter(range(40))
 
 
-def test_a_single_image(counting):
-    ((pixels, (label, weight)),) = BatchLoader(dataset_of(counting, rows=[9]), 32, True)
+def test_single_image(counting):
+    ((pixels, (y, weight)),) = BatchLoader(make_dataset(counting, rows=[9]), 32, True)
     assert pixels.shape == (1, 16, 16, 3)
-    assert (label.tolist(), weight.tolist()) == ([2], [9 / 8])
+    assert (y.tolist(), weight.tolist()) == ([2], [9 / 8])
+
+
+def test_one_random_fixed_view_of_each_image(images):
+    sequence = validate_images(images, estimator=PretrainedFeatures(), reset=True)
+    views = AugmentedViews(sequence, "standard", AT_16, n_views=3, seed=0)
+    dataset = FixedViewDataset(
+        views, np.arange(40) % 7, np.arange(40) / 8, image_size=16, n_jobs=2
+    )
+    assert (len(dataset), dataset.n_views) == (40, 3)
+    torch.manual_seed(0)
+    positions = dataset.positions(range(40))
+    np.testing.assert_array_equal(positions // 3, range(40))
+    assert set(positions % 3) == {0, 1, 2}
+    torch.manual_seed(0)
+    pixels, (y, weight) = next(dataset.batches(range(40), 1))
+    expected = [views[position]() for position in positions]
+    np.testing.assert_array_equal(pixels, expected)
+    assert y.tolist() == [row % 7 for row in range(40)]
+    np.testing.assert_array_equal(8 * weight, range(40))
+
+
+class FakeActivations:
+    """Stands for `FrozenActivations`: a row contains its depth and its position."""
+
+    def __init__(self):
+        self.computed = []
+
+    def compute(self, n_frozen):
+        self.computed.append(n_frozen)
+
+    def rows(self, n_frozen, positions):
+        return torch.tensor([[n_frozen, position] for position in positions])
+
+
+def test_activations_replace_the_pixels_once_something_is_frozen(counting):
+    activations = FakeActivations()
+    images = make_dataset(counting, rows=[30, 2, 17, 5])
+    dataset = ActivationDataset(images, activations)
+    dataset.cache_activations(n_epochs=1)
+    assert activations.computed == []
+    (pixels, _), (_, (_, weight)) = dataset.batches([3, 0, 1], 2)
+    assert pixels.dtype == torch.uint8
+    assert (8 * weight).tolist() == [2]
+    counting.counts.clear()
+    dataset.set_frozen_depth(4)
+    dataset.cache_activations(n_epochs=1)
+    assert activations.computed == [4]
+    first, second = dataset.batches([3, 0, 1], 2)
+    assert first[0].tolist() == [[4, 5], [4, 30]]
+    assert second[0].tolist() == [[4, 2]]
+    y, weight = first[1]
+    assert (y.tolist(), (8 * weight).tolist()) == ([5, 30 % 7], [5, 30])
+    assert not counting.counts  # no image was decoded
+
+
+@pytest.mark.parametrize(("n_epochs", "computed"), [(2, []), (3, [1])])
+def test_views_are_computed_in_advance_unless_most_are_never_used(
+    images, n_epochs, computed
+):
+    sequence = validate_images(images, estimator=PretrainedFeatures(), reset=True)
+    views = AugmentedViews(sequence, "flip", AT_16, n_views=3, seed=0)
+    weight = np.ones(40)
+    pixels = FixedViewDataset(
+        views, weight.astype(int), weight, image_size=16, n_jobs=1
+    )
+    activations = FakeActivations()
+    dataset = ActivationDataset(pixels, activations)
+    dataset.set_frozen_depth(1)
+    dataset.cache_activations(n_epochs)
+    assert activations.computed == computed

@@ -1,4 +1,4 @@
-"""A training starts from a copy of the backbone, and a head that a seed decides."""
+"""Tests of initial and fitted models: copies, seeds, digests, frozen prefixes."""
 
 import copy
 
@@ -10,20 +10,22 @@ from torch import nn
 
 from sktl import FineTunedCNNClassifier, Preprocessing, register_backbone
 from sktl._backbones.registry import BackboneSpec, load_backbone
-from sktl._training.initial_model import InitialModel
+from sktl._training.initial_model import InitialModel, ModelConfig, PretrainedPrefix
+from sktl._training.multiclass import MulticlassTarget
+from sktl._training.network import network_digest, output_shape
 from sktl._utils.tensor_file import state_dict_digest
 
 
-def build_initial_model(name="tiny", weights="DEFAULT", n_classes=3, **options):
-    given = {
-        "image_size": None,
-        "hidden_layer_sizes": (),
-        "dropout": 0.0,
-        "seed": 0,
-        "progress": False,
-        **options,
-    }
-    return InitialModel.from_backbone(name, weights, n_classes, **given)
+def make_config(backbone="tiny", weights="DEFAULT", **parameters):
+    estimator = FineTunedCNNClassifier(backbone, weights=weights, **parameters)
+    return ModelConfig.from_estimator(estimator)
+
+
+def make_model(backbone="tiny", weights="DEFAULT", n_outputs=3, seed=0, **parameters):
+    config = make_config(backbone, weights, **parameters)
+    return InitialModel.from_backbone(
+        config, weights, n_outputs, seed=seed, progress=False
+    )
 
 
 def bits(module):
@@ -38,58 +40,57 @@ def fitted(images):
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet_mini"])
-def test_below_the_head_it_is_the_backbone(name):
-    start, backbone = build_initial_model(name), load_backbone(name)
+def test_parts_below_the_head_are_those_of_the_backbone(name):
+    model, backbone = make_model(name), load_backbone(name)
     for stage, module in backbone.stages.items():
-        assert bits(start.network.get_submodule(stage)) == bits(module)
-    assert start.stages == list(backbone.stages)
-    assert start.digest == backbone.digest
-    reference = BackboneSpec.to(backbone, "DEFAULT")
-    assert start.pretrained == (len(start.network) - 1, reference)
-    assert start.preprocessing == backbone.preprocessing
+        assert bits(model.network.get_submodule(stage)) == bits(module)
+    assert model.stages == list(backbone.stages)
+    assert model.digest == backbone.digest
+    spec = BackboneSpec.to(backbone, "DEFAULT")
+    assert model.pretrained == PretrainedPrefix(len(model.network) - 1, spec)
+    assert model.preprocessing == backbone.preprocessing
     x = torch.randn(2, 3, 32, 32)
-    assert start.network.eval()(x).shape == (2, 3)
+    assert model.network.eval()(x).shape == (2, 3)
 
 
-def test_nobody_else_holds_the_network():
-    one, other = build_initial_model(), build_initial_model()
+def test_network_shares_no_memory():
+    model, other = make_model(), make_model()
     before = bits(load_backbone("tiny").network)
     shared = {p.data_ptr() for p in load_backbone("tiny").network.parameters()}
-    assert shared.isdisjoint(p.data_ptr() for p in one.network.parameters())
+    assert shared.isdisjoint(p.data_ptr() for p in model.network.parameters())
     with torch.no_grad():
-        for tensor in one.network.state_dict().values():
+        for tensor in model.network.state_dict().values():
             tensor.zero_()
     assert bits(load_backbone("tiny").network) == before
-    assert bits(other.network) == bits(build_initial_model().network)
+    assert bits(other.network) == bits(make_model().network)
 
 
-def test_the_seed_decides_the_head_and_nothing_else():
-    one, again, other = (build_initial_model(seed=seed).network for seed in (1, 1, 2))
-    assert bits(one) == bits(again)
-    assert bits(one[-1]) != bits(other[-1])
-    assert bits(one[:-1]) == bits(other[:-1])
+def test_seed_determines_the_head_only():
+    first, equal, other = (make_model(seed=seed).network for seed in (1, 1, 2))
+    assert bits(first) == bits(equal)
+    assert bits(first[-1]) != bits(other[-1])
+    assert bits(first[:-1]) == bits(other[:-1])
 
 
-def test_the_seed_decides_random_weights():
-    one, again, other = (
-        build_initial_model("resnet_mini", None, seed=seed).network
-        for seed in (1, 1, 2)
+def test_seed_determines_random_weights():
+    first, equal, other = (
+        make_model("resnet_mini", None, seed=seed).network for seed in (1, 1, 2)
     )
-    assert bits(one) == bits(again)
-    assert bits(one[0]) != bits(other[0])
-    assert bits(one[0]) != bits(build_initial_model("resnet_mini", seed=1).network[0])
+    assert bits(first) == bits(equal)
+    assert bits(first[0]) != bits(other[0])
+    assert bits(first[0]) != bits(make_model("resnet_mini", seed=1).network[0])
 
 
-def test_global_random_states_are_left_alone():
+def test_global_random_states_do_not_change():
     torch.manual_seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    build_initial_model("resnet_mini", None, hidden_layer_sizes=8)
+    make_model("resnet_mini", None, hidden_layer_sizes=8)
     assert torch.equal(torch.get_rng_state(), before[0])
     np.testing.assert_array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
 
 
 @pytest.mark.parametrize(
-    ("given", "widths"),
+    ("sizes", "widths"),
     [
         ((), []),
         ([], []),
@@ -101,65 +102,65 @@ def test_global_random_states_are_left_alone():
         (np.int64(8), [8]),
     ],
 )
-def test_widths_in_any_form(given, widths):
-    start = build_initial_model(hidden_layer_sizes=given, dropout=np.float32(0.5))
-    linear = [m for m in start.network[-1].modules() if isinstance(m, nn.Linear)]
+def test_hidden_layer_sizes_of_any_type(sizes, widths):
+    model = make_model(hidden_layer_sizes=sizes, dropout=np.float32(0.5))
+    linear = [m for m in model.network[-1].modules() if isinstance(m, nn.Linear)]
     assert [module.out_features for module in linear] == [*widths, 3]
-    assert start.model_config == {
-        "backbone": "tiny",
-        "weights": "DEFAULT",
-        "image_size": None,
-        "hidden_layer_sizes": widths,
-        "dropout": 0.5,
-    }
+    assert model.config == ModelConfig("tiny", "DEFAULT", None, tuple(widths), 0.5)
+    assert all(type(width) is int for width in model.config.hidden_layer_sizes)
 
 
-@pytest.mark.parametrize("given", [0, (8, 0), (-1,), (8, 2.5), [8.0], ["8"], (None,)])
-def test_widths_that_are_none(given):
+@pytest.mark.parametrize("sizes", [0, (8, 0), (-1,), (8, 2.5), [8.0], ["8"], (None,)])
+def test_invalid_hidden_layer_sizes(sizes):
     with pytest.raises(ValueError, match="must be positive ints, one for each"):
-        build_initial_model(hidden_layer_sizes=given)
+        make_config(hidden_layer_sizes=sizes)
 
 
-def test_another_size_of_images():
-    assert build_initial_model(image_size=24).preprocessing == Preprocessing(24, 24)
+def test_image_size():
+    assert make_model(image_size=24).preprocessing == Preprocessing(24, 24)
 
 
-def test_weights_of_a_file(tmp_path):
+def test_weights_from_a_file(tmp_path):
     state = {k: v + 1 for k, v in load_backbone("tiny").network.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
-    start = build_initial_model(weights=tmp_path / "a.safetensors")
-    assert start.digest != build_initial_model().digest
+    model = make_model(weights=tmp_path / "a.safetensors")
+    assert model.digest != make_model().digest
+    assert model.config.weights == str(tmp_path / "a.safetensors")
     name = "stem.0.weight"
-    assert torch.equal(start.network.get_parameter(name), state[f"stages.{name}"])
+    assert torch.equal(model.network.get_parameter(name), state[f"stages.{name}"])
 
 
-def test_a_network_without_stages():
+def test_backbone_without_stages():
     register_backbone(
-        "uncut",
+        "without stages",
         lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
         preprocessing=Preprocessing(16, 16),
     )
     with pytest.raises(ValueError, match="stages"):
-        build_initial_model("uncut")
+        make_model("without stages")
 
 
-def test_going_on_is_with_a_copy(fitted):
-    start = InitialModel.from_fitted(fitted)
-    assert bits(start.network) == bits(fitted.module_)
-    assert start.network is not fitted.module_
+def test_model_from_fitted_is_a_copy(fitted):
+    model = fitted._fitted_model
+    before = bits(model.network)
+    assert before == bits(fitted.module_)
+    start = InitialModel.from_fitted(model, model.config)
+    assert bits(start.network) == before
     with torch.no_grad():
         start.network[-1][0].weight.zero_()
-    assert bits(start.network) != bits(fitted.module_)
+    assert bits(start.network) != before
+    assert bits(model.network) == bits(fitted.module_) == before
 
 
-def test_going_on_is_with_all_that_belongs_to_it(fitted):
-    start = InitialModel.from_fitted(fitted)
-    assert start.stages == ["stem", "stage1"]
-    assert start.preprocessing == Preprocessing(20, 20)
-    assert start.model_config["hidden_layer_sizes"] == [4]
-    assert start.digest == fitted._digest
-    reference = BackboneSpec.to(load_backbone("tiny"), "DEFAULT")
-    assert start.pretrained == (0, reference)  # all was trained
+def test_model_from_fitted_continues_with_the_same_settings(fitted):
+    config = ModelConfig.from_estimator(fitted)
+    model = InitialModel.from_fitted(fitted._fitted_model, config)
+    assert model.stages == ["stem", "stage1"]
+    assert model.preprocessing == Preprocessing(20, 20)
+    assert model.config == ModelConfig("tiny", "DEFAULT", 20, (4,), 0.0)
+    assert model.digest == network_digest(fitted.module_)
+    spec = BackboneSpec.to(load_backbone("tiny"), "DEFAULT")
+    assert model.pretrained == PretrainedPrefix(0, spec)  # all parts were trained
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,40 @@ def test_going_on_is_with_all_that_belongs_to_it(fitted):
         ("dropout", 0.5),
     ],
 )
-def test_going_on_is_with_the_same_network(fitted, name, value):
+def test_model_from_fitted_of_another_network(fitted, name, value):
     other = copy.copy(fitted).set_params(**{name: value})
+    config = ModelConfig.from_estimator(other)
     with pytest.raises(ValueError, match=f"Got other values of {name}. Fit with"):
-        InitialModel.from_fitted(other)
+        InitialModel.from_fitted(fitted._fitted_model, config)
+
+
+@pytest.mark.parametrize("n_frozen", [0, 2, 5])
+def test_to_fitted(n_frozen):
+    model = make_model("resnet_mini")
+    model.network.train().requires_grad_(False)
+    target = MulticlassTarget(np.arange(3))
+    fitted = model.to_fitted(target, n_frozen)
+    assert bits(fitted.network) == bits(model.network)
+    assert fitted.digest == network_digest(fitted.network)
+    assert not any(module.training for module in fitted.network.modules())
+    assert all(parameter.requires_grad for parameter in fitted.network.parameters())
+    shared = {p.data_ptr() for p in model.network.parameters()}
+    assert shared.isdisjoint(p.data_ptr() for p in fitted.network.parameters())
+    backbone = load_backbone("resnet_mini")
+    assert fitted.pretrained.n_parts == n_frozen
+    assert fitted.target is target
+    if n_frozen == 0:
+        assert fitted.prefix is None
+        return
+    assert (fitted.prefix.n_parts, fitted.prefix.digest) == (n_frozen, backbone.digest)
+    expected = output_shape(fitted.network[:n_frozen], 40)
+    assert fitted.prefix.output_shape == expected
+
+
+def test_frozen_prefix_that_was_trained_before_has_a_digest_of_its_own():
+    target = MulticlassTarget(np.arange(3))
+    first = make_model("resnet_mini").to_fitted(target, 2)
+    second = InitialModel.from_fitted(first, first.config).to_fitted(target, 4)
+    assert second.pretrained.n_parts == 2
+    assert second.prefix.n_parts == 4
+    assert second.prefix.digest == network_digest(second.network[:4])
