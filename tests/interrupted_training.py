@@ -1,7 +1,7 @@
-"""Trainings to be interrupted: what they are, and a program that runs one to its end.
+"""Classifiers for tests of interrupted trainings, and a program that trains one.
 
-``python interrupted_training.py DIRECTORY NAME EVENT NUMBER`` kills itself, without a
-chance to clean up, at that number of an event; see `Kill`.
+``python interrupted_training.py DIRECTORY NAME EVENT NUMBER`` kills itself with SIGKILL
+at the given number of an event; see `Kill`.
 """
 
 import os
@@ -22,8 +22,8 @@ from skorch.callbacks import Callback
 from sktl import FineTunedCNNClassifier
 
 
-def vary(image):
-    """Draw from the global generators of NumPy and of Python."""
+def random_rotation(image):
+    """Draw from the global generators of NumPy and Python."""
     n = random.randrange(2) + int(check_random_state(None).randint(3))
     return image.rotate(90 * n)
 
@@ -31,7 +31,11 @@ def vary(image):
 KINDS = {
     "adamw": {"dropout": 0.3, "augmentation": "flip", "early_stopping": True},
     "sgd": {"optimizer": "sgd", "augmentation": "standard", "layer_decay": 0.5},
-    "stage by stage": {"unfreeze_every": 2, "augmentation": vary, "dropout": 0.3},
+    "stage by stage": {
+        "unfreeze_every": 2,
+        "augmentation": random_rotation,
+        "dropout": 0.3,
+    },
     "random head": {
         "head_init": "random",
         "optimizer": "sgd",
@@ -40,13 +44,17 @@ KINDS = {
         "hidden_layer_sizes": 8,
         "lr_schedule": "onecycle",
     },
-    "no random state": {"random_state": None, "dropout": 0.5, "augmentation": vary},
+    "no random state": {
+        "random_state": None,
+        "dropout": 0.5,
+        "augmentation": random_rotation,
+    },
 }
 N_EPOCHS = 6
 
 
-def data():
-    """Forty images of 24 x 24, and labels that are hard to tell from them."""
+def load_data():
+    """Return forty images of 24 x 24 and labels that are hard to learn."""
     china, flower = load_sample_images().images
     X = [
         photograph[y : y + 24, x : x + 24]
@@ -57,8 +65,8 @@ def data():
     return np.stack(X), np.repeat(["a", "b"], 20)[np.arange(40) * 7 % 40]
 
 
-def a_classifier(directory, name, **options):
-    """Give the classifier of that name, with a checkpoint in the directory."""
+def make_classifier(directory, name, **options):
+    """Return a classifier by name, with a checkpoint in the directory."""
     weights = Path(directory) / "weights.safetensors"
     if not weights.exists():
         torch.manual_seed(0)
@@ -85,11 +93,11 @@ class Kill(Callback):
     Parameters
     ----------
     event : {"batch", "gradient", "epoch", "write", "never"}
-        At the end of a batch, of training or of watching; between backward pass and
-        step; after an epoch, before anything of it is written; or when the checkpoint
-        is half written.
+        At the end of a training or validation batch; between backward pass and step;
+        after an epoch, before its checkpoint is written; or when half of the
+        checkpoint is written.
     number : int
-        At which of them, counted from 1.
+        Number of the event, from 1.
     """
 
     def __init__(self, event, number):
@@ -97,14 +105,14 @@ class Kill(Callback):
         self.number = number
 
     def count(self, event):
-        """Count down, and kill at zero."""
+        """Count an event, and kill this process at the last one."""
         if event == self.event:
             self.number -= 1
             if self.number == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     def on_train_begin(self, net, **rest):
-        """Say that it begins, and count what is written from now on."""
+        """Print that the training begins, and count written files from now on."""
         print("training", flush=True)
         fsync = os.fsync
 
@@ -118,30 +126,30 @@ class Kill(Callback):
         os.fsync = counted
 
     def on_batch_end(self, net, **rest):
-        """Count."""
+        """Count a batch."""
         self.count("batch")
 
     def on_grad_computed(self, net, named_parameters, **rest):
-        """Count."""
+        """Count a backward pass."""
         self.count("gradient")
 
     def on_epoch_end(self, net, **rest):
-        """Count."""
+        """Count an epoch."""
         self.count("epoch")
         print("epoch", flush=True)
 
 
 def main():
-    """Run."""
+    """Run one training."""
     directory, name, event, number = sys.argv[1:]
-    X, y = data()
-    mine = a_classifier(directory, name, callbacks=[Kill(event, int(number))])
-    if event == "interrupt":  # until then
-        mine.set_params(max_epochs=10**6)
-    estimator = mine
+    X, y = load_data()
+    classifier = make_classifier(directory, name, callbacks=[Kill(event, int(number))])
+    if event == "interrupt":  # train until interrupted
+        classifier.set_params(max_epochs=10**6)
+    estimator = classifier
     if event == "search":
-        mine.set_params(checkpoint=None, max_epochs=10**6)
-        estimator = GridSearchCV(mine, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
+        classifier.set_params(checkpoint=None, max_epochs=10**6)
+        estimator = GridSearchCV(classifier, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
     try:
         estimator.fit(X, y)
     except KeyboardInterrupt:

@@ -1,10 +1,11 @@
-"""A checkpoint is of one run, whole, and nothing in it is executed."""
+"""Tests of checkpoints: resumed runs, other runs, damaged files, full disks."""
 
 import builtins
 import errno
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from skorch.callbacks import Callback
 
 import sktl._training.checkpoint
 from sktl import FineTunedCNNClassifier
+from sktl._training import trainer
 from sktl._training.checkpoint import checkpoint_seed
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
@@ -23,16 +25,16 @@ Y = np.repeat([0, 1], 20)
 
 
 class StopAt(Callback):
-    """Raise KeyboardInterrupt in the first batch after so many epochs."""
+    """Raise KeyboardInterrupt in the first batch after `n_epochs` epochs."""
 
     def __init__(self, n_epochs):
-        self.left = n_epochs
+        self.n_left = n_epochs
 
     def on_epoch_end(self, net, **rest):
-        self.left -= 1
+        self.n_left -= 1
 
     def on_batch_begin(self, net, **rest):
-        if self.left == 0:
+        if self.n_left == 0:
             raise KeyboardInterrupt
 
 
@@ -61,24 +63,24 @@ def interrupt(estimator, X, y, n_epochs=2, **more):
     estimator.set_params(callbacks=callbacks)
 
 
-def check_same(one, other):
-    state = other.module_.state_dict()
+def assert_equal_fits(one, other):
+    weights = other.module_.state_dict()
     for name, value in one.module_.state_dict().items():
-        assert torch.equal(value, state[name])
+        assert torch.equal(value, weights[name])
     assert one.history_ == other.history_
     assert one.best_epoch_ == other.best_epoch_
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("n_epochs", [1, 3])
-def test_it_goes_on_with_the_bits_it_would_have_had(images, mine, optimizer, n_epochs):
+def test_resumed_run_has_equal_bits(images, mine, optimizer, n_epochs):
     mine.set_params(optimizer=optimizer, dropout=0.3, early_stopping=True)
     expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
     interrupt(mine, images, Y, n_epochs)
-    check_same(mine.fit(images, Y), expected)
+    assert_equal_fits(mine.fit(images, Y), expected)
 
 
-def test_what_has_no_effect_may_change(images, mine, tmp_path):
+def test_parameters_without_effect_may_change(images, mine, tmp_path):
     expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
     interrupt(mine, images, Y)
     os.rename(tmp_path, elsewhere := f"{tmp_path} moved")
@@ -89,15 +91,15 @@ def test_what_has_no_effect_may_change(images, mine, tmp_path):
         memory=tmp_path,
         callbacks=[StopAt(9)],
     )
-    check_same(mine.fit(list(images), Y.tolist()), expected)
+    assert_equal_fits(mine.fit(list(images), Y.tolist()), expected)
 
 
-def test_a_finished_run_is_only_read(images, mine, file, monkeypatch):
+def test_completed_run_is_only_read(images, mine, file, monkeypatch):
     mine.set_params(early_stopping=True, n_iter_no_change=1)
     expected = clone(mine).fit(images, Y)
     before = file.read_bytes()
     monkeypatch.setattr("sktl._training.checkpoint.write_tensors", None)
-    check_same(mine.fit(images, Y), expected)
+    assert_equal_fits(mine.fit(images, Y), expected)
     assert file.read_bytes() == before
 
 
@@ -121,96 +123,100 @@ def test_a_finished_run_is_only_read(images, mine, file, monkeypatch):
         {"head_init": "random"},
     ],
 )
-def test_t04_other_parameters_are_refused(images, mine, file, change):
+def test_other_parameters(images, mine, file, change):
     interrupt(mine, images, Y)
     before = file.read_bytes()
     (name,) = change
-    with pytest.raises(ValueError, match=rf"{file}.* differs in .*{name} \(there"):
+    with pytest.raises(
+        ValueError, match=rf"{file}.* differs in .*{name} \(in the file"
+    ):
         mine.set_params(**change).fit(images, Y)
     assert file.read_bytes() == before
     with pytest.raises(NotFittedError):
         mine.predict(images)
 
 
-@pytest.mark.parametrize("what", ["X", "order", "y", "fewer", "weight", "classes"])
-def test_t04_other_data_are_refused(images, mine, what):
+@pytest.mark.parametrize("change", ["X", "order", "y", "fewer", "weight", "classes"])
+def test_other_data(images, mine, change):
     interrupt(mine, images, Y)
     X, y, weight = images.copy(), Y.copy(), None
-    if what == "X":
+    if change == "X":
         X[7, 3, 5, 1] ^= 1
-    elif what == "order":
+    elif change == "order":
         X[[2, 3]] = X[[3, 2]]
-    elif what == "y":
+    elif change == "y":
         y[[2, 25]] = y[[25, 2]]
-    elif what == "fewer":
+    elif change == "fewer":
         X, y = X[1:], y[1:]
-    elif what == "weight":
+    elif change == "weight":
         weight = np.r_[2.0, np.ones(39)]
     else:
         y = y + 3
-    named = {"order": "X", "fewer": "X", "weight": "weights of samples"}.get(what, what)
-    with pytest.raises(ValueError, match=rf"must be of this very run.* {named}"):
+    named = {"order": "X", "fewer": "X", "weight": "sample weights"}
+    named |= {"classes": "target"}
+    reason = rf"must belong to this run.* {named.get(change, change)} \(in the file"
+    with pytest.raises(ValueError, match=reason):
         mine.fit(X, y, sample_weight=weight)
 
 
-def test_t04_what_differs_is_all_that_is_named(images, mine):
+def test_only_differences_are_named(images, mine):
     interrupt(mine, images, Y)
-    with pytest.raises(ValueError, match="differs in") as refused:
+    with pytest.raises(ValueError, match="differs in") as error:
         mine.set_params(lr=0.5).fit(images, Y)
-    assert "differs in lr (there 0.01, here 0.5). Use" in str(refused.value)
+    assert "differs in lr (in the file 0.01, now 0.5). Use" in str(error.value)
 
 
-def test_t04_other_weights_are_refused(images, tmp_path, mine):
+def test_other_initial_weights(images, tmp_path, mine):
     for name in "ab":
         mine.set_params(checkpoint=None, max_epochs=0, random_state=ord(name))
         module = mine.fit(images, Y).module_
-        state = {
+        weights = {
             f"stages.{k}": v.contiguous() for k, v in module[:-2].state_dict().items()
         }
-        state |= {"head.2.weight": torch.ones(5, 16), "head.2.bias": torch.ones(5)}
-        safetensors.torch.save_file(state, tmp_path / f"{name}.safetensors")
+        weights |= {"head.2.weight": torch.ones(5, 16), "head.2.bias": torch.ones(5)}
+        safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
     mine.set_params(
         max_epochs=4, checkpoint=tmp_path, weights=tmp_path / "a.safetensors"
     )
     interrupt(mine, images, Y)
     mine.set_params(weights=tmp_path / "b.safetensors")
-    with pytest.raises(ValueError, match="differs in digest of weights"):
+    with pytest.raises(ValueError, match="differs in initial weights"):
         mine.fit(images, Y)
     (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
     mine.set_params(weights=tmp_path / "c.safetensors").fit(images, Y)
 
 
-def test_t04_another_torch_is_refused(images, mine, monkeypatch):
+def test_another_version_of_torch(images, mine, monkeypatch):
     interrupt(mine, images, Y)
     monkeypatch.setattr("torch.__version__", "99.0.0+cpu")
-    with pytest.raises(ValueError, match=r"differs in torch \(there"):
+    with pytest.raises(ValueError, match=r"differs in torch \(in the file"):
         mine.fit(images, Y)
 
 
-class Turning:
-    """An augmentation whose text has the place in memory where it is."""
+class Rotate:
+    """Augmentation whose text contains its memory address."""
 
     def __call__(self, image):
         return image.rotate(90)
 
 
-def test_the_place_of_a_function_in_memory_does_not_matter(images, mine):
-    expected = clone(mine).set_params(checkpoint=None, augmentation=Turning())
+def test_memory_address_of_a_function_is_ignored(images, mine):
+    expected = clone(mine).set_params(checkpoint=None, augmentation=Rotate())
     expected.fit(images, Y)
-    first = Turning()
+    first = Rotate()
     interrupt(mine.set_params(augmentation=first), images, Y)
-    second = Turning()
+    second = Rotate()
     assert str(first) != str(second)
-    check_same(mine.set_params(augmentation=second).fit(images, Y), expected)
+    assert_equal_fits(mine.set_params(augmentation=second).fit(images, Y), expected)
 
 
 class Malicious:
-    # What a pickle runs when it is read.
+    # A pickle calls this when it is loaded.
     def __reduce__(self):  # noqa: D105
         return exec, ("import builtins; builtins.sktl_was_attacked = True",)
 
 
-def damaged(content, how):
+def damage(content, how):
     if how == "empty":
         return b""
     if how == "text":
@@ -234,9 +240,9 @@ DAMAGES += [f"flip {where:.2f}" for where in np.linspace(0, 1, 15)]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_t05_a_damaged_file_is_named_and_refused(images, mine, file, how):
+def test_damaged_file(images, mine, file, how):
     interrupt(mine, images, Y)
-    file.write_bytes(damaged(file.read_bytes(), how))
+    file.write_bytes(damage(file.read_bytes(), how))
     with pytest.raises(ValueError, match=rf"{file}.*(must be|differs)"):
         mine.fit(images, Y)
     assert not hasattr(builtins, "sktl_was_attacked")
@@ -246,7 +252,7 @@ def test_t05_a_damaged_file_is_named_and_refused(images, mine, file, how):
     mine.fit(images, Y)
 
 
-def test_t05_a_pickle_of_torch_is_not_executed(images, mine, file):
+def test_pickle_is_not_executed(images, mine, file):
     interrupt(mine, images, Y)
     torch.save({"weights": Malicious()}, file)
     with pytest.raises(ValueError, match=f"{file}.*Nothing in it was executed"):
@@ -254,28 +260,29 @@ def test_t05_a_pickle_of_torch_is_not_executed(images, mine, file):
     assert not hasattr(builtins, "sktl_was_attacked")
 
 
-def test_t05_a_saved_classifier_is_no_checkpoint(images, mine, file):
+def test_saved_classifier_is_not_a_checkpoint(images, mine, file):
     clone(mine).set_params(checkpoint=None).fit(images, Y).save(file)
     before = file.read_bytes()
-    with pytest.raises(ValueError, match=f"{file}.* must be of the format"):
+    with pytest.raises(ValueError, match=f"{file}.* must have the format"):
         mine.fit(images, Y)
     assert file.read_bytes() == before
 
 
-PARSE_ERRORS = {
-    "epoch": [None, "x", float("inf"), -1, 10**9, 10**400],
+INVALID_VALUES = {
+    "epoch": [None, "x", float("inf"), -1, 10**9, 10**400, True, 2.0],
     "best_epoch": [float("nan"), -1, 10**9],
-    "best_score": [None, "x"],
+    "best_score": [None, "x", [1], [1, 2, 3], [1, None], [True, 0.5], {"a": 1}],
     "seed": [None, "x", -1, 2**31, 2**80, True, 0.5],
     "history": [None, "x", [{}], [{"epoch": 1}], [[1]], {"a": 1}],
-    "identity": [None, "x"],
+    "fingerprint": [None, "x"],
 }
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [(part, v) for part in PARSE_ERRORS for v in PARSE_ERRORS[part]]
+    ("part", "value"),
+    [(part, v) for part in INVALID_VALUES for v in INVALID_VALUES[part]],
 )
-def test_t05_a_document_that_makes_no_sense(images, mine, file, part, value):
+def test_invalid_value(images, mine, file, part, value):
     interrupt(mine, images, Y)
     tensors, document = read_tensors(file)
     write_tensors(file, tensors, {**document, part: value})
@@ -283,8 +290,8 @@ def test_t05_a_document_that_makes_no_sense(images, mine, file, part, value):
         mine.fit(images, Y)
 
 
-@pytest.mark.parametrize("part", ["best", "start"])
-def test_t05_other_weights_that_do_not_fit(images, mine, file, part):
+@pytest.mark.parametrize("part", ["best", "initial"])
+def test_weights_of_another_network(images, mine, file, part):
     interrupt(mine, images, Y)
     tensors, document = read_tensors(file)
     tensors[f"{part}.head.0.bias"] = torch.zeros(7)
@@ -294,7 +301,7 @@ def test_t05_other_weights_that_do_not_fit(images, mine, file, part):
 
 
 @pytest.mark.parametrize("how", ["missing", "shape", "name", "state"])
-def test_t05_tensors_that_do_not_fit(images, mine, file, how):
+def test_tensors_of_another_training(images, mine, file, how):
     interrupt(mine, images, Y)
     tensors, document = read_tensors(file)
     if how == "missing":
@@ -310,37 +317,49 @@ def test_t05_tensors_that_do_not_fit(images, mine, file, how):
         mine.fit(images, Y)
 
 
-class FullAfter:
-    """A disk that is full from the third file on."""
+@pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError])
+@pytest.mark.parametrize("name", ["check_state_dict", "load_optimizer_state"])
+def test_error_of_our_own_code_is_not_called_damage(
+    images, mine, monkeypatch, name, error
+):
+    def broken(*arguments):
+        raise error("a mistake in the code")
+
+    interrupt(mine, images, Y)
+    monkeypatch.setattr(trainer, name, broken)
+    with pytest.raises(error, match="a mistake in the code"):
+        mine.fit(images, Y)
+
+
+class DiskFullAfter:
+    """Stands for ``os.fsync`` on a disk that is full after some files."""
 
     def __init__(self, n_files):
-        self.left = n_files
+        self.n_left = n_files
         self.fsync = os.fsync
 
     def __call__(self, descriptor):
-        self.left -= 1
-        if self.left < 0:
+        self.n_left -= 1
+        if self.n_left < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
         self.fsync(descriptor)
 
 
-def test_t03_a_full_disk_warns_and_leaves_what_was_there(
-    images, mine, file, monkeypatch
-):
+def test_full_disk_warns_and_keeps_the_previous_file(images, mine, file, monkeypatch):
     expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
-    monkeypatch.setattr(os, "fsync", FullAfter(2))
-    with pytest.warns(UserWarning, match=f"{file}.*after epoch .*No space") as warned:
+    monkeypatch.setattr(os, "fsync", DiskFullAfter(2))
+    with pytest.warns(UserWarning, match=f"{file}.*after epoch .*No space") as warnings:
         mine.fit(images, Y)
-    assert [str(w.message).split(":")[0].split()[-1] for w in warned] == ["3", "4"]
-    assert {w.filename for w in warned} != {sktl._training.checkpoint.__file__}
-    check_same(mine, expected)
+    assert [str(w.message).split(":")[0].split()[-1] for w in warnings] == ["3", "4"]
+    assert {w.filename for w in warnings} != {sktl._training.checkpoint.__file__}
+    assert_equal_fits(mine, expected)
     assert os.listdir(file.parent) == [file.name]
     assert read_tensors(file)[1]["epoch"] == 2
     monkeypatch.undo()
-    check_same(clone(mine).fit(images, Y), expected)
+    assert_equal_fits(clone(mine).fit(images, Y), expected)
 
 
-def test_t03_what_a_killed_writer_left_is_removed(images, mine, file, tmp_path):
+def test_file_of_a_killed_process_is_removed(images, mine, file, tmp_path):
     interrupt(mine, images, Y)
     half = tmp_path / "fine_tuning-0123456789ab.tmp"
     half.write_bytes(file.read_bytes()[:1000])
@@ -350,7 +369,7 @@ def test_t03_what_a_killed_writer_left_is_removed(images, mine, file, tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted([file, other])
 
 
-def test_t03_an_interrupt_while_writing_leaves_what_was_there(
+def test_interrupt_while_writing_keeps_the_previous_file(
     images, mine, file, monkeypatch
 ):
     def interrupted(descriptor):
@@ -365,12 +384,12 @@ def test_t03_an_interrupt_while_writing_leaves_what_was_there(
     assert file.read_bytes() == before
 
 
-def test_the_directory_is_made(images, mine, tmp_path):
+def test_directory_is_created(images, mine, tmp_path):
     mine.set_params(checkpoint=str(tmp_path / "a" / "b"), max_epochs=1).fit(images, Y)
     assert (tmp_path / "a" / "b" / "fine_tuning.safetensors").exists()
 
 
-def test_a_file_is_no_directory(images, mine, tmp_path):
+def test_directory_that_is_a_file(images, mine, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"'checkpoint'.*directory.*file'"):
         mine.set_params(checkpoint=tmp_path / "file").fit(images, Y)
@@ -384,12 +403,12 @@ def test_tilde_is_expanded(images, mine, tmp_path, monkeypatch):
     assert checkpoint_seed("~/mine", -1) != -1
 
 
-def test_an_empty_name_is_none(images, mine):
+def test_empty_name(images, mine):
     with pytest.raises(ValueError, match="'checkpoint' parameter must be the name"):
         mine.set_params(checkpoint="").fit(images, Y)
 
 
-def test_the_seed_of_what_is_there(images, mine, tmp_path, file):
+def test_checkpoint_seed(images, mine, tmp_path, file):
     assert checkpoint_seed(tmp_path, 5) == 5
     assert checkpoint_seed(tmp_path / "nothing", 5) == 5
     mine.set_params(random_state=None, max_epochs=1).fit(images, Y)
@@ -400,7 +419,7 @@ def test_the_seed_of_what_is_there(images, mine, tmp_path, file):
 
 
 @pytest.mark.parametrize("weights", [None, "DEFAULT"])
-def test_without_a_random_state_it_goes_on_with_its_seed(
+def test_resumed_run_without_random_state_uses_the_seed_of_the_file(
     images, mine, monkeypatch, tmp_path, weights
 ):
     mine.set_params(random_state=None, weights=weights, early_stopping=True)
@@ -408,11 +427,12 @@ def test_without_a_random_state_it_goes_on_with_its_seed(
     interrupt(mine, images, Y)
     seed = checkpoint_seed(tmp_path, -1)
     mine.fit(images, Y)
-    monkeypatch.setattr(FineTunedCNNClassifier, "_seed", lambda self: seed)
-    check_same(mine, clone(mine).set_params(checkpoint=None).fit(images, Y))
+    fixed = SimpleNamespace(randint=lambda high: seed)
+    monkeypatch.setattr("sktl._training.fit.check_random_state", lambda state: fixed)
+    assert_equal_fits(mine, clone(mine).set_params(checkpoint=None).fit(images, Y))
 
 
-def test_the_whole_state_is_in_the_file(images, mine, file):
+def test_content_of_the_file(images, mine, file):
     mine.set_params(early_stopping=True, n_iter_no_change=2).fit(images, Y)
     tensors, document = read_tensors(file)
     weights = mine.module_.state_dict()

@@ -1,6 +1,6 @@
-"""Trainings that are interrupted, killed and shared out: real signals, real processes.
+"""Tests of trainings in real processes: killed, interrupted, distributed.
 
-What is killed here is `interrupted_training.py`.
+The processes run `interrupted_training.py`.
 """
 
 import contextlib
@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import joblib
 import numpy as np
 import pytest
 import torch
-from interrupted_training import KINDS, a_classifier, data
+from interrupted_training import KINDS, load_data, make_classifier
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -36,15 +37,15 @@ def start(directory, name, event="never", number=0):
 
 
 def killed(directory, name, event, number):
-    """Run until that moment, or for that many seconds after the training began."""
-    program = start(directory, name, event, 0 if event == "seconds" else number)
+    """Kill a training at an event; return the number of epochs in its checkpoint."""
+    process = start(directory, name, event, 0 if event == "seconds" else number)
     if event == "seconds":
-        program.stdout.readline()
+        process.stdout.readline()
         time.sleep(number)
         with contextlib.suppress(ProcessLookupError):
-            program.kill()
-    program.communicate()
-    assert program.returncode == -signal.SIGKILL or event == "seconds"
+            process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL or event == "seconds"
     file = directory / "checkpoint" / "fine_tuning.safetensors"
     return read_tensors(file)[1]["epoch"] if file.exists() else 0
 
@@ -73,16 +74,17 @@ KILLS = {
     ],
 )
 def test_killed_training_resumes_to_equal_bits(tmp_path, name, kills):
-    X, y = data()
+    X, y = load_data()
     epochs = [killed(tmp_path, name, *kill) for kill in kills]
     assert epochs == sorted(epochs)
     seed = checkpoint_seed(tmp_path / "checkpoint", -1)
-    mine = a_classifier(tmp_path, name).fit(X, y)
-    expected = a_classifier(tmp_path, name, checkpoint=None)  # never interrupted
+    mine = make_classifier(tmp_path, name).fit(X, y)
+    expected = make_classifier(tmp_path, name, checkpoint=None)  # never interrupted
+    fixed = SimpleNamespace(randint=lambda high: seed)
     with contextlib.ExitStack() as stack:
         if mine.random_state is None:
             stack.enter_context(
-                mock.patch.object(FineTunedCNNClassifier, "_seed", return_value=seed)
+                mock.patch("sktl._training.fit.check_random_state", return_value=fixed)
             )
         expected.fit(X, y)
     state = expected.module_.state_dict()
@@ -100,41 +102,35 @@ def test_every_kind_of_training_is_killed():
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("event", ["interrupt", "search"])
-def test_t01_ctrl_c_comes_out(tmp_path, event):
-    program = start(tmp_path, "sgd", event)
-    said = [program.stdout.readline() for _ in range(4)]
-    assert said == ["training\n", "epoch\n", "epoch\n", "epoch\n"]
-    program.send_signal(signal.SIGINT)
-    out, _ = program.communicate(timeout=60)
-    assert program.returncode == 0
+def test_ctrl_c_raises_keyboard_interrupt(tmp_path, event):
+    process = start(tmp_path, "sgd", event)
+    lines = [process.stdout.readline() for _ in range(4)]
+    assert lines == ["training\n", "epoch\n", "epoch\n", "epoch\n"]
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
     assert out.splitlines()[-1] == "interrupted False"
     if event == "interrupt":
         file = tmp_path / "checkpoint" / "fine_tuning.safetensors"
         n_epochs = 3 + out.count("epoch")
-        # The last may have been interrupted while it was written.
+        # The last one may have been interrupted while it was written.
         assert read_tensors(file)[1]["epoch"] in {n_epochs, n_epochs - 1}
         assert os.listdir(file.parent) == [file.name]
 
 
 class Interrupt(Callback):
-    """Ctrl-C in a batch of the third epoch."""
+    """Raise KeyboardInterrupt in a batch of the third epoch."""
 
     def on_batch_end(self, net, **rest):
         if len(net.history) == 3:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        "images",
-        "rows",
-    ],
-)
-def test_t01_an_interrupted_estimator_is_not_fitted(tmp_path, shape):
-    X, y = data()
+@pytest.mark.parametrize("shape", ["images", "rows"])
+def test_interrupted_estimator_is_not_fitted(tmp_path, shape):
+    X, y = load_data()
     X = X if shape == "images" else X.reshape(len(X), -1)
-    mine = a_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
+    mine = make_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         mine.fit(X, y)
     with pytest.raises(NotFittedError):
@@ -143,9 +139,9 @@ def test_t01_an_interrupted_estimator_is_not_fitted(tmp_path, shape):
     assert read_tensors(file)[1]["epoch"] == 2
 
 
-def test_t01_an_interrupted_estimator_is_what_it_was(tmp_path):
-    X, y = data()
-    mine = a_classifier(tmp_path, "sgd", checkpoint=None).fit(X, y)
+def test_interrupted_estimator_does_not_change(tmp_path):
+    X, y = load_data()
+    mine = make_classifier(tmp_path, "sgd", checkpoint=None).fit(X, y)
     expected, module = mine.predict_proba(X), mine.module_
     mine.set_params(callbacks=[Interrupt()], random_state=9)
     with pytest.raises(KeyboardInterrupt):
@@ -155,9 +151,9 @@ def test_t01_an_interrupted_estimator_is_what_it_was(tmp_path):
     np.testing.assert_array_equal(mine.predict_proba(X), expected)
 
 
-def test_t01_a_search_is_interrupted(tmp_path):
-    X, y = data()
-    mine = a_classifier(tmp_path, "sgd", checkpoint=None, callbacks=[Interrupt()])
+def test_interrupted_search(tmp_path):
+    X, y = load_data()
+    mine = make_classifier(tmp_path, "sgd", checkpoint=None, callbacks=[Interrupt()])
     search = GridSearchCV(mine, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
     with pytest.raises(KeyboardInterrupt):
         search.fit(X, y)
@@ -165,8 +161,8 @@ def test_t01_a_search_is_interrupted(tmp_path):
 
 
 @pytest.fixture
-def plain(monkeypatch):
-    """Classifier of a network that is known in worker processes, too."""
+def bundled(monkeypatch):
+    """Return a classifier of a network that worker processes can load."""
     for name in (
         "OMP",
         "OPENBLAS",
@@ -182,7 +178,7 @@ def plain(monkeypatch):
     )
 
 
-def threads(estimator, X, y):
+def count_threads(estimator, X, y):
     return torch.get_num_threads()
 
 
@@ -190,15 +186,15 @@ def loss(estimator, X, y):
     return float(np.log(estimator.predict_proba(X)[np.arange(len(y)), y]).mean())
 
 
-def test_t08_two_workers_come_to_the_scores_of_one(plain):
-    X, _ = data()
+def test_two_workers_find_the_scores_of_one(bundled):
+    X, _ = load_data()
     y = np.repeat([0, 1], 20)
     searches = [
         GridSearchCV(
-            plain,
+            bundled,
             {"lr": [1e-4, 1e-2]},
             cv=2,
-            scoring={"loss": loss, "threads": threads},
+            scoring={"loss": loss, "threads": count_threads},
             refit=False,
             n_jobs=n_jobs,
         ).fit(X, y)
@@ -206,16 +202,16 @@ def test_t08_two_workers_come_to_the_scores_of_one(plain):
     ]
     one, two = (search.cv_results_["mean_test_loss"] for search in searches)
     np.testing.assert_allclose(two, one, rtol=1e-3)
-    in_each = set(searches[1].cv_results_["mean_test_threads"])
-    assert in_each == {max(1, joblib.cpu_count() // 2)}
+    n_threads = set(searches[1].cv_results_["mean_test_threads"])
+    assert n_threads == {max(1, joblib.cpu_count() // 2)}
 
 
-def test_t09_workers_predict_after_the_parent_did(plain):
-    X, _ = data()
-    fitted = clone(plain).set_params(max_epochs=0).fit(X, np.repeat([0, 1], 20))
+def test_workers_predict_after_the_parent(bundled):
+    X, _ = load_data()
+    fitted = clone(bundled).set_params(max_epochs=0).fit(X, np.repeat([0, 1], 20))
     expected = fitted.predict_proba(X)
     tasks = [joblib.delayed(fitted.predict_proba)(part) for part in np.split(X, 4)]
     got = np.concatenate(joblib.Parallel(n_jobs=2)(tasks))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
-    again = joblib.Parallel(n_jobs=2, backend="threading")(tasks)
-    np.testing.assert_allclose(np.concatenate(again), expected, rtol=1e-4, atol=1e-6)
+    threaded = joblib.Parallel(n_jobs=2, backend="threading")(tasks)
+    np.testing.assert_allclose(np.concatenate(threaded), expected, rtol=1e-4, atol=1e-6)

@@ -14,7 +14,7 @@ from mutations import damage_bytes, damage_header, damage_text, refused
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from interrupted_training import a_classifier, data
+from interrupted_training import load_data, make_classifier
 
 from sktl import FineTunedCNNClassifier
 from sktl._training.checkpoint import Checkpoint, checkpoint_seed
@@ -75,18 +75,18 @@ class Models:
 
     def __init__(self, folder):
         os.fsync = lambda descriptor: None
-        self.path = folder / "input" / "mine.safetensors"
-        X, y = data()
+        self.path = folder / "input" / "estimator.safetensors"
+        X, y = load_data()
         self.X = X[:3]
         self.contents = []
         for name in ("adamw", "random head"):
-            mine = a_classifier(folder, name, max_epochs=1, checkpoint=None)
-            mine.fit(X, y).save(folder / "mine")
-            self.contents.append((folder / "mine").read_bytes())
+            estimator = make_classifier(folder, name, max_epochs=1, checkpoint=None)
+            estimator.fit(X, y).save(folder / "estimator")
+            self.contents.append((folder / "estimator").read_bytes())
         self.expected = []
         for content in self.contents:
-            (folder / "mine").write_bytes(content)
-            loaded = FineTunedCNNClassifier.load(folder / "mine")
+            (folder / "estimator").write_bytes(content)
+            loaded = FineTunedCNNClassifier.load(folder / "estimator")
             self.expected.append(loaded.predict_proba(self.X))
 
     def case(self, rng):
@@ -117,60 +117,62 @@ class Checkpoints:
 
     def __init__(self, folder):
         os.fsync = lambda descriptor: None
-        self.X, self.y = data()
+        self.X, self.y = load_data()
         self.X, self.y = self.X[::2], self.y[::2]
         self.folder = folder / "input"
         self.runs = []
         for name in ("adamw", "sgd"):
-            mine = a_classifier(folder, name, max_epochs=3, checkpoint=self.folder)
+            estimator = make_classifier(
+                folder, name, max_epochs=3, checkpoint=self.folder
+            )
             file = self.folder / "fine_tuning.safetensors"
-            expected = mine.fit(self.X, self.y).predict_proba(self.X)
+            expected = estimator.fit(self.X, self.y).predict_proba(self.X)
             file.unlink()
-            content = self._interrupted(mine, file)
+            content = self._interrupted(estimator, file)
             file.unlink()
             captured = {}
 
-            def capture(checkpoint, training, captured=captured):
-                captured.update(checkpoint=checkpoint, training=training)
+            def capture(checkpoint, trainer, captured=captured):
+                captured.update(checkpoint=checkpoint, trainer=trainer)
                 return True
 
             with mock.patch.object(Checkpoint, "resume", capture):
-                mine.fit(self.X, self.y)
+                estimator.fit(self.X, self.y)
             file.unlink()
-            self.runs.append((mine, content, expected, captured))
+            self.runs.append((estimator, content, expected, captured))
         self.file = file
 
-    def _interrupted(self, mine, file):
+    def _interrupted(self, estimator, file):
         """Return the checkpoint after two epochs."""
         contents = []
         save = Checkpoint.save
 
-        def saved(checkpoint, training):
-            save(checkpoint, training)
+        def record(checkpoint, trainer):
+            save(checkpoint, trainer)
             contents.append(file.read_bytes())
 
-        with mock.patch.object(Checkpoint, "save", saved):
-            mine.fit(self.X, self.y)
+        with mock.patch.object(Checkpoint, "save", record):
+            estimator.fit(self.X, self.y)
         return contents[1]
 
     def case(self, rng):
         """Damage one checkpoint, read it as in a fit, and fit if it can be read."""
-        mine, content, expected, captured = rng.choice(self.runs)
+        estimator, content, expected, captured = rng.choice(self.runs)
         contents = [each[1] for each in self.runs]
         changed, valid_sha256 = damage(rng, content, contents)
         self.file.write_bytes(changed)
         suffix = " (valid sha256)" if valid_sha256 else ""
         try:
-            checkpoint_seed(self.folder, otherwise=0)
-            captured["checkpoint"].resume(captured["training"])
+            checkpoint_seed(self.folder, default=0)
+            captured["checkpoint"].resume(captured["trainer"])
         except ValueError as error:
             return refused(error, self.file) + suffix
         try:
-            mine.fit(self.X, self.y)
+            estimator.fit(self.X, self.y)
         except ValueError:
             assert valid_sha256
             return f"read, refused by fit: ValueError{suffix}"
         if not valid_sha256:
-            got = mine.predict_proba(self.X)
+            got = estimator.predict_proba(self.X)
             np.testing.assert_array_equal(got, expected, strict=True)
-        return f"gone on with{suffix}"
+        return f"resumed{suffix}"
