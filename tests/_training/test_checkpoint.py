@@ -39,7 +39,7 @@ class StopAt(Callback):
 
 
 @pytest.fixture
-def mine(tmp_path):
+def estimator(tmp_path):
     return FineTunedCNNClassifier(
         "tiny",
         weights=None,
@@ -73,33 +73,33 @@ def assert_equal_fits(one, other):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("n_epochs", [1, 3])
-def test_resumed_run_has_equal_bits(images, mine, optimizer, n_epochs):
-    mine.set_params(optimizer=optimizer, dropout=0.3, early_stopping=True)
-    expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
-    interrupt(mine, images, Y, n_epochs)
-    assert_equal_fits(mine.fit(images, Y), expected)
+def test_resumed_run_has_equal_bits(images, estimator, optimizer, n_epochs):
+    estimator.set_params(optimizer=optimizer, dropout=0.3, early_stopping=True)
+    expected = clone(estimator).set_params(checkpoint=None).fit(images, Y)
+    interrupt(estimator, images, Y, n_epochs)
+    assert_equal_fits(estimator.fit(images, Y), expected)
 
 
-def test_parameters_without_effect_may_change(images, mine, tmp_path):
-    expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
-    interrupt(mine, images, Y)
+def test_parameters_without_effect_may_change(images, estimator, tmp_path):
+    expected = clone(estimator).set_params(checkpoint=None).fit(images, Y)
+    interrupt(estimator, images, Y)
     os.rename(tmp_path, elsewhere := f"{tmp_path} moved")
-    mine.set_params(
+    estimator.set_params(
         checkpoint=elsewhere,
         n_jobs=2,
         verbose=1,
         memory=tmp_path,
         callbacks=[StopAt(9)],
     )
-    assert_equal_fits(mine.fit(list(images), Y.tolist()), expected)
+    assert_equal_fits(estimator.fit(list(images), Y.tolist()), expected)
 
 
-def test_completed_run_is_only_read(images, mine, file, monkeypatch):
-    mine.set_params(early_stopping=True, n_iter_no_change=1)
-    expected = clone(mine).fit(images, Y)
+def test_completed_run_is_only_read(images, estimator, file, monkeypatch):
+    estimator.set_params(early_stopping=True, n_iter_no_change=1)
+    expected = clone(estimator).fit(images, Y)
     before = file.read_bytes()
     monkeypatch.setattr("sktl._training.checkpoint.write_tensors", None)
-    assert_equal_fits(mine.fit(images, Y), expected)
+    assert_equal_fits(estimator.fit(images, Y), expected)
     assert file.read_bytes() == before
 
 
@@ -123,22 +123,22 @@ def test_completed_run_is_only_read(images, mine, file, monkeypatch):
         {"head_init": "random"},
     ],
 )
-def test_other_parameters(images, mine, file, change):
-    interrupt(mine, images, Y)
+def test_other_parameters(images, estimator, file, change):
+    interrupt(estimator, images, Y)
     before = file.read_bytes()
     (name,) = change
     with pytest.raises(
         ValueError, match=rf"{file}.* differs in .*{name} \(in the file"
     ):
-        mine.set_params(**change).fit(images, Y)
+        estimator.set_params(**change).fit(images, Y)
     assert file.read_bytes() == before
     with pytest.raises(NotFittedError):
-        mine.predict(images)
+        estimator.predict(images)
 
 
 @pytest.mark.parametrize("change", ["X", "order", "y", "fewer", "weight", "classes"])
-def test_other_data(images, mine, change):
-    interrupt(mine, images, Y)
+def test_other_data(images, estimator, change):
+    interrupt(estimator, images, Y)
     X, y, weight = images.copy(), Y.copy(), None
     if change == "X":
         X[7, 3, 5, 1] ^= 1
@@ -156,41 +156,41 @@ def test_other_data(images, mine, change):
     named |= {"classes": "target"}
     reason = rf"must belong to this run.* {named.get(change, change)} \(in the file"
     with pytest.raises(ValueError, match=reason):
-        mine.fit(X, y, sample_weight=weight)
+        estimator.fit(X, y, sample_weight=weight)
 
 
-def test_only_differences_are_named(images, mine):
-    interrupt(mine, images, Y)
+def test_only_differences_are_named(images, estimator):
+    interrupt(estimator, images, Y)
     with pytest.raises(ValueError, match="differs in") as error:
-        mine.set_params(lr=0.5).fit(images, Y)
+        estimator.set_params(lr=0.5).fit(images, Y)
     assert "differs in lr (in the file 0.01, now 0.5). Use" in str(error.value)
 
 
-def test_other_initial_weights(images, tmp_path, mine):
+def test_other_initial_weights(images, tmp_path, estimator):
     for name in "ab":
-        mine.set_params(checkpoint=None, max_epochs=0, random_state=ord(name))
-        module = mine.fit(images, Y).module_
+        estimator.set_params(checkpoint=None, max_epochs=0, random_state=ord(name))
+        module = estimator.fit(images, Y).module_
         weights = {
             f"stages.{k}": v.contiguous() for k, v in module[:-2].state_dict().items()
         }
         weights |= {"head.2.weight": torch.ones(5, 16), "head.2.bias": torch.ones(5)}
         safetensors.torch.save_file(weights, tmp_path / f"{name}.safetensors")
-    mine.set_params(
+    estimator.set_params(
         max_epochs=4, checkpoint=tmp_path, weights=tmp_path / "a.safetensors"
     )
-    interrupt(mine, images, Y)
-    mine.set_params(weights=tmp_path / "b.safetensors")
+    interrupt(estimator, images, Y)
+    estimator.set_params(weights=tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="differs in initial weights"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     (tmp_path / "a.safetensors").rename(tmp_path / "c.safetensors")
-    mine.set_params(weights=tmp_path / "c.safetensors").fit(images, Y)
+    estimator.set_params(weights=tmp_path / "c.safetensors").fit(images, Y)
 
 
-def test_another_version_of_torch(images, mine, monkeypatch):
-    interrupt(mine, images, Y)
+def test_another_version_of_torch(images, estimator, monkeypatch):
+    interrupt(estimator, images, Y)
     monkeypatch.setattr("torch.__version__", "99.0.0+cpu")
     with pytest.raises(ValueError, match=r"differs in torch \(in the file"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
 
 
 class Rotate:
@@ -200,14 +200,16 @@ class Rotate:
         return image.rotate(90)
 
 
-def test_memory_address_of_a_function_is_ignored(images, mine):
-    expected = clone(mine).set_params(checkpoint=None, augmentation=Rotate())
+def test_memory_address_of_a_function_is_ignored(images, estimator):
+    expected = clone(estimator).set_params(checkpoint=None, augmentation=Rotate())
     expected.fit(images, Y)
     first = Rotate()
-    interrupt(mine.set_params(augmentation=first), images, Y)
+    interrupt(estimator.set_params(augmentation=first), images, Y)
     second = Rotate()
     assert str(first) != str(second)
-    assert_equal_fits(mine.set_params(augmentation=second).fit(images, Y), expected)
+    assert_equal_fits(
+        estimator.set_params(augmentation=second).fit(images, Y), expected
+    )
 
 
 class Malicious:
@@ -240,31 +242,31 @@ DAMAGES += [f"flip {where:.2f}" for where in np.linspace(0, 1, 15)]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_file(images, mine, file, how):
-    interrupt(mine, images, Y)
+def test_damaged_file(images, estimator, file, how):
+    interrupt(estimator, images, Y)
     file.write_bytes(damage(file.read_bytes(), how))
     with pytest.raises(ValueError, match=rf"{file}.*(must be|differs)"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     assert not hasattr(builtins, "sktl_was_attacked")
     with pytest.raises(NotFittedError):
-        mine.predict(images)
+        estimator.predict(images)
     file.unlink()
-    mine.fit(images, Y)
+    estimator.fit(images, Y)
 
 
-def test_pickle_is_not_executed(images, mine, file):
-    interrupt(mine, images, Y)
+def test_pickle_is_not_executed(images, estimator, file):
+    interrupt(estimator, images, Y)
     torch.save({"weights": Malicious()}, file)
     with pytest.raises(ValueError, match=f"{file}.*Nothing in it was executed"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     assert not hasattr(builtins, "sktl_was_attacked")
 
 
-def test_saved_classifier_is_not_a_checkpoint(images, mine, file):
-    clone(mine).set_params(checkpoint=None).fit(images, Y).save(file)
+def test_saved_classifier_is_not_a_checkpoint(images, estimator, file):
+    clone(estimator).set_params(checkpoint=None).fit(images, Y).save(file)
     before = file.read_bytes()
     with pytest.raises(ValueError, match=f"{file}.* must have the format"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     assert file.read_bytes() == before
 
 
@@ -282,27 +284,27 @@ INVALID_VALUES = {
     ("part", "value"),
     [(part, v) for part in INVALID_VALUES for v in INVALID_VALUES[part]],
 )
-def test_invalid_value(images, mine, file, part, value):
-    interrupt(mine, images, Y)
+def test_invalid_value(images, estimator, file, part, value):
+    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     write_tensors(file, tensors, {**document, part: value})
     with pytest.raises(ValueError, match=f"{file}"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
 
 
 @pytest.mark.parametrize("part", ["best", "initial"])
-def test_weights_of_another_network(images, mine, file, part):
-    interrupt(mine, images, Y)
+def test_weights_of_another_network(images, estimator, file, part):
+    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     tensors[f"{part}.head.0.bias"] = torch.zeros(7)
     write_tensors(file, tensors, document)
     with pytest.raises(ValueError, match=f"{file}.*of another network"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
 
 
 @pytest.mark.parametrize("how", ["missing", "shape", "name", "state"])
-def test_tensors_of_another_training(images, mine, file, how):
-    interrupt(mine, images, Y)
+def test_tensors_of_another_training(images, estimator, file, how):
+    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     if how == "missing":
         del tensors["weights.head.0.bias"]
@@ -314,21 +316,21 @@ def test_tensors_of_another_training(images, mine, file, how):
         tensors["optimizer.99.exp_avg"] = torch.zeros(7)
     write_tensors(file, tensors, document)
     with pytest.raises(ValueError, match=f"{file}"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
 
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError])
 @pytest.mark.parametrize("name", ["check_state_dict", "load_optimizer_state"])
 def test_error_of_our_own_code_is_not_called_damage(
-    images, mine, monkeypatch, name, error
+    images, estimator, monkeypatch, name, error
 ):
     def broken(*arguments):
         raise error("a mistake in the code")
 
-    interrupt(mine, images, Y)
+    interrupt(estimator, images, Y)
     monkeypatch.setattr(trainer, name, broken)
     with pytest.raises(error, match="a mistake in the code"):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
 
 
 class DiskFullAfter:
@@ -345,73 +347,77 @@ class DiskFullAfter:
         self.fsync(descriptor)
 
 
-def test_full_disk_warns_and_keeps_the_previous_file(images, mine, file, monkeypatch):
-    expected = clone(mine).set_params(checkpoint=None).fit(images, Y)
+def test_full_disk_warns_and_keeps_the_previous_file(
+    images, estimator, file, monkeypatch
+):
+    expected = clone(estimator).set_params(checkpoint=None).fit(images, Y)
     monkeypatch.setattr(os, "fsync", DiskFullAfter(2))
     with pytest.warns(UserWarning, match=f"{file}.*after epoch .*No space") as warnings:
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     assert [str(w.message).split(":")[0].split()[-1] for w in warnings] == ["3", "4"]
     assert {w.filename for w in warnings} != {sktl._training.checkpoint.__file__}
-    assert_equal_fits(mine, expected)
+    assert_equal_fits(estimator, expected)
     assert os.listdir(file.parent) == [file.name]
     assert read_tensors(file)[1]["epoch"] == 2
     monkeypatch.undo()
-    assert_equal_fits(clone(mine).fit(images, Y), expected)
+    assert_equal_fits(clone(estimator).fit(images, Y), expected)
 
 
-def test_file_of_a_killed_process_is_removed(images, mine, file, tmp_path):
-    interrupt(mine, images, Y)
+def test_file_of_a_killed_process_is_removed(images, estimator, file, tmp_path):
+    interrupt(estimator, images, Y)
     half = tmp_path / "fine_tuning-0123456789ab.tmp"
     half.write_bytes(file.read_bytes()[:1000])
-    other = tmp_path / "mine.tmp"
+    other = tmp_path / "other.tmp"
     other.touch()
-    mine.fit(images, Y)
+    estimator.fit(images, Y)
     assert sorted(tmp_path.iterdir()) == sorted([file, other])
 
 
 def test_interrupt_while_writing_keeps_the_previous_file(
-    images, mine, file, monkeypatch
+    images, estimator, file, monkeypatch
 ):
     def interrupted(descriptor):
         raise KeyboardInterrupt
 
-    interrupt(mine, images, Y)
+    interrupt(estimator, images, Y)
     before = file.read_bytes()
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        mine.fit(images, Y)
+        estimator.fit(images, Y)
     assert os.listdir(file.parent) == [file.name]
     assert file.read_bytes() == before
 
 
-def test_directory_is_created(images, mine, tmp_path):
-    mine.set_params(checkpoint=str(tmp_path / "a" / "b"), max_epochs=1).fit(images, Y)
+def test_directory_is_created(images, estimator, tmp_path):
+    estimator.set_params(checkpoint=str(tmp_path / "a" / "b"), max_epochs=1).fit(
+        images, Y
+    )
     assert (tmp_path / "a" / "b" / "fine_tuning.safetensors").exists()
 
 
-def test_directory_that_is_a_file(images, mine, tmp_path):
+def test_directory_that_is_a_file(images, estimator, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match=r"'checkpoint'.*directory.*file'"):
-        mine.set_params(checkpoint=tmp_path / "file").fit(images, Y)
+        estimator.set_params(checkpoint=tmp_path / "file").fit(images, Y)
 
 
-def test_tilde_is_expanded(images, mine, tmp_path, monkeypatch):
+def test_tilde_is_expanded(images, estimator, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    mine.set_params(checkpoint="~/mine", max_epochs=1).fit(images, Y)
-    assert (tmp_path / "mine" / "fine_tuning.safetensors").exists()
-    assert checkpoint_seed("~/mine", -1) != -1
+    estimator.set_params(checkpoint="~/runs", max_epochs=1).fit(images, Y)
+    assert (tmp_path / "runs" / "fine_tuning.safetensors").exists()
+    assert checkpoint_seed("~/runs", -1) != -1
 
 
-def test_empty_name(images, mine):
+def test_empty_name(images, estimator):
     with pytest.raises(ValueError, match="'checkpoint' parameter must be the name"):
-        mine.set_params(checkpoint="").fit(images, Y)
+        estimator.set_params(checkpoint="").fit(images, Y)
 
 
-def test_checkpoint_seed(images, mine, tmp_path, file):
+def test_checkpoint_seed(images, estimator, tmp_path, file):
     assert checkpoint_seed(tmp_path, 5) == 5
     assert checkpoint_seed(tmp_path / "nothing", 5) == 5
-    mine.set_params(random_state=None, max_epochs=1).fit(images, Y)
+    estimator.set_params(random_state=None, max_epochs=1).fit(images, Y)
     assert checkpoint_seed(tmp_path, -1) == read_tensors(file)[1]["seed"] >= 0
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=str(file)):
@@ -420,29 +426,33 @@ def test_checkpoint_seed(images, mine, tmp_path, file):
 
 @pytest.mark.parametrize("weights", [None, "DEFAULT"])
 def test_resumed_run_without_random_state_uses_the_seed_of_the_file(
-    images, mine, monkeypatch, tmp_path, weights
+    images, estimator, monkeypatch, tmp_path, weights
 ):
-    mine.set_params(random_state=None, weights=weights, early_stopping=True)
-    mine.set_params(backbone="tiny" if weights is None else "resnet_mini", trainable=1)
-    interrupt(mine, images, Y)
+    estimator.set_params(random_state=None, weights=weights, early_stopping=True)
+    estimator.set_params(
+        backbone="tiny" if weights is None else "resnet_mini", trainable=1
+    )
+    interrupt(estimator, images, Y)
     seed = checkpoint_seed(tmp_path, -1)
-    mine.fit(images, Y)
+    estimator.fit(images, Y)
     fixed = SimpleNamespace(randint=lambda high: seed)
     monkeypatch.setattr("sktl._training.fit.check_random_state", lambda state: fixed)
-    assert_equal_fits(mine, clone(mine).set_params(checkpoint=None).fit(images, Y))
+    assert_equal_fits(
+        estimator, clone(estimator).set_params(checkpoint=None).fit(images, Y)
+    )
 
 
-def test_content_of_the_file(images, mine, file):
-    mine.set_params(early_stopping=True, n_iter_no_change=2).fit(images, Y)
+def test_content_of_the_file(images, estimator, file):
+    estimator.set_params(early_stopping=True, n_iter_no_change=2).fit(images, Y)
     tensors, document = read_tensors(file)
-    weights = mine.module_.state_dict()
+    weights = estimator.module_.state_dict()
     assert {f"weights.{name}" for name in weights} <= set(tensors)
     best = {n: v for n, v in tensors.items() if n.startswith("best.")}
     assert all(
         torch.equal(v, weights[n.removeprefix("best.")]) for n, v in best.items()
     )
     assert len(best) == len(weights)
-    assert document["history"] == mine.history_
-    parameters = sum(1 for _ in mine.module_.parameters())
+    assert document["history"] == estimator.history_
+    parameters = sum(1 for _ in estimator.module_.parameters())
     assert sum(name.endswith(".exp_avg_sq") for name in tensors) == parameters
     assert Path(file).stat().st_size > 3 * sum(v.nbytes for v in weights.values())

@@ -372,7 +372,7 @@ def test_copies_predict_equal_bits(images, tmp_path):
     for each in copies:
         np.testing.assert_array_equal(each.predict_proba(images), expected)
         assert not hasattr(each, "net_")
-        each.set_params(warm_start=True).fit(images, Y)  # and can be trained
+        each.set_params(warm_start=True).fit(images, Y)  # training can continue
 
 
 def test_pickle_contains_no_optimizer(images):
@@ -387,7 +387,8 @@ def test_pickle_contains_no_optimizer(images):
 
 def test_memory_of_training_is_released(images):
     fitted = make_classifier(early_stopping=True).fit(images, Y)
-    assert all(p.grad is None for p in fitted.module_.parameters())
+    for network in (fitted.net_.module_, fitted.module_):
+        assert all(p.grad is None for p in network.parameters())
     assert fitted.net_.train_split is None
     assert len(fitted.net_.history) == fitted.n_iter_
 

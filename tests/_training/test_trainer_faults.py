@@ -78,21 +78,21 @@ def test_killed_training_resumes_to_equal_bits(tmp_path, name, kills):
     epochs = [killed(tmp_path, name, *kill) for kill in kills]
     assert epochs == sorted(epochs)
     seed = checkpoint_seed(tmp_path / "checkpoint", -1)
-    mine = make_classifier(tmp_path, name).fit(X, y)
+    estimator = make_classifier(tmp_path, name).fit(X, y)
     expected = make_classifier(tmp_path, name, checkpoint=None)  # never interrupted
     fixed = SimpleNamespace(randint=lambda high: seed)
     with contextlib.ExitStack() as stack:
-        if mine.random_state is None:
+        if estimator.random_state is None:
             stack.enter_context(
                 mock.patch("sktl._training.fit.check_random_state", return_value=fixed)
             )
         expected.fit(X, y)
     state = expected.module_.state_dict()
-    for part, value in mine.module_.state_dict().items():
+    for part, value in estimator.module_.state_dict().items():
         assert torch.equal(value, state[part])
-    assert mine.history_ == expected.history_
-    assert mine.best_epoch_ == expected.best_epoch_
-    np.testing.assert_array_equal(mine.predict_proba(X), expected.predict_proba(X))
+    assert estimator.history_ == expected.history_
+    assert estimator.best_epoch_ == expected.best_epoch_
+    np.testing.assert_array_equal(estimator.predict_proba(X), expected.predict_proba(X))
 
 
 def test_every_kind_of_training_is_killed():
@@ -130,31 +130,33 @@ class Interrupt(Callback):
 def test_interrupted_estimator_is_not_fitted(tmp_path, shape):
     X, y = load_data()
     X = X if shape == "images" else X.reshape(len(X), -1)
-    mine = make_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
+    estimator = make_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
-        mine.fit(X, y)
+        estimator.fit(X, y)
     with pytest.raises(NotFittedError):
-        mine.predict(X)
+        estimator.predict(X)
     file = tmp_path / "checkpoint" / "fine_tuning.safetensors"
     assert read_tensors(file)[1]["epoch"] == 2
 
 
 def test_interrupted_estimator_does_not_change(tmp_path):
     X, y = load_data()
-    mine = make_classifier(tmp_path, "sgd", checkpoint=None).fit(X, y)
-    expected, module = mine.predict_proba(X), mine.module_
-    mine.set_params(callbacks=[Interrupt()], random_state=9)
+    estimator = make_classifier(tmp_path, "sgd", checkpoint=None).fit(X, y)
+    expected, module = estimator.predict_proba(X), estimator.module_
+    estimator.set_params(callbacks=[Interrupt()], random_state=9)
     with pytest.raises(KeyboardInterrupt):
-        mine.fit(X, np.where(y == "a", "c", "d"))
-    assert mine.module_ is module
-    assert mine.classes_.tolist() == ["a", "b"]
-    np.testing.assert_array_equal(mine.predict_proba(X), expected)
+        estimator.fit(X, np.where(y == "a", "c", "d"))
+    assert estimator.module_ is module
+    assert estimator.classes_.tolist() == ["a", "b"]
+    np.testing.assert_array_equal(estimator.predict_proba(X), expected)
 
 
 def test_interrupted_search(tmp_path):
     X, y = load_data()
-    mine = make_classifier(tmp_path, "sgd", checkpoint=None, callbacks=[Interrupt()])
-    search = GridSearchCV(mine, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
+    estimator = make_classifier(
+        tmp_path, "sgd", checkpoint=None, callbacks=[Interrupt()]
+    )
+    search = GridSearchCV(estimator, {"lr": [0.1, 0.2]}, cv=2, error_score=0.0)
     with pytest.raises(KeyboardInterrupt):
         search.fit(X, y)
     assert not hasattr(search, "best_estimator_")
