@@ -3,10 +3,8 @@
 import copy
 
 import numpy as np
-import pytest
 import torch
 from sklearn.base import clone
-from sklearn.exceptions import NotFittedError
 from trainer_helpers import Y, equal_bits, make_classifier
 
 from sktl._images.validation import validate_images
@@ -54,37 +52,3 @@ def test_samples_of_weight_zero_are_left_out(images):
     subset = X.subset(kept.tolist())
     expected, _ = fit_model(estimator, subset, targets, None, partial=False)
     assert equal_bits(got.network, expected.network)
-
-
-@pytest.mark.parametrize(
-    ("parameters", "reason"),
-    [
-        ({"trainable": "stage9"}, "one of the stages"),
-        ({"hidden_layer_sizes": [0]}, "'hidden_layer_sizes' parameter must be"),
-        ({"lr": 1e30, "batch_size": 8}, "loss must be finite"),
-    ],
-)
-@pytest.mark.parametrize("method", ["fit", "partial_fit"])
-def test_failed_first_fit_leaves_nothing_behind(images, method, parameters, reason):
-    X = images.reshape(40, -1)  # rows of numbers, which define n_features_in_
-    estimator = make_classifier(image_shape=images.shape[1:], **parameters)
-    before = dict(vars(estimator))
-    options = {"classes": [0, 1]} if method == "partial_fit" else {}
-    with pytest.raises(ValueError, match=reason):
-        getattr(estimator, method)(X, Y, **options)
-    assert vars(estimator) == before
-    assert not hasattr(estimator, "n_features_in_")
-    with pytest.raises(NotFittedError):
-        estimator.predict(X)
-
-
-@pytest.mark.parametrize("method", ["fit", "partial_fit"])
-def test_failed_second_fit_keeps_the_first(images, method):
-    estimator = make_classifier().fit(images, Y)
-    before, expected = dict(vars(estimator)), estimator.predict_proba(images)
-    estimator.set_params(lr=1e30, batch_size=8, max_epochs=4)
-    with pytest.raises(ValueError, match="must be finite"):
-        getattr(estimator, method)(images, Y)
-    fitted = {name: value for name, value in before.items() if name.endswith("_")}
-    assert fitted.items() <= vars(estimator).items()
-    np.testing.assert_array_equal(estimator.predict_proba(images), expected)

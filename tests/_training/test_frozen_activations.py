@@ -21,6 +21,7 @@ from sktl._training.datasets import ActivationDataset, ImageDataset
 from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
 from sktl._training.network import replace_head
+from sktl._utils.keyed_cache import KeyedCache
 
 Y = np.arange(40) % 2
 BACKBONE = load_backbone("resnet_mini")
@@ -61,11 +62,6 @@ def make_activations(X, memory=None, network=None, prefix=None, **parameters):
         prefix=prefix,
         memory=memory,
     )
-
-
-def clear_compiled_models():
-    """Empty the cache of compiled models."""
-    engines._prepared.clear()
 
 
 def assert_equal_weights(first, second):
@@ -195,14 +191,14 @@ def test_limit_of_the_store_does_not_change_the_weights(paths, tmp_path):
     assert_equal_weights(estimator.set_params(memory=store).fit(paths, Y), expected)
 
 
-def test_changes_of_module_do_not_reach_the_cache(paths, tmp_path):
+def test_changes_of_module_do_not_reach_the_cache(paths, tmp_path, monkeypatch):
     estimator = make_classifier(trainable="head", memory=tmp_path).fit(
         paths[:20], Y[:20]
     )
     with torch.no_grad():
         for parameter in estimator.module_.parameters():
             parameter.mul_(2)
-    clear_compiled_models()
+    monkeypatch.setattr(engines, "compiled_models", KeyedCache(max_size=4))
     estimator.module_.train()
     estimator.predict(paths[20:])
     assert estimator.module_[0].training

@@ -245,6 +245,16 @@ def test_linear_probe_needs_all_classes():
     assert target.strata(np.array([2, 0])).tolist() == ["c", "a"]
 
 
+@pytest.mark.parametrize("caller", ["warm_start", "partial_fit"])
+def test_check_unchanged(caller):
+    first = MulticlassTarget(np.array(["a", "b"]))
+    MulticlassTarget(np.array(["a", "b"], object)).check_unchanged(first, caller)
+    reason = rf"{caller} must get the classes of the first fit, \['a', 'b'\]\. Got"
+    for classes in (["a", "c"], ["a"], ["a", "b", "c"], [0, 1]):
+        with pytest.raises(ValueError, match=reason):
+            MulticlassTarget(np.array(classes)).check_unchanged(first, caller)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_document_round_trip(kind):
     target = encode(KINDS[kind]).target

@@ -14,6 +14,7 @@ from sktl._images.validation import validate_images
 from sktl._inference import engines
 from sktl._training import frozen_activations, initial_model, network, prediction
 from sktl._training.prediction import predict_outputs
+from sktl._utils.keyed_cache import KeyedCache
 
 
 def make_classifier(**parameters):
@@ -41,7 +42,9 @@ def test_outputs_equal_the_network(images):
 
 @pytest.mark.parametrize("use_memory", [False, True])
 @pytest.mark.parametrize("change", ["weights", "layer", "training"])
-def test_predictions_do_not_depend_on_module(images, tmp_path, use_memory, change):
+def test_predictions_do_not_depend_on_module(
+    images, tmp_path, monkeypatch, use_memory, change
+):
     estimator = make_classifier(memory=tmp_path if use_memory else None)
     estimator.fit(images, Y)
     second = clone(estimator).fit(images, Y)  # of equal weights
@@ -56,7 +59,8 @@ def test_predictions_do_not_depend_on_module(images, tmp_path, use_memory, chang
         estimator.module_[-1] = torch.nn.Flatten()
     else:
         estimator.module_.train()
-    engines._prepared.clear()  # compile the networks again
+    # Compile the networks again.
+    monkeypatch.setattr(engines, "compiled_models", KeyedCache(max_size=4))
     for each in (
         estimator,
         second,
@@ -66,14 +70,6 @@ def test_predictions_do_not_depend_on_module(images, tmp_path, use_memory, chang
     ):
         np.testing.assert_allclose(each.predict_proba(images), expected, rtol=1e-4)
     assert not any(module.training for module in copied.module_.modules())
-
-
-def test_module_is_made_once_and_again_after_a_fit(images):
-    estimator = make_classifier(max_epochs=0).fit(images, Y)
-    first = estimator.module_
-    assert estimator.module_ is first
-    assert first is not estimator._fitted_model.network
-    assert estimator.fit(images, Y).module_ is not first
 
 
 def test_cached_prediction_neither_copies_nor_hashes_the_network(
@@ -90,7 +86,6 @@ def test_cached_prediction_neither_copies_nor_hashes_the_network(
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, fail)
     monkeypatch.setattr(copy, "deepcopy", fail)
-    engines._prepared.clear()  # no compiled network either
     monkeypatch.setattr(frozen_activations, "get_compiled_model", fail)
     np.testing.assert_array_equal(estimator.predict_proba(images), expected)
     with pytest.raises(AssertionError, match="copied or hashed"):
