@@ -22,7 +22,7 @@ README = ROOT / "README.md"
 DOCS = ROOT / "docs"
 # A block of code, and what the page says it prints.
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-# Below, its block is compared with the README's; tests/test_spreading.py has a cluster.
+# index.md is compared with the README below; scaling.md runs in test_distributed.py.
 ELSEWHERE = {"index.md", "scaling.md"}
 
 # Rules of numpydoc that say nothing about us, each with its reason.
@@ -106,6 +106,7 @@ def readers_folder(tmp_path, monkeypatch, images):
 TINY = 'PretrainedFeatures("tiny"'
 
 
+@pytest.mark.docs
 @pytest.mark.usefixtures("readers_folder")
 def test_readme_code_runs(capsys):
     text = README.read_text().replace('PretrainedFeatures("resnet18"', TINY)
@@ -159,7 +160,18 @@ PAGES = [
 ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(
+            page,
+            id=str(page.relative_to(DOCS)),
+            # By default one short page.
+            marks=[] if page.name == "as_is.md" else pytest.mark.docs,
+        )
+        for page in PAGES
+    ],
+)
 def test_blocks_of_a_page_run_and_print_what_it_says(page, folder_of_digits):
     with contextlib.chdir(folder_of_digits):
         run_blocks(page, BLOCK.findall(page.read_text()))

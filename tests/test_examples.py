@@ -51,6 +51,7 @@ def test_ants_and_bees(run, folder, capsys):
     assert "validation accuracy" in out
 
 
+@pytest.mark.docs
 def test_fine_tune(run, folder, capsys):
     arguments = ["--data", folder, "--backbone", "resnet_mini"]
     run("fine_tune", *arguments, "--epochs", 1, "--folds", 2)
@@ -96,11 +97,13 @@ def test_photographs_that_are_fetched_are_verified(run, folder, server, tmp_path
         example.fetch(tmp_path / "other")
 
 
+@pytest.mark.docs
 def test_the_digest_is_of_the_real_photographs(run, folder, test_data):
     example = run("ants_and_bees", "--data", folder, "--backbone", "tiny")
     assert example.digest_of(test_data / "hymenoptera") == example.DIGEST
 
 
+@pytest.mark.docs
 def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     arguments = ["--data", folder / "train", "--labels", 6, "--repeats", 2]
     run("three_strategies", *arguments)
@@ -112,6 +115,7 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
     assert "chosen by the last search: layer=" in out
 
 
+@pytest.mark.docs
 def test_choosing_a_backbone_computes_each_image_once(run, capsys):
     run("choose_a_backbone_by_grid_search", "--labels", 3)
     lines = capsys.readouterr().out.splitlines()
@@ -142,6 +146,7 @@ def tiny_imagenet(tmp_path):
     return tmp_path
 
 
+@pytest.mark.docs
 def test_pretraining_resumes_to_the_same_weights(
     run, tiny_imagenet, tmp_path, monkeypatch, capsys
 ):
@@ -173,6 +178,7 @@ def test_pretraining_resumes_to_the_same_weights(
     assert torch.isfinite(torch.from_numpy(rows)).all()
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("name", "needs"),
     [("features_on_dask", "dask.dataframe"), ("features_on_ray", "ray.data")],

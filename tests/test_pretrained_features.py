@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from reference import needs_native_bfloat16
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -296,6 +297,7 @@ def test_real_features_equal_those_of_torchvision(photographs, weights, plain_fe
     assert np.abs(got - plain_features).max() <= 1e-4 * np.abs(plain_features).max()
 
 
+@needs_native_bfloat16
 def test_real_features_in_bfloat16(photographs, weights, plain_features):
     mine = PretrainedFeatures("squeezenet1_1", weights=weights, precision="bfloat16")
     got = mine.transform(photographs)
@@ -303,6 +305,7 @@ def test_real_features_in_bfloat16(photographs, weights, plain_features):
     assert ((got * plain_features).sum(1) / lengths).min() >= 0.999
 
 
+@pytest.mark.slow
 def test_real_rows_do_not_depend_on_order_workers_or_batches(photographs, weights):
     mine = PretrainedFeatures("squeezenet1_1", weights=weights)
     X = np.array(photographs[:100])
@@ -349,6 +352,7 @@ print((late - sizes[n // 10]) / 2**20)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_paths(paths):
     command = [sys.executable, "-c", MEMORY, "20000", *paths]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

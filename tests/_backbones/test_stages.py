@@ -96,7 +96,18 @@ def _sides(parts: StagedModel, side: int) -> list[int]:
     return sides
 
 
-@pytest.mark.parametrize("name", _FAMILIES)
+# By default a network with residual blocks, one with branches, and one without either.
+_FEW = ("resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
+_each_family = pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _FEW else pytest.param(name, marks=pytest.mark.slow)
+        for name in _FAMILIES
+    ],
+)
+
+
+@_each_family
 def test_stages_and_head_are_the_network(name: str) -> None:
     network = _randomized(_unfilled(name))
     parts = split_into_stages(network, 224)
@@ -115,7 +126,7 @@ def test_stages_and_head_are_the_network(name: str) -> None:
     assert all(torch.equal(seen, kept) for seen, kept in outputs)
 
 
-@pytest.mark.parametrize("name", _FAMILIES)
+@_each_family
 def test_a_stage_ends_where_the_resolution_halves(name: str) -> None:
     sides, linear = _FAMILIES[name]
     network = _unfilled(name)
@@ -128,7 +139,14 @@ def test_a_stage_ends_where_the_resolution_halves(name: str) -> None:
     assert last_linear(network) == linear
 
 
-@pytest.mark.parametrize("name", [n for n in _CLASSIFIERS if n not in _TRANSFORMERS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in _FEW else pytest.param(name, marks=pytest.mark.slow)
+        for name in _CLASSIFIERS
+        if name not in _TRANSFORMERS
+    ],
+)
 def test_every_cnn_is_cut_without_running_it(name: str) -> None:
     network = _unfilled(name)
     parts = split_into_stages(network, 224)
@@ -144,8 +162,17 @@ def test_every_cnn_is_cut_without_running_it(name: str) -> None:
     assert linear in set(parts.head.modules())
 
 
-@pytest.mark.parametrize("side", [224, 299, 384, 480])
-@pytest.mark.parametrize("name", ["resnet18", "inception_v3", "alexnet", "swin_t"])
+@pytest.mark.parametrize("side", [299, 384, 480])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("inception_v3", "alexnet", "swin_t")
+        ),
+    ],
+)
 def test_the_cut_does_not_depend_on_where_it_is_measured(name: str, side: int) -> None:
     network = _unfilled(name)
     one, other = split_into_stages(network, 224), split_into_stages(network, side)
@@ -209,7 +236,13 @@ def test_input_transforms_are_kept_only_where_the_network_has_them() -> None:
         assert torch.equal(split_into_stages(network, 224)(x.clone()), network(x))
 
 
-@pytest.mark.parametrize("name", _TRANSFORMERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "vit_b_16" else pytest.param(name, marks=pytest.mark.slow)
+        for name in _TRANSFORMERS
+    ],
+)
 def test_a_vision_transformer_says_why_it_has_no_stages(name: str) -> None:
     network = _unfilled(name)
     with pytest.raises(ValueError, match="VisionTransformer keeps one resolution"):

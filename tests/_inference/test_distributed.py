@@ -86,7 +86,12 @@ def ray(tmp_path_factory):
     ray.shutdown()
 
 
-@pytest.fixture(params=["dask", "ray"])
+@pytest.fixture(
+    params=[
+        pytest.param("dask", marks=pytest.mark.cluster),
+        pytest.param("ray", marks=pytest.mark.cluster),
+    ]
+)
 def engine(request):
     return request.getfixturevalue(request.param)
 
@@ -129,6 +134,15 @@ def batches_in(log):
     return [line.split() for line in Path(log).read_text().splitlines()]
 
 
+def test_rows_from_a_cluster_have_the_bits_of_those_computed_here(dask, paths):
+    """The one test of a cluster that runs by default."""
+    mine = PretrainedFeatures("resnet_mini", batch_size=8)
+    expected = clone(mine).transform(paths)
+    with joblib.parallel_config(**dask):
+        got = mine.set_params(n_jobs=2).transform(paths)
+    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("kind", ["paths", "arrays"])
 def test_rows_of_workers_have_equal_bits(engine, paths, images, kind):
     X = paths if kind == "paths" else images
@@ -140,6 +154,7 @@ def test_rows_of_workers_have_equal_bits(engine, paths, images, kind):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.cluster
 def test_all_estimators_distribute(dask, paths):
     y = np.arange(40) % 2
     tuned = FineTunedCNNClassifier(
@@ -234,6 +249,7 @@ def test_a_search_with_a_shared_memory(engine, paths, tmp_path):
     assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
+@pytest.mark.cluster
 def test_workers_resolve_relative_paths(dask, paths, monkeypatch):
     folder = Path(paths[0]).parent
     monkeypatch.chdir(folder)
@@ -270,6 +286,7 @@ def test_training_does_not_block_its_own_tasks(images):
     assert mine.history_ == expected.history_
 
 
+@pytest.mark.cluster
 def test_a_distributed_search_over_estimators_that_distribute(dask, paths):
     y = np.arange(40) % 2
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
@@ -295,6 +312,7 @@ def test_prediction_needs_no_weights_file(paths, tmp_path):
         np.testing.assert_array_equal(mine.predict_proba(paths), expected)
 
 
+@pytest.mark.cluster
 def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp_path):
     mine = FineTunedCNNClassifier("resnet_mini", trainable=1, max_epochs=1)
     mine.set_params(batch_size=8, head_init="random", random_state=0)
@@ -311,6 +329,7 @@ def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp
     assert FeatureStore(tmp_path).info()["rows"] == 40
 
 
+@pytest.mark.cluster
 def test_transform_maps_over_the_partitions_of_a_bag(dask, paths):
     bag = pytest.importorskip("dask.bag").from_sequence(paths, npartitions=2)
     mine = PretrainedFeatures("resnet_mini", batch_size=8)
@@ -352,6 +371,7 @@ def page(tmp_path, paths):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL), names
 
 
+@pytest.mark.cluster
 def test_the_page_runs_on_dask(dask, page, paths):
     (one_call, _, search, blocks, _), names = page
     names |= {"da": pytest.importorskip("dask.array"), "y": np.arange(40) % 2}
@@ -362,6 +382,7 @@ def test_the_page_runs_on_dask(dask, page, paths):
     np.testing.assert_array_equal(names["blocks"], names["table"])
 
 
+@pytest.mark.cluster
 def test_the_page_runs_on_ray(ray, page, paths, tmp_path):
     (_, one_call, _, _, dataset), names = page
     (tmp_path / "paths.csv").write_text("\n".join(["path", *map(str, paths)]))
