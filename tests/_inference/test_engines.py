@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from reference import normalized
 from torch import nn
 
 from sktl._backbones.feature_extractor import FeatureExtractor
@@ -23,6 +24,7 @@ from sktl._inference.execution import ExecutionConfig
 SMALL = Preprocessing(resize_size=64, crop_size=64)
 PIXELS = np.random.default_rng(1).integers(0, 256, (4, 64, 64, 3), np.uint8)
 # The smallest member of each family of convolutional networks in torchvision.
+FEW_FAMILIES = ["shufflenet_v2_x0_5", "squeezenet1_1"]
 FAMILIES = [
     "alexnet",
     "convnext_tiny",
@@ -35,8 +37,6 @@ FAMILIES = [
     "mobilenet_v3_small",
     "regnet_y_400mf",
     "resnet18",
-    "shufflenet_v2_x0_5",
-    "squeezenet1_1",
     "vgg11",
 ]
 
@@ -63,13 +63,18 @@ def run(net, pixels=PIXELS):
 def expected_features(name, pixels, layer="penultimate"):
     """Compute features with torch alone, without fused BatchNorm."""
     extractor = FeatureExtractor(load_backbone(name, None), [layer], "avg").eval()
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (SMALL.mean, SMALL.std))
+    sized = SMALL.with_image_size(pixels.shape[1])
     with torch.inference_mode():
-        return extractor((x - mean) / std).numpy()
+        return extractor(normalized(pixels, sized)).numpy()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *FEW_FAMILIES,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES),
+    ],
+)
 def test_openvino_computes_every_family(name):
     side = max(64, load_backbone(name, None).min_size)
     sized = Preprocessing(side, side)
@@ -87,6 +92,7 @@ def cosines(a, b):
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler is here")
 # Of torch 2.10 to itself, when it is imported for this.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
@@ -248,7 +254,9 @@ def test_models_are_shared_and_only_the_last_used_cached():
     assert len(engines.compiled_models) == engines.compiled_models.max_size
 
 
-@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize(
+    "engine", ["torch", pytest.param("openvino", marks=pytest.mark.slow)]
+)
 def test_dropped_models_free_their_memory(engine):
     def after(numbers):
         for n in numbers:
