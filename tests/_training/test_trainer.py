@@ -401,7 +401,9 @@ def test_weights_that_are_not_finite_after_the_last_step(images):
             trainer.network.head[-1].weight.data.fill_(math.inf)
 
     trainer.net.optimizer_.register_step_post_hook(break_weights)
-    with pytest.raises(ValueError, match=r"weights in .* finite.* in epoch 1 .*Reduce"):
+    with pytest.raises(
+        ValueError, match=r"weights must be finite.* in epoch 1 .*Reduce"
+    ):
         trainer.run()
     assert not trainer.state.history
 
