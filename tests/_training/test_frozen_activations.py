@@ -291,6 +291,16 @@ def test_training_on_activations_of_views_equals_training_on_views(paths, monkey
     assert not torch.equal(others.module_[-1][-1].weight, got.module_[-1][-1].weight)
 
 
+def test_views_of_another_augmentation_are_not_read_from_the_cache(paths, tmp_path):
+    for augmentation in ("flip", "standard"):
+        estimator = make_classifier(augmentation=augmentation, augmentation_views=2)
+        estimator.set_params(head_init="random")
+        expected = clone(estimator).fit(paths, Y)
+        assert_equal_weights(
+            estimator.set_params(memory=tmp_path).fit(paths, Y), expected
+        )
+
+
 def test_search_computes_each_view_once(paths, tmp_path, passes):
     estimator = make_classifier(
         augmentation="trivial", augmentation_views=2, max_epochs=2
