@@ -298,7 +298,7 @@ def test_weights_of_another_network(images, estimator, file, part):
     tensors, document = read_tensors(file)
     tensors[f"{part}.head.0.bias"] = torch.zeros(7)
     write_tensors(file, tensors, document)
-    with pytest.raises(ValueError, match=f"{file}.*of another network"):
+    with pytest.raises(ValueError, match=f"{file}.*belong to another network"):
         estimator.fit(images, Y)
 
 

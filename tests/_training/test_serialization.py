@@ -193,7 +193,7 @@ def test_loading_needs_no_pretrained_weights(images, file, monkeypatch):
     estimator = fit(images, backbone="resnet_mini", trainable="head")
     expected = estimator.predict_proba(images)
     estimator.set_params(backbone="resnet_mini", weights="gone.pth").save(file)
-    for name in ("fetch", "load_weights"):
+    for name in ("fetch_weights", "load_weights"):
         monkeypatch.setattr(weights_module, name, None)
         monkeypatch.setattr(f"sktl._backbones.registry.{name}", None)
     loaded = FineTunedCNNClassifier.load(file)
