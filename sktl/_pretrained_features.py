@@ -14,6 +14,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbones.backbone import Backbone
+from sktl._backbones.feature_extractor import layer_widths
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
@@ -249,6 +250,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         """
         validated = copy.copy(self)  # a failed fit leaves the estimator unchanged
         validated._validate_images(X, reset=True)
+        ExecutionConfig.from_estimator(self)  # raises an error for an invalid device
         backbone = self._load_backbone()
         self._layer_widths = self._compute_layer_widths(backbone)
         self._fit_settings = self._column_settings()
@@ -285,8 +287,15 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         images = self._validate_images(X, reset=False)
         backbone = self._load_backbone()
         self._check_weights_unchanged(backbone)
-        spec = self._model_spec(backbone, len(images))
-        min_decode_size = spec.preprocessing.min_decode_size(self.reducing_gap)
+        preprocessing = backbone.preprocessing_at(self.image_size)
+        spec = ModelSpec(
+            BackboneSpec.to(backbone, self.weights),
+            self._layers(),
+            self._pooling(),
+            preprocessing,
+            ExecutionConfig.from_estimator(self).for_n_samples(len(images)),
+        )
+        min_decode_size = preprocessing.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_decode_size)
         return extract_features(spec, images, self.memory)
 
@@ -385,17 +394,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         layers, pooling = self._layers(), self._pooling()
         return self.backbone, self.weights, layers, pooling, self.image_size
 
-    def _model_spec(self, backbone: Backbone, n_samples: int) -> ModelSpec:
-        return ModelSpec(
-            BackboneSpec.to(backbone, self.weights),
-            self._layers(),
-            self._pooling(),
-            backbone.preprocessing_at(self.image_size),
-            ExecutionConfig.from_estimator(self).for_n_samples(n_samples),
-        )
-
     def _compute_layer_widths(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the number of columns of each layer; validates layers and pooling."""
-        widths = self._model_spec(backbone, n_samples=1).compile().widths
-        assert widths is not None  # of a FeatureExtractor
-        return widths
+        preprocessing = backbone.preprocessing_at(self.image_size)
+        return layer_widths(backbone, self._layers(), self._pooling(), preprocessing)

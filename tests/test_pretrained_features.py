@@ -152,6 +152,13 @@ def test_clones_share_one_compiled_model(paths, monkeypatch):
     assert not built
 
 
+def test_fit_and_feature_names_compile_no_model(paths, monkeypatch):
+    monkeypatch.setattr("sktl._inference.model_spec.get_compiled_model", None)
+    for layer in ("penultimate", ["stage1", "layer2.0"], "stem"):
+        mine = PretrainedFeatures("resnet18", weights=None, layer=layer).fit(paths)
+        assert mine.get_feature_names_out().size in {512, 64 + 128, 64}
+
+
 def test_a_failed_fit_leaves_the_estimator_unchanged(images):
     mine = PretrainedFeatures("tiny").fit(images.reshape(len(images), -1)[:, :768])
     state = dict(vars(mine))
