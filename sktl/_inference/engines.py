@@ -47,15 +47,12 @@ class CompiledModel(Protocol):
     ----------
     execution : ExecutionConfig
         Device, precision and engine.
-    widths : tuple of int or None
-        Number of columns of each layer of a `FeatureExtractor`.
     n_ahead : int
         Number of batches to start before the result of the first is requested. Above 0
         on devices that compute asynchronously.
     """
 
     execution: ExecutionConfig
-    widths: tuple[int, ...] | None
     n_ahead: int
 
     def start(self, pixels: Pixels) -> Callable[[], Rows]:
@@ -138,7 +135,6 @@ def _compile(
     side = preprocessing.crop_size
     with torch.no_grad(), reraise_invalid_size(side), reraise_out_of_memory(1):
         fuse_batch_norm(network, side)
-    widths = getattr(network, "widths", None)  # before an engine traces the network
     model: CompiledModel | None = None
     if execution.engine != "torch":
         try:
@@ -153,9 +149,7 @@ def _compile(
                 RuntimeWarning,
                 stacklevel=2,
             )
-    model = model or TorchNetwork(network, preprocessing, execution)
-    model.widths = widths
-    return model
+    return model or TorchNetwork(network, preprocessing, execution)
 
 
 def _compile_and_compare(
@@ -211,7 +205,6 @@ class TorchNetwork:
         execution: ExecutionConfig,
     ) -> None:
         self.execution = execution
-        self.widths: tuple[int, ...] | None = None
         self.n_ahead = 1 if execution.device.type == "cuda" else 0
         dtype = PRECISIONS[execution.precision]
         self._module = _PixelInput(network, preprocessing, dtype).eval()
@@ -292,7 +285,6 @@ class OpenVINONetwork:
         execution: ExecutionConfig,
     ) -> None:
         self.execution = execution
-        self.widths: tuple[int, ...] | None = None
         side = preprocessing.crop_size
         example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
         module = _PixelInput(network, preprocessing, torch.float32).eval()

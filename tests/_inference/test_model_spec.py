@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sktl import PretrainedFeatures
+from sktl._backbones.feature_extractor import layer_widths
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.model_spec import ModelSpec
@@ -43,8 +44,10 @@ def test_an_unpickled_spec_shares_the_compiled_model():
     assert pickle.loads(pickle.dumps(spec.compile))() is model
     other = replace(spec, execution=replace(EXECUTION, batch_size=1, n_jobs=2))
     assert other.compile() is model
-    assert model.widths is not None
-    assert len(model.widths) == 2
+    widths = layer_widths(BACKBONE, spec.layers, 2, BACKBONE.preprocessing)
+    side = BACKBONE.preprocessing.crop_size
+    pixels = np.zeros((3, side, side, 3), np.uint8)
+    assert model.start(pixels)().shape == (3, sum(widths))
 
 
 def test_a_pickle_holds_no_weights():
