@@ -6,7 +6,6 @@ import doctest
 import inspect
 import io
 import re
-import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -190,10 +189,14 @@ def test_every_public_name_is_in_the_api_page():
 
 
 @pytest.mark.parametrize("name", ["PretrainedFeatures", "FineTunedCNNClassifier"])
-def test_the_image_of_an_estimator_links_to_its_page(name):
-    address = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-    html = getattr(sktl, name)()._repr_html_()
-    assert f'href="{address["Documentation"]}/en/stable/api/sktl.{name}.html"' in html
+def test_html_representation_has_no_documentation_link(name):
+    assert "href=" not in getattr(sktl, name)()._repr_html_()
+
+
+def test_no_link_to_a_site_that_the_project_does_not_own():
+    pages = [README, ROOT / "CHANGELOG.md", ROOT / "pyproject.toml"]
+    for page in [*pages, *DOCS.rglob("*.md")]:
+        assert "sktl.readthedocs" not in page.read_text(), page
 
 
 @pytest.mark.parametrize("page", ["reliability.md", "security.md"])
