@@ -1,134 +1,192 @@
-"""A backbone: a network, its stages and head, preprocessing and categories, together.
+"""Backbone: a network with its stages, head, preprocessing and categories.
 
-torchvision's weights carry the transform they were trained with and the names of their
-categories, so that these cannot drift apart; a `Backbone` carries the stages as well.
+As in torchvision, the weights carry their preprocessing and the names of their
+categories, so these always match.
 """
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from functools import cached_property
+from threading import RLock
+from typing import Any, Self
 
 from torch import nn
-from torchvision import models
 
-from sktl._backbones.stages import StagedModel, last_linear, reason_not_staged
+from sktl._backbones.source import BackboneDefinition, NetworkStructure
+from sktl._backbones.stages import StagedModel, last_linear, split_into_stages
 from sktl._images.preprocessing import Preprocessing
 
+# Resolutions are measured at this side at least, where rounding has little effect.
+_MIN_MEASURED_SIDE = 224
 
-@dataclass(frozen=True, eq=False)
+
 class Backbone:
     """A pretrained network and all that belongs to it.
 
-    It is shared by all who load it: do not change it. ``copy.deepcopy(backbone)``
-    gives a copy to train, whose stages are again parts of its network.
+    It is shared by everyone who loads it: do not modify it. ``copy.deepcopy(backbone)``
+    returns a copy to train, whose stages are again modules of its network.
+
+    Parameters
+    ----------
+    name : str
+        Name given to `load_backbone`.
+    digest : str
+        64 hexadecimal digits that depend on the weights: sha256 of the weights file
+        or, without one, of the parameters. For a registered backbone also of the
+        printed network and the preprocessing, but not of the code of its ``forward``.
+    definition : BackboneDefinition
+        Source of the network.
+    load : callable
+        Returns the network. Called once, when the network is first accessed.
 
     Attributes
     ----------
-    name : str
-        As `load_backbone` was asked for it.
-    digest : str
-        64 hexadecimal digits, another for other weights: sha256 of the weights file
-        or, without one, of the parameters. For a registered backbone also of the
-        printed form of the network and the preprocessing; not of the code of its
-        ``forward``.
-    network : Module
-        On the CPU, float32, in evaluation mode, no parameter requires a gradient.
-        Takes ``(n, 3, h, w)``, gives ``(n, n_categories)``.
-    staged_model : StagedModel or None
-        Its stages and head, or None if it cannot be cut.
     preprocessing : Preprocessing
-        What the weights were trained with.
-    categories : tuple of str or None
-        Names of the columns of the output. None for weights that have none.
+        Transform the weights were trained with.
     min_size : int
-        Least side in pixels of an image.
+        Minimum side of an image in pixels.
     """
 
-    name: str
-    digest: str
-    network: nn.Module
-    staged_model: StagedModel | None
-    preprocessing: Preprocessing
-    categories: tuple[str, ...] | None
-    min_size: int
+    def __init__(
+        self,
+        name: str,
+        digest: str,
+        definition: BackboneDefinition,
+        load: Callable[[], nn.Module],
+    ) -> None:
+        self.name = name
+        self.digest = digest
+        self.definition = definition
+        self.preprocessing = definition.preprocessing
+        self.min_size = definition.min_size
+        self._load = load
+        self._network: nn.Module | None = None
+        self._lock = RLock()
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the network is in memory."""
+        return self._network is not None
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, with weights that are read on first access.
+
+        On the CPU, float32, in evaluation mode, without parameters that require a
+        gradient. Maps ``(n, 3, h, w)`` to ``(n, n_categories)``.
+
+        Raises
+        ------
+        FileNotFoundError
+            If the weights file was removed.
+        ValueError
+            If the weights are invalid or do not match the network.
+        """
+        if self._network is None:
+            with self._lock:
+                if self._network is None:
+                    self._network = self._load()
+        return self._network
+
+    @cached_property
+    def structure(self) -> NetworkStructure:
+        """The structure of the network."""
+        return self.definition.describe(self.network)
+
+    @cached_property
+    def staged_model(self) -> StagedModel | None:
+        """Stages and head, or None if the network cannot be split."""
+        if self.structure.reason_not_staged is not None:
+            return None
+        side = max(self.preprocessing.crop_size, _MIN_MEASURED_SIDE)
+        return split_into_stages(self.structure, side)
+
+    @cached_property
+    def categories(self) -> tuple[str, ...] | None:
+        """Names of the outputs, or None if the weights have none."""
+        names = self.definition.categories
+        # The head of a fine-tuned network has another number of outputs.
+        return names if names is None or self._has_outputs(len(names)) else None
 
     @property
     def stages(self) -> dict[str, nn.Module]:
-        """The stages by name, in order; each takes and gives ``(n, c, h, w)``.
+        """The stages by name, in order; input and output are ``(n, c, h, w)``.
 
         Raises
         ------
         ValueError
-            If the network cannot be cut; says why.
+            If the network cannot be split, with the reason.
         """
         return self._require_stages().stages
 
     @property
     def head(self) -> nn.Module:
-        """From the output of the last stage to that of the network.
+        """The module from the output of the last stage to that of the network.
 
         Raises
         ------
         ValueError
-            If the network cannot be cut; says why.
+            If the network cannot be split, with the reason.
         """
         return self._require_stages().head
 
     @property
     def reason_without_stages(self) -> str | None:
-        """Why the network has no stages, or None if it has."""
-        return (
-            None if self.staged_model is not None else reason_not_staged(self.network)
-        )
+        """Why the network has no stages, or None if it has stages."""
+        return self.structure.reason_not_staged
 
     @property
     def penultimate(self) -> str:
-        """Name of the module of `network` whose input is the penultimate feature.
+        """Name of the module whose input is the penultimate feature.
 
         Raises
         ------
         ValueError
             If there is no linear layer.
         """
-        name = last_linear(self.network)
+        name = last_linear(self.network, self.structure)
         if name is None:
             raise ValueError(
-                "The penultimate layer is what the last linear layer of a network "
-                f"sees. The backbone {self.name!r} has none. Name a stage or a module "
-                "instead."
+                "The penultimate layer is the input of the last linear layer of a "
+                f"network. The backbone {self.name!r} has no linear layer. Choose a "
+                "stage or a module instead."
             )
         return name
 
     @property
     def last_linear(self) -> nn.Module:
-        """The module that `penultimate` names: an ``nn.Linear`` or an ``nn.Conv2d``."""
+        """The module named `penultimate`: an ``nn.Linear`` or an ``nn.Conv2d``."""
         return self.network.get_submodule(self.penultimate)
 
     def preprocessing_at(self, image_size: int | None) -> Preprocessing:
-        """Give the preprocessing for another size of image.
+        """Return the preprocessing for another image size.
 
         Parameters
         ----------
         image_size : int or None
-            Side in pixels to resize and crop to, or None for the weights' own.
+            Side in pixels to resize and crop to, or None for that of the weights.
 
         Returns
         -------
         Preprocessing
-            For that size.
+            With that size.
 
         Raises
         ------
         ValueError
-            If the network cannot take images of that size.
+            If the network does not support images of that size.
         """
         own = self.preprocessing
         if image_size is None:
             return own
-        fixed = isinstance(self.network, models.VisionTransformer | models.MaxVit)
-        if fixed and image_size != own.crop_size:
+        is_fixed = self.definition.has_fixed_image_size
+        if is_fixed is None:
+            is_fixed = self.structure.has_fixed_image_size
+        if is_fixed and image_size != own.crop_size:
             raise ValueError(
-                f"The backbone {self.name!r} takes images of {own.crop_size} pixels "
-                f"a side only. Got image_size={image_size}. Leave it None, or choose "
-                "a convolutional network."
+                f"The backbone {self.name!r} supports only images of {own.crop_size} "
+                f"pixels a side. Got image_size={image_size}. Set image_size=None, or "
+                "choose a convolutional network."
             )
         if image_size < self.min_size:
             raise ValueError(
@@ -136,6 +194,17 @@ class Backbone:
                 f"{self.name!r}. Got {image_size}."
             )
         return own.with_image_size(image_size)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a backbone with a copy of the network, and stages of that copy."""
+        network = copy.deepcopy(self.network, memo)
+        return type(self)(self.name, self.digest, self.definition, lambda: network)
+
+    def _has_outputs(self, n_outputs: int) -> bool:
+        name = last_linear(self.network, self.structure)
+        if name is None:
+            return True
+        return len(self.network.get_parameter(f"{name}.weight")) == n_outputs
 
     def _require_stages(self) -> StagedModel:
         if self.staged_model is None:

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision import models
 
 from sktl._backbones.backbone import Backbone
 from sktl._images.preprocessing import Preprocessing
@@ -102,7 +101,7 @@ class FeatureExtractor(nn.Module):
                 module = network.get_submodule(backbone.penultimate)
                 module.register_forward_pre_hook(self._record_input(layer))
             else:
-                channels_last = _is_channels_last(network, layer)
+                channels_last = backbone.structure.is_channels_last(layer)
                 module = network.get_submodule(layer)
                 module.register_forward_hook(self._record_output(layer, channels_last))
 
@@ -352,26 +351,3 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
         f"{backbone.name!r}. Got {layer!r} instead."
         f"{' The closest names: ' + ', '.join(close) + '.' if close else ''}"
     )
-
-
-def _is_channels_last(network: nn.Module, layer: str) -> bool:
-    """Say whether a module's maps are ``(n, h, w, c)``.
-
-    Raises
-    ------
-    ValueError
-        If its four axes are neither that nor ``(n, c, h, w)``.
-    """
-    module = network.get_submodule(layer)
-    if isinstance(network, models.MaxVit) and "_attention." in layer:
-        raise ValueError(
-            f"The axes of {layer!r} are images, windows, positions and channels, "
-            "which cannot be pooled. Choose the whole attention layer, or a stage."
-        )
-    if isinstance(network, models.SwinTransformer):
-        inside = layer.split(".")[0] in {"features", "norm"}
-        return inside and not isinstance(module, nn.Conv2d)
-    if isinstance(network, models.ConvNeXt):
-        # Between its two permutations: norm, linear, activation, linear.
-        return re.search(r"\.block\.[1-5]$", layer) is not None
-    return False

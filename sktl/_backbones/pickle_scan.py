@@ -1,16 +1,16 @@
-"""Whether a pickle makes nothing but a state dict, told without reading it.
+"""Scan a pickle before it is read: it may create only a state dict.
 
-torch's restricted unpickler executes no code of a file. But among what it calls are
-functions that take all the memory there is, for a file of a few bytes, and of a tuple
-in a tuple, a hundred thousand times, it asks the hash, which ends the process. So here
-a pickle is gone through before, opcode by opcode, and nothing is made.
+torch's restricted unpickler executes no code from a file. But some functions that it
+allows can allocate all memory for a file of a few bytes, and the hash of tuples that
+are nested a hundred thousand times crashes the process. So the opcodes of a pickle are
+scanned first, without creating any object.
 """
 
 import pickletools
 from pickle import UnpicklingError
 from typing import IO, Any
 
-# What may be called to make a state dict, or what training scripts put beside it.
+# Callables of a state dict, and of other values that training scripts save with it.
 _CALLABLE = {
     "torch._utils _rebuild_tensor",
     "torch._utils _rebuild_tensor_v2",
@@ -26,9 +26,9 @@ _CALLABLE = {
     "__builtin__ complex",
     "builtins complex",
 }
-_DEEPEST = 100  # tuple in a tuple
+_MAX_DEPTH = 100  # of nested tuples
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-# Those of protocol 2 that torch reads. A NEWOBJ is refused, by the name of its class.
+# Opcodes of protocol 2 that torch supports. NEWOBJ is rejected with its class name.
 _OPCODES = {
     *_TUPLES,
     *("GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "MARK", "STOP", "PROTO", "BINPERSID"),
@@ -38,25 +38,26 @@ _OPCODES = {
     *("EMPTY_TUPLE", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"),
     *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
 }
-# What is on the stack: the name of a global, or how deep a tuple is.
+# Item of the stack: the name of a global, or the depth of a tuple.
 _Item = str | int
 _ORDERED_DICT = "an OrderedDict"
 
 
 def scan_pickle(code: bytes | IO[bytes]) -> None:
-    """Refuse a pickle that does what no state dict needs.
+    """Raise if a pickle has operations that no state dict needs.
 
     Parameters
     ----------
     code : bytes or binary file
-        Of a file all up to the end of the pickle is read.
+        A file is read up to the end of the pickle.
 
     Raises
     ------
     pickle.UnpicklingError
-        If it does. The text has the words "GLOBAL module.name" if it is a call.
+        If it has such operations. For a call, the message contains the words
+        "GLOBAL module.name".
     Exception
-        Of any other kind, if it is no pickle.
+        Of any other type, if it is not a valid pickle.
     """
     stack: list[_Item] = []
     marks: list[int] = []
@@ -78,12 +79,12 @@ def scan_pickle(code: bytes | IO[bytes]) -> None:
 
 
 def _taken(stack: list[_Item], marks: list[int], before: list[Any]) -> list[_Item]:
-    """Take from the stack what an opcode takes."""
+    """Pop the arguments of an opcode from the stack."""
     n = len(before)
     if pickletools.markobject in before:
         n = before.index(pickletools.markobject) + len(stack) - marks.pop()
     if n > len(stack) - (marks[-1] if marks else 0):
-        raise UnpicklingError("it takes more than there is")
+        raise UnpicklingError("an opcode takes more than the stack holds")
     start = len(stack) - n
     taken = stack[start:]
     del stack[start:]
@@ -91,7 +92,7 @@ def _taken(stack: list[_Item], marks: list[int], before: list[Any]) -> list[_Ite
 
 
 def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
-    """Say what an opcode puts onto the stack, if it may."""
+    """Return the result of an opcode; raise if the opcode is not allowed."""
     if name == "GLOBAL":
         return str(argument)
     if name in ("REDUCE", "NEWOBJ"):
@@ -102,11 +103,13 @@ def _made(name: str, argument: Any, taken: list[_Item]) -> _Item:
             return _ORDERED_DICT
     if name in ("BUILD", "SETITEM", "SETITEMS"):
         if name == "BUILD" and taken[0] != _ORDERED_DICT:
-            raise UnpicklingError("it sets the state of what is no OrderedDict")
+            raise UnpicklingError(
+                "it sets the state of an object other than an OrderedDict"
+            )
         return taken[0]
     if name not in _TUPLES and name != "REDUCE":
-        return 0  # nothing in it is asked for its hash
+        return 0  # its hash is not computed
     deepest = 1 + max((item for item in taken if isinstance(item, int)), default=0)
-    if deepest > _DEEPEST:
-        raise UnpicklingError(f"it has tuples in tuples, more than {_DEEPEST} times")
+    if deepest > _MAX_DEPTH:
+        raise UnpicklingError(f"it has tuples nested more than {_MAX_DEPTH} times")
     return deepest

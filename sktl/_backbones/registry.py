@@ -1,87 +1,53 @@
-"""A name and weights lead to a backbone: bundled, of torchvision, or registered.
+"""Registry of backbones: resolve a name and weights to a `Backbone`.
 
-A process keeps the networks it used last: clones of an estimator share one frozen copy.
+The last used backbones are cached in the process, so that clones of an estimator share
+one frozen network.
 """
 
-import copy
 import difflib
-import functools
 import hashlib
 import os
 import socket
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
-from threading import RLock
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from torchvision import models
 
+from sktl._backbones import bundled, registered, torchvision
 from sktl._backbones.backbone import Backbone
-from sktl._backbones.resnet_mini import IMAGE_SIZE, MEAN, STD, ResNetMini
-from sktl._backbones.stages import (
-    check_staged_model,
-    last_linear,
-    reason_not_staged,
-    split_into_stages,
-)
+from sktl._backbones.source import BackboneDefinition, BackboneSource, is_path
+from sktl._backbones.stages import check_staged_model, last_linear
 from sktl._backbones.weights import (
-    SUFFIXES,
-    fetch_weights,
     file_digest,
     load_weights,
     load_weights_into,
     skip_weight_allocation,
 )
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
 
-# A grid over strategies uses two or three networks at once.
-_N_KEPT = 4
+# The names of a source are reserved, except for those of `registered`.
+_SOURCES: tuple[BackboneSource, ...] = (bundled, torchvision)
 
-# Comes with the library, and works without a network connection.
-_BUNDLED = "resnet_mini"
-_MIN_SIZE = 8  # pixels: one position is left of that after three halvings
-
-# Resolutions are measured at no less, where halving is not yet blurred by rounding.
-_MEASURED_AT = 224
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    """How to come to a backbone, with all questions about names answered."""
-
-    # Gives the network for that many categories, or for as many as it has.
-    build: Callable[[int | None], nn.Module]
-    preprocessing: Preprocessing
-    categories: tuple[str, ...] | None
-    min_size: int = 1
-    # Which of torchvision's weights these are, or are taken for.
-    origin: str = ""
-    file: str | None = None
-    registered: bool = False
-
-
-_registered: dict[str, _Recipe] = {}
-_kept: OrderedDict[tuple[str, str, str], Backbone] = OrderedDict()
-# Loading may build what is registered, and that may load another backbone.
-_lock = RLock()
+# By name, name of the weights, and digest of the file or seed. A search over strategies
+# uses two or three backbones at the same time.
+backbones: KeyedCache[tuple[str, str, str], Backbone] = KeyedCache(max_size=4)
 
 
 def list_backbones() -> list[str]:
-    """Name every backbone that can be loaded.
+    """Return the names of all backbones.
 
     Returns
     -------
     list of str
-        The bundled network, the classification models of torchvision, and what was
-        registered, sorted.
+        The bundled network, the classification networks of torchvision, and registered
+        networks, sorted.
 
     Examples
     --------
@@ -89,7 +55,8 @@ def list_backbones() -> list[str]:
     >>> [name for name in list_backbones() if name.startswith("squeezenet")]
     ['squeezenet1_0', 'squeezenet1_1']
     """
-    return sorted({*_builtin(), *_registered})
+    sources = (*_SOURCES, registered)
+    return sorted({name for source in sources for name in source.names()})
 
 
 def register_backbone(
@@ -99,38 +66,39 @@ def register_backbone(
     preprocessing: Any,
     categories: Sequence[str] | None = None,
 ) -> None:
-    """Make a network of your own available under a name, in this process.
+    """Register a network of your own under a name, in this process.
 
-    A name that was registered before now means the new network. Other processes, such
-    as the workers of ``GridSearchCV(n_jobs=2)``, know the name only if they import a
-    module that registers it.
+    Registering a name again replaces its network. Other processes, such as the workers
+    of ``GridSearchCV(n_jobs=2)``, have the name only if they import a module that
+    registers it.
 
     Parameters
     ----------
     name : str
-        Not that of the bundled network or of a model of torchvision.
+        Must differ from the names of the bundled network and of torchvision.
 
     builder : callable
-        Called without arguments; gives a network that takes ``(n, 3, h, w)`` and gives
-        ``(n, n_categories)``. ``weights="DEFAULT"`` and ``weights=None`` mean the
-        network as it comes, with torch's random numbers seeded; a path means that its
-        state dict is put in. To have stages, the network must be an instance of a
-        class of ``torchvision.models``, or have attributes ``stages`` (a ModuleDict,
-        or modules in order) and ``head`` which, run in order, are what it does.
+        Called without arguments; returns a network that maps ``(n, 3, h, w)`` to
+        ``(n, n_categories)``. With ``weights="DEFAULT"`` and ``weights=None`` the
+        network is used as it is built, with torch's random number generator seeded;
+        with a path, the state dict of that file is loaded into it. To have stages, the
+        network must be an instance of a class of ``torchvision.models``, or have
+        attributes ``stages`` (a ModuleDict, or modules in order) and ``head`` which,
+        run in order, are equivalent to the network.
 
     preprocessing : Preprocessing or torchvision's ImageClassification
-        What images go through before the network sees them.
+        Transform of the images before the network.
 
     categories : sequence of str, default=None
-        Names of the columns of the output.
+        Names of the outputs.
 
     Raises
     ------
     TypeError
-        If `name` is not a str, `builder` is not a function or `preprocessing` is
-        neither of the two.
+        If `name` is not a str, `builder` is not callable or `preprocessing` has
+        another type.
     ValueError
-        If there is a network of that name that was not registered, or it is empty.
+        If `name` is empty or reserved.
 
     Examples
     --------
@@ -145,37 +113,24 @@ def register_backbone(
     """
     if not isinstance(name, str):
         raise TypeError(f"The name of a backbone must be a str. Got {name!r}.")
-    if not name or name in _builtin():
+    if not name or any(name in source.names() for source in _SOURCES):
         raise ValueError(
-            "The name of a registered backbone must not be empty nor that of the "
-            f"bundled network or of a model of torchvision. Got {name!r}. Choose "
-            "another."
+            "The name of a registered backbone must not be empty, nor the name of the "
+            f"bundled network or of a network of torchvision. Got {name!r}. Choose "
+            "another name."
         )
     if not callable(builder) or isinstance(builder, nn.Module):
         raise TypeError(
-            "builder must be a function that gives a network. Got "
-            f"{type(builder).__name__}. Of a network, pass `lambda: network`."
+            "builder must be a function that returns a network. Got "
+            f"{type(builder).__name__}. To register a network, pass `lambda: network`."
         )
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = Preprocessing.from_torchvision(preprocessing)
-
-    def build(num_classes: int | None) -> nn.Module:
-        network = builder()
-        if not isinstance(network, nn.Module):
-            raise TypeError(
-                f"The builder of the backbone {name!r} must give a torch.nn.Module. "
-                f"Got {type(network).__name__}."
-            )
-        # What is loaded gets frozen; what the user holds must not be.
-        return copy.deepcopy(network)
-
     if isinstance(categories, str):
         raise TypeError(f"categories must be a list of names. Got {categories!r}.")
     names = None if categories is None else tuple(categories)
-    with _lock:
-        _registered[name] = _Recipe(build, preprocessing, names, registered=True)
-        for key in [key for key in _kept if key[0] == name]:
-            del _kept[key]
+    registered.add(name, builder, preprocessing, names)
+    backbones.drop(lambda key: key[0] == name)
 
 
 def load_backbone(
@@ -185,7 +140,11 @@ def load_backbone(
     random_state: int = 0,
     progress: bool = False,
 ) -> Backbone:
-    """Give the backbone of that name with those weights.
+    """Return a backbone, from the cache if it was loaded before.
+
+    A weights file is downloaded and its digest computed here, but for all networks
+    except registered ones its tensors are read only when ``backbone.network`` is first
+    accessed. Threads wait only for the same backbone.
 
     Parameters
     ----------
@@ -193,14 +152,14 @@ def load_backbone(
         One of `list_backbones`.
 
     weights : str, path-like or None, default="DEFAULT"
-        Name of weights of torchvision, fetched if they are not on this machine; a
-        path to a state dict (``.pth``, ``.pt``, ``.safetensors``); None for random.
-        A file of torchvision's own name brings the preprocessing and categories of
-        those weights, any other those of the default weights; categories only if the
-        head has as many.
+        Name of weights of torchvision, downloaded if they are not on this machine; the
+        path of a state dict (``.pth``, ``.pt``, ``.safetensors``); None for random
+        weights. A file with the name that torchvision gives it has the preprocessing
+        and categories of these weights, any other file those of the default weights;
+        categories only if their number is that of the outputs.
 
     random_state : int, default=0
-        Seed of random weights. The global random state is left as it is.
+        Seed of random weights. The global random state is not changed.
 
     progress : bool, default=False
         Whether to show a progress bar of a download.
@@ -208,51 +167,57 @@ def load_backbone(
     Returns
     -------
     Backbone
-        Shared by all who ask for the same; do not change it.
+        Shared by all callers with the same arguments; do not modify it.
 
     Raises
     ------
     ConnectionError
-        If weights must be fetched and cannot be.
+        If weights cannot be downloaded.
     FileNotFoundError
-        If there is no file at the path given.
+        If there is no file at that path.
     TypeError
-        If `weights` is of another type, or a registered builder gives no network.
+        If `weights` has another type, or a registered builder returns no network.
     ValueError
-        If a name is unknown, or the file is damaged, not plain weights, or not those
-        of this network.
+        If a name is unknown, or the digest of the file is not the one in its name. For
+        a registered backbone also if its file is invalid.
     """
-    # Under the lock also while fetching: whoever waits needs the same file, mostly.
-    with _lock:
-        recipe = _recipe(name, weights, progress)
+    definition = _resolve(name, weights, progress)
+    if definition.file is None:
         identity = f"seed {random_state}"
-        if recipe.file is not None:
-            identity = file_digest(recipe.file)
-        key = (name, recipe.origin, identity)
-        if key not in _kept:
-            backbone = _load(name, recipe, random_state)
-            if recipe.file is not None and file_digest(recipe.file) != identity:
-                raise ValueError(
-                    f"The weights {recipe.file!r} must not change while they are "
-                    "read. They did. Wait until they are written, and try again."
-                )
-            _kept[key] = backbone
-            if len(_kept) > _N_KEPT:
-                _kept.popitem(last=False)
-        _kept.move_to_end(key)
-        return _kept[key]
+    else:
+        identity = file_digest(definition.file)
+    key = (name, definition.weights_name, identity)
+    if definition.file is None or definition.is_registered:
+        backbone = backbones.get(key)
+        if backbone is not None:
+            return backbone
+        create = partial(_build_backbone, name, definition, random_state, identity)
+        # A builder may load another backbone, under the lock of the global random
+        # number generators. To prevent a deadlock, that lock is always acquired first.
+        with preserve_rng_state():
+            return backbones.get_or_create(key, create)
+
+    # The file is read later, maybe in another working directory.
+    file = os.path.join(os.getcwd(), os.path.expanduser(definition.file))
+    create = partial(_declare_backbone, name, definition, file, identity)
+    backbone = backbones.get_or_create(key, create)
+    if not backbone.is_loaded and backbone.definition.file != file:
+        # Equal content in another file, which may exist longer.
+        backbones.drop(lambda each: each == key)
+        backbone = backbones.get_or_create(key, create)
+    return backbone
 
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone by its names: enough to load the same in another process.
+    """Arguments of `load_backbone` and the digest, to load a backbone in any process.
 
     Attributes
     ----------
     name, weights, random_state
         As in `load_backbone`.
     digest : str
-        What it has.
+        Digest of the backbone.
     """
 
     name: str
@@ -267,225 +232,160 @@ class BackboneSpec:
         weights: str | PathLike[str] | None,
         random_state: int = 0,
     ) -> Self:
-        """Refer to a backbone that was loaded with these weights.
+        """Return the specification of a backbone.
 
         Parameters
         ----------
         backbone : Backbone
             From `load_backbone`.
         weights, random_state
-            As it was asked for.
+            Arguments with which it was loaded.
 
         Returns
         -------
         BackboneSpec
-            Good in any working directory.
+            Valid in any working directory.
         """
-        if isinstance(weights, PathLike) or (
-            weights is not None
-            and (weights.endswith(SUFFIXES) or os.path.basename(weights) != weights)
-        ):
+        if isinstance(weights, PathLike) or (weights is not None and is_path(weights)):
             weights = os.path.join(os.getcwd(), os.path.expanduser(weights))
         return cls(backbone.name, weights, random_state, backbone.digest)
 
     def load(self) -> Backbone:
-        """Load it, unless this process has it.
+        """Load the backbone, or return it from the cache of this process.
+
+        Returns
+        -------
+        Backbone
+            With the digest of this specification.
 
         Raises
         ------
         FileNotFoundError, ConnectionError
-            If this machine does not have the weights; names both.
+            If the weights are missing on this machine.
         ValueError
-            If it has others, and as `load_backbone` does.
+            If this machine has other weights, or for the reasons of `load_backbone`.
         """
-        what = f"The weights {self.weights!r} of {self.name!r}"
-        where = f"the machine {socket.gethostname()!r}, which computes with them"
+        weights = f"The weights {self.weights!r} of {self.name!r}"
+        machine = f"the machine {socket.gethostname()!r}, where they are used"
         try:
             backbone = load_backbone(
                 self.name, self.weights, random_state=self.random_state
             )
         except (FileNotFoundError, ConnectionError) as error:
             raise type(error)(
-                f"{what} must be on {where}. They are not: {error}"
+                f"{weights} must be on {machine}. They are missing: {error}"
             ) from error
         if backbone.digest != self.digest:
             raise ValueError(
-                f"{what} must be those with the digest {self.digest[:12]} on {where}, "
-                f"too. Got {backbone.digest[:12]}. Copy the file there, or put it "
-                "where all machines see it."
+                f"{weights} must have the digest {self.digest[:12]} on {machine}. Got "
+                f"{backbone.digest[:12]}. Copy the file to that machine, or put it on "
+                "a file system that all machines share."
             )
         return backbone
 
 
-# What is cached here is asked for in each fit and transform.
-@functools.cache
-def _builtin() -> frozenset[str]:
-    return frozenset([_BUNDLED, *models.list_models(module=models)])
-
-
-def _recipe(name: str, weights: str | PathLike[str] | None, progress: bool) -> _Recipe:
-    if name in _registered:
-        recipe = _registered[name]
-        as_built = weights is None or weights == "DEFAULT"
-        file = None if as_built else _path(name, weights, ["DEFAULT"])
-        return replace(recipe, file=file)
-    if name not in _builtin():
-        close = difflib.get_close_matches(str(name), list_backbones())
-        raise ValueError(
-            f"There is no backbone {name!r}. "
-            f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
-            "list_backbones() has all names; what register_backbone added is known "
-            "only in processes that import a module which registers it."
-        )
-    if name == _BUNDLED:
-        return _bundled_recipe(weights)
-    enum = _weights_of(name)
-    member, file = enum.DEFAULT, None
-    short = str(weights).removeprefix(f"{enum.__name__}.")
-    if short in enum.__members__:
-        member = enum[short]
-        file = str(fetch_weights(member.url, progress=progress))
-    elif weights is not None:
-        file = _path(name, weights, enum.__members__)
-        # Fetched by hand and given by path, they are still the same weights.
-        member = _weights_by_file(name).get(os.path.basename(file), member)
-    return _torchvision_recipe(name, member, file)
-
-
-@functools.cache
-def _weights_of(name: str) -> Any:
-    return models.get_model_weights(name)
-
-
-@functools.cache
-def _weights_by_file(name: str) -> dict[str, Any]:
-    return {os.path.basename(each.url): each for each in _weights_of(name)}
-
-
-@functools.cache
-def _bundled_categories(file: str) -> tuple[str, ...]:
-    with safe_open(file, framework="numpy") as opened:
-        return tuple(opened.metadata()["categories"].splitlines())
-
-
-def _bundled_recipe(weights: str | PathLike[str] | None) -> _Recipe:
-    package = os.path.dirname(os.path.dirname(__file__))
-    file = os.path.join(package, "data", f"{_BUNDLED}.safetensors")
-    categories = _bundled_categories(file)
-    preprocessing = Preprocessing(IMAGE_SIZE, IMAGE_SIZE, mean=MEAN, std=STD)
-    if weights is None:
-        return _Recipe(ResNetMini, preprocessing, None, _MIN_SIZE)
-    if weights != "DEFAULT":
-        file = _path(_BUNDLED, weights, ["DEFAULT"])
-    return _Recipe(ResNetMini, preprocessing, categories, _MIN_SIZE, file=file)
-
-
-@functools.lru_cache(_N_KEPT)
-def _torchvision_recipe(name: str, member: Any, file: str | None) -> _Recipe:
-    options: dict[str, Any] = {}
-    if name in ("googlenet", "inception_v3"):
-        # As these models are with weights; torchvision changes them afterwards.
-        options = {"aux_logits": False, "transform_input": True, "init_weights": True}
-    elif name.startswith("vit_"):
-        options = {"image_size": member.meta["min_size"][0]}
-
-    def build(num_classes: int | None) -> nn.Module:
-        count = {} if num_classes is None else {"num_classes": num_classes}
-        return models.get_model(name, weights=None, **options, **count)
-
-    categories = None if file is None else member.meta["categories"]
-    return _Recipe(
-        build,
-        Preprocessing.from_torchvision(member.transforms()),
-        None if categories is None else tuple(categories),
-        max(member.meta["min_size"]),
-        member.name,
-        file,
+def _resolve(
+    name: str, weights: str | PathLike[str] | None, progress: bool
+) -> BackboneDefinition:
+    for source in (*_SOURCES, registered):
+        if name in source.names():
+            return source.resolve(name, weights, progress)
+    close = difflib.get_close_matches(str(name), list_backbones())
+    raise ValueError(
+        f"There is no backbone {name!r}. "
+        f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
+        "list_backbones() returns all names; a registered backbone is available only "
+        "in processes that import a module which registers it."
     )
 
 
-def _path(name: str, weights: str | PathLike[str] | None, known: Iterable[str]) -> str:
-    if isinstance(weights, PathLike):
-        return os.fspath(weights)
-    if not isinstance(weights, str):
-        raise TypeError(
-            f"weights must be a str, a path or None. Got {weights!r} of type "
-            f"{type(weights).__name__}."
-        )
-    if not weights.endswith(SUFFIXES) and os.path.basename(weights) == weights:
-        raise ValueError(
-            f"The backbone {name!r} has the weights {', '.join(known)}; a path ends "
-            f"in {', '.join(SUFFIXES)}. Got {weights!r}."
-        )
-    return weights
+def _declare_backbone(
+    name: str, definition: BackboneDefinition, file: str, digest: str
+) -> Backbone:
+    """Return a backbone that reads its weights file when its network is accessed."""
+
+    def load() -> nn.Module:
+        network, found = _load_network(name, definition, file, 0)
+        if found != digest:
+            raise _changed_while_read(file)
+        return network
+
+    return Backbone(name, digest, replace(definition, file=file), load)
 
 
-def _load(name: str, recipe: _Recipe, seed: int) -> Backbone:
-    network, digest = _network(name, recipe, seed)
-    crop_size = recipe.preprocessing.crop_size
-    parts = None
-    if reason_not_staged(network) is None:
-        parts = split_into_stages(network, max(crop_size, _MEASURED_AT))
-    if recipe.registered:
-        if parts is not None:
-            check_staged_model(network, parts, crop_size)
-        # The parameters alone do not tell a stride of 1 from one of 2, and a name that
-        # is registered again may bring another preprocessing.
-        everything = f"{network} {recipe.preprocessing} {digest}"
-        digest = hashlib.sha256(everything.encode()).hexdigest()
-    return Backbone(
-        name,
-        digest,
-        network,
-        parts,
-        recipe.preprocessing,
-        _fitting_categories(name, recipe, network),
-        recipe.min_size,
+def _build_backbone(
+    name: str, definition: BackboneDefinition, seed: int, identity: str
+) -> Backbone:
+    """Return a backbone whose digest depends on the network that is built."""
+    network, digest = _load_network(name, definition, definition.file, seed)
+    if definition.file is not None and digest != identity:
+        raise _changed_while_read(definition.file)
+    backbone = Backbone(name, digest, definition, lambda: network)
+    if definition.is_registered:
+        if backbone.staged_model is not None:
+            side = definition.preprocessing.crop_size
+            check_staged_model(backbone.network, backbone.staged_model, side)
+        if backbone.categories != definition.categories:
+            raise ValueError(
+                f"categories must name each output of the backbone {name!r}, which has "
+                f"{_n_outputs(definition, network)} outputs. Got "
+                f"{len(definition.categories or ())} names."
+            )
+        # The parameters do not depend on strides, and a name that is registered again
+        # may have another preprocessing.
+        content = f"{network} {definition.preprocessing} {digest}"
+        backbone.digest = hashlib.sha256(content.encode()).hexdigest()
+    return backbone
+
+
+def _changed_while_read(file: str) -> ValueError:
+    return ValueError(
+        f"The weights {file!r} must not change while they are read, but they did. "
+        "Wait until the file is written, and try again."
     )
 
 
-def _network(name: str, recipe: _Recipe, seed: int) -> tuple[nn.Module, str]:
-    """Give the network of a recipe, frozen, and the digest of its weights."""
-    weights = None if recipe.file is None else load_weights(recipe.file)
-    network = _built(recipe, None, seed)
-    if weights is not None:
-        last = last_linear(network)
-        rows = weights.state_dict.get(f"{last}.weight")
-        if not recipe.registered and rows is not None and rows.ndim > 0:
-            # Saved after fine-tuning on another number of categories.
-            if len(rows) != _n_outputs(network):
-                network = _built(recipe, len(rows), seed)
-        origin = f"The weights {recipe.file!r} for the backbone {name!r}"
-        load_weights_into(network, weights.state_dict, origin)
-    network.to("cpu", torch.float32).eval().requires_grad_(False)
-    digest = (
-        state_dict_digest(network.state_dict()) if weights is None else weights.digest
-    )
-    return network, digest
+def _load_network(
+    name: str, definition: BackboneDefinition, file: str | None, seed: int
+) -> tuple[nn.Module, str]:
+    """Return the frozen network and the digest of its weights."""
+    if file is None:
+        network = _freeze(_build_network(definition, None, seed))
+        return network, state_dict_digest(network.state_dict())
+    weights = load_weights(file)
+    network = _build_network(definition, None, seed, has_weights=True)
+    state_dict = definition.adapt_state_dict(network, weights.state_dict)
+    n_outputs = _n_outputs(definition, network)
+    last = last_linear(network, definition.describe(network))
+    head = state_dict.get(f"{last}.weight")
+    if not definition.is_registered and head is not None and head.ndim > 0:
+        if len(head) != n_outputs:  # fine-tuned on another number of categories
+            network = _build_network(definition, len(head), seed, has_weights=True)
+    origin = f"The weights {file!r} for the backbone {name!r}"
+    load_weights_into(network, state_dict, origin)
+    return _freeze(network), weights.digest
 
 
-def _built(recipe: _Recipe, num_classes: int | None, seed: int) -> nn.Module:
-    unfilled = recipe.file is not None and not recipe.registered
-    with preserve_rng_state(), skip_weight_allocation() if unfilled else nullcontext():
+def _build_network(
+    definition: BackboneDefinition,
+    num_classes: int | None,
+    seed: int,
+    *,
+    has_weights: bool = False,
+) -> nn.Module:
+    if has_weights and not definition.is_registered:
+        # Without values nothing is drawn, so no lock of the generators is needed.
+        with skip_weight_allocation():
+            return definition.build(num_classes)
+    with preserve_rng_state():
         torch.default_generator.manual_seed(seed)
-        return recipe.build(num_classes)
+        return definition.build(num_classes)
 
 
-def _n_outputs(network: nn.Module) -> int | None:
-    name = last_linear(network)
+def _freeze(network: nn.Module) -> nn.Module:
+    return network.to("cpu", torch.float32).eval().requires_grad_(False)
+
+
+def _n_outputs(definition: BackboneDefinition, network: nn.Module) -> int | None:
+    name = last_linear(network, definition.describe(network))
     return None if name is None else len(network.get_parameter(f"{name}.weight"))
-
-
-def _fitting_categories(
-    name: str, recipe: _Recipe, network: nn.Module
-) -> tuple[str, ...] | None:
-    n_outputs = _n_outputs(network)
-    categories = recipe.categories
-    if categories is None or n_outputs in (None, len(categories)):
-        return categories
-    if recipe.registered:
-        raise ValueError(
-            f"categories must name each output of the backbone {name!r}, which has "
-            f"{n_outputs}. Got {len(categories)}."
-        )
-    return None

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 TRAINED_AT = 32  # pixels
-# Random crops show things 1.25 times as large, on average, as they are in the whole
-# image; at that size the network knows them best (Touvron et al., *Fixing the
-# Train-Test Resolution Discrepancy*, 2019).
+# In random crops, objects are on average 1.25 times as large as in the whole image, so
+# predictions are best at this size (Touvron et al., *Fixing the Train-Test Resolution
+# Discrepancy*, 2019).
 IMAGE_SIZE = 40
 MEAN = (0.480, 0.448, 0.398)
 STD = (0.276, 0.269, 0.282)
@@ -23,7 +23,7 @@ class ResNetMini(nn.Module):
     Parameters
     ----------
     num_classes : int or None, default=None
-        Number of categories of the head. None is the 200 it was trained on.
+        Number of categories of the head. None means the 200 of its training.
 
     References
     ----------
@@ -56,12 +56,12 @@ class ResNetMini(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             elif isinstance(module, BasicBlock):
-                # Every block starts as the identity, so that the first steps of
-                # training may be large (Goyal et al., 2017, section 5.1).
+                # Every block is initialized as the identity, which permits a large
+                # learning rate (Goyal et al., 2017, section 5.1).
                 nn.init.zeros_(module.bn2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits ``(n, num_classes)`` of images ``(n, 3, h, w)``."""
+        """Return the logits ``(n, num_classes)`` of images ``(n, 3, h, w)``."""
         for stage in self.stages.values():
             x = stage(x)
         logits: Tensor = self.head(x)  # (n, 256, h / 8, w / 8) -> (n, num_classes)

@@ -1,28 +1,28 @@
-"""Cuts a network into stages, so that depth means the same in every architecture.
+"""Split networks into stages, so that depth has one meaning in every architecture.
 
-The rule: a stage ends where the resolution halves. The network is taken as a row of
-blocks; a block whose output has half the side of its input begins a new stage, and a
-block that quarters it (a patch embedding) is a stage for itself, since a stage ends
-before it and another one inside it. Blocks without parameters never make a stage of
-their own: a pooling layer at the very end belongs to what it pools. The first stage is
-called ``stem``, the others ``stage1``, ``stage2``, … For a ResNet this gives what its
-authors call conv1 to conv5_x.
+A stage ends where the resolution halves. A network is a sequence of blocks; a block
+whose output has half the side of its input begins a new stage, and a block that reduces
+the side to a quarter (a patch embedding) is a stage of its own. Blocks without
+parameters never form a stage of their own: a pooling layer at the end belongs to the
+stage before it. The first stage is called ``stem``, the others ``stage1``, ``stage2``,
+... In a ResNet these are conv1 to conv5_x of the paper.
 
-The modules are shared with the network, not copied: freezing, training or moving a
-stage does the same to the network.
+Stages share their modules with the network: freezing, training or moving a stage does
+the same to the network.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 from torchvision.ops import Permute
 
-# Names with another meaning where a stage can be asked for.
+from sktl._backbones.source import NetworkStructure
+
+# Names with another meaning where the name of a stage is expected.
 _RESERVED = {"head", "network", "penultimate"}
 
 
@@ -33,7 +33,7 @@ class StagedModel:
     Attributes
     ----------
     stages : dict of str to Module
-        In the order in which they run; each takes and gives ``(n, c, h, w)``.
+        In the order in which they run; input and output are ``(n, c, h, w)``.
     head : Module
         From the output of the last stage to that of the network: pooling, flattening
         and the classifier.
@@ -43,231 +43,162 @@ class StagedModel:
     head: nn.Module
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Run stages and head: ``(n, 3, h, w)`` to what the network gives for it."""
+        """Run stages and head: the output of the network for ``(n, 3, h, w)``."""
         for stage in self.stages.values():
             x = stage(x)
         logits: Tensor = self.head(x)
         return logits
 
 
-class _Renormalize(nn.Module):
-    """ImageNet's mean and deviation to 0.5 and 0.5, as GoogLeNet and Inception do."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Plain numbers in the order torchvision has them, so that the bits are equal.
-        red = x[:, 0] * (0.229 / 0.5) + (0.485 - 0.5) / 0.5
-        green = x[:, 1] * (0.224 / 0.5) + (0.456 - 0.5) / 0.5
-        blue = x[:, 2] * (0.225 / 0.5) + (0.406 - 0.5) / 0.5
-        return torch.stack((red, green, blue), 1)
-
-
-def _renormalize(network: Any) -> nn.Module:
-    return _Renormalize() if network.transform_input else nn.Identity()
-
-
-# What the forward methods of torchvision do between their modules.
-_FUNCTIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "+avgpool": lambda network: nn.AdaptiveAvgPool2d(1),
-    "+flatten": lambda network: nn.Flatten(1),
-    "+relu": lambda network: nn.ReLU(),
-    "+renormalize": _renormalize,
-}
-
-# The forward methods of torchvision, written as rows of blocks: (trunk, head).
-# "features.*" stands for the children of `features`, "+name" for an entry above.
-_PARTS: dict[type[nn.Module], tuple[str, str]] = {
-    models.AlexNet: ("features.*", "avgpool +flatten classifier"),
-    models.ConvNeXt: ("features.*", "avgpool classifier"),
-    models.DenseNet: ("features.* +relu", "+avgpool +flatten classifier"),
-    models.EfficientNet: ("features.*", "avgpool +flatten classifier"),
-    models.GoogLeNet: (
-        "+renormalize conv1 maxpool1 conv2 conv3 maxpool2 inception3a inception3b "
-        "maxpool3 inception4a inception4b inception4c inception4d inception4e "
-        "maxpool4 inception5a inception5b",
-        "avgpool +flatten dropout fc",
-    ),
-    models.Inception3: (
-        "+renormalize Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 "
-        "Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c Mixed_5d Mixed_6a "
-        "Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c",
-        "avgpool dropout +flatten fc",
-    ),
-    models.MaxVit: ("stem blocks.*", "classifier"),
-    models.MNASNet: ("layers.*", "+avgpool +flatten classifier"),
-    models.MobileNetV2: ("features.*", "+avgpool +flatten classifier"),
-    models.MobileNetV3: ("features.*", "avgpool +flatten classifier"),
-    models.RegNet: ("stem trunk_output.*", "avgpool +flatten fc"),
-    models.ResNet: (
-        "conv1 bn1 relu maxpool layer1 layer2 layer3 layer4",
-        "avgpool +flatten fc",
-    ),
-    models.ShuffleNetV2: (
-        "conv1 maxpool stage2 stage3 stage4 conv5",
-        "+avgpool +flatten fc",
-    ),
-    models.SqueezeNet: ("features.*", "classifier +flatten"),
-    models.SwinTransformer: ("features.*", "norm permute avgpool flatten head"),
-    models.VGG: ("features.*", "avgpool +flatten classifier"),
-}
-
-
-def reason_not_staged(network: nn.Module) -> str | None:
-    """Say why a network cannot be cut into stages, or None if it can be.
+def describe_network(network: nn.Module) -> NetworkStructure:
+    """Describe a network by its attributes ``stages`` and ``head``.
 
     Parameters
     ----------
     network : Module
-        Any network.
+        With an attribute ``stages``, a ModuleDict or a sequence of modules, and an
+        attribute ``head``, a module; or any other network, which cannot be split.
 
     Returns
     -------
-    str or None
-        A sentence for an error message, which names the class of the network.
-    """
-    kind = type(network).__name__
-    if type(network) in _PARTS or _has_own_stages(network):
-        return None
-    if isinstance(network, models.VisionTransformer):
-        return (
-            f"a {kind} keeps one resolution from its first layer to its last, so "
-            "there is nowhere a stage could end"
-        )
-    return (
-        f"a {kind} is not a class of torchvision.models that can be cut, and it has "
-        "no attributes `stages` (a ModuleDict, or modules in order) and `head` which "
-        "say how to cut it"
-    )
-
-
-def split_into_stages(network: nn.Module, image_size: int) -> StagedModel:
-    """Split a network into stages and a head.
-
-    Parameters
-    ----------
-    network : Module
-        In evaluation mode, on any device: its parameters are not read, nothing is
-        computed. An instance of a class of ``torchvision.models`` (not of a subclass,
-        whose forward may differ), or a network with attributes ``stages`` and
-        ``head``, which are taken as they are.
-    image_size : int
-        Side in pixels at which the resolutions are measured.
-
-    Returns
-    -------
-    StagedModel
-        Made of the modules of `network` itself. Running it equals running `network`.
+    NetworkStructure
+        With these stages and this head, or with the reason why there are none.
 
     Raises
     ------
     ValueError
-        With `reason_not_staged`, where there is one.
+        If a stage is not a module, or its name is invalid.
     """
-    reason = reason_not_staged(network)
-    if reason is not None:
-        raise ValueError(f"No stages: {reason}.")
-    if type(network) not in _PARTS:
-        return StagedModel(_own_stages(network), network.get_submodule("head"))
-    stages = _grouped(_blocks(network, _PARTS[type(network)][0]), image_size)
-    head = _head_blocks(network)
-    if isinstance(network, models.SwinTransformer):
-        # Its blocks are (n, h, w, c) inside; a stage is (n, c, h, w) at both ends.
+    stages, head = getattr(network, "stages", None), getattr(network, "head", None)
+    if isinstance(head, nn.Module) and isinstance(
+        stages, nn.ModuleDict | nn.ModuleList | nn.Sequential | Mapping | list | tuple
+    ):
+        return NetworkStructure(stages=_own_stages(stages), head=[head])
+    return NetworkStructure(
+        reason_not_staged=(
+            f"a {type(network).__name__} is not a class of torchvision.models that can "
+            "be split, and it has no attributes `stages` (a ModuleDict, or modules in "
+            "order) and `head` that define how to split it"
+        )
+    )
+
+
+def split_into_stages(structure: NetworkStructure, image_size: int) -> StagedModel:
+    """Split a network into stages and a head.
+
+    Parameters
+    ----------
+    structure : NetworkStructure
+        Of a network in evaluation mode, on any device; the values of its parameters
+        are not read.
+    image_size : int
+        Side in pixels of the images for which the resolutions are measured.
+
+    Returns
+    -------
+    StagedModel
+        It consists of the modules of the network.
+
+    Raises
+    ------
+    ValueError
+        If the network cannot be split.
+    """
+    if structure.reason_not_staged is not None:
+        raise ValueError(f"No stages: {structure.reason_not_staged}.")
+    if structure.stages is not None:
+        (head,) = structure.head
+        return StagedModel(dict(structure.stages), head)
+    groups = _group(structure.trunk, image_size)
+    head_blocks = list(structure.head)
+    if structure.is_trunk_channels_last:
+        # Blocks pass (n, h, w, c); input and output of a stage are (n, c, h, w).
         to_last, to_first = Permute([0, 2, 3, 1]), Permute([0, 3, 1, 2])
-        stages = [[to_last, *stage, to_first] for stage in stages]
-        del stages[0][0]
-        head = [to_last, *head]
-    sequences = (nn.Sequential(*stage) for stage in stages)
-    return StagedModel(_named(sequences), nn.Sequential(*head))
+        groups = [[to_last, *group, to_first] for group in groups]
+        del groups[0][0]
+        head_blocks = [to_last, *head_blocks]
+    sequences = (nn.Sequential(*group) for group in groups)
+    return StagedModel(_named(sequences), nn.Sequential(*head_blocks))
 
 
-def check_staged_model(network: nn.Module, parts: StagedModel, image_size: int) -> None:
-    """Check that stages and head are parts of the network and together are all of it.
+def check_staged_model(
+    network: nn.Module, staged: StagedModel, image_size: int
+) -> None:
+    """Raise if stages and head are not equivalent to the network.
 
     Parameters
     ----------
     network : Module
         In evaluation mode, on the CPU.
-    parts : StagedModel
+    staged : StagedModel
         Its stages and head.
     image_size : int
-        Side in pixels of the noise that both are given.
+        Side in pixels of the random images for which outputs are compared.
 
     Raises
     ------
     ValueError
-        If a parameter of theirs is not the network's, or the outputs differ by more
-        than float32's rounding explains.
+        If a parameter of a stage is not one of the network, or the outputs differ by
+        more than the rounding errors of float32.
     """
     kind = type(network).__name__
     known = set(network.parameters())
-    if any(not known.issuperset(part.parameters()) for part in parts.stages.values()):
+    if any(not known.issuperset(part.parameters()) for part in staged.stages.values()):
         raise ValueError(
-            f"The `stages` of a {kind} must be its own modules, or training them would "
-            "not train it. Got parameters that are not in its `parameters()`. Make "
-            "`stages` a ModuleDict or a ModuleList."
+            f"The `stages` of a {kind} must be its own modules; otherwise training the "
+            "stages does not train the network. Got parameters that are not in its "
+            "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
         )
-    noise = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, image_size, image_size, generator=noise)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, image_size, image_size, generator=generator)
     with torch.inference_mode():
-        expected, got = network(x.clone()), parts(x)
+        expected, got = network(x.clone()), staged(x)
     if expected.shape != got.shape or not torch.allclose(
         expected, got, rtol=1e-4, atol=1e-5, equal_nan=True
     ):
         raise ValueError(
-            f"The `stages` of a {kind}, run in order, and then its `head` must give "
-            "what the network gives. They give something else. Move what `forward` "
-            "does besides into a stage or into the head."
+            f"The `stages` of a {kind}, run in order, followed by its `head`, must "
+            "have the output of the network. Got another output. Move all other "
+            "operations of `forward` into a stage or the head."
         )
 
 
-def last_linear(network: nn.Module) -> str | None:
-    """Name the last linear layer of a network: its input is the penultimate feature.
+def last_linear(network: nn.Module, structure: NetworkStructure) -> str | None:
+    """Return the name of the last linear layer: its input is the penultimate feature.
 
     Parameters
     ----------
     network : Module
-        Any network. Where it can be cut, the layer is looked for in its head.
+        Any network. If it can be split, only its head is searched.
+    structure : NetworkStructure
+        Its structure.
 
     Returns
     -------
     str or None
-        The name in ``network.named_modules()`` of an ``nn.Linear``; of an
-        ``nn.Conv2d`` if a head has only that (SqueezeNet, whose penultimate feature
-        therefore is an ``(n, 512, h, w)`` map); None if there is none.
+        Name in ``network.named_modules()`` of an ``nn.Linear``, or of an
+        ``nn.Conv2d`` if a head has no linear layer (SqueezeNet, whose penultimate
+        feature is a map ``(n, 512, h, w)``); None if there is neither.
     """
-    whole = reason_not_staged(network) is not None
-    kinds = (nn.Linear,) if whole else (nn.Linear, nn.Conv2d)
-    scope = [network] if whole else _head_blocks(network)
-    within = {module for block in scope for module in block.modules()}
-    for kind in kinds:
+    is_staged = structure.reason_not_staged is None
+    types = (nn.Linear, nn.Conv2d) if is_staged else (nn.Linear,)
+    scope = structure.head if is_staged else [network]
+    searched = {module for block in scope for module in block.modules()}
+    for type_ in types:
         names = [
             name
             for name, module in network.named_modules()
-            if module in within and isinstance(module, kind)
+            if module in searched and isinstance(module, type_)
         ]
         if names:
             return names[-1]
     return None
 
 
-def _head_blocks(network: nn.Module) -> list[nn.Module]:
-    if type(network) in _PARTS:
-        return _blocks(network, _PARTS[type(network)][1])
-    return [network.get_submodule("head")]
-
-
-def _has_own_stages(network: nn.Module) -> bool:
-    stages = getattr(network, "stages", None)
-    return isinstance(getattr(network, "head", None), nn.Module) and isinstance(
-        stages, nn.ModuleDict | nn.ModuleList | nn.Sequential | Mapping | list | tuple
-    )
-
-
-def _own_stages(network: nn.Module) -> dict[str, nn.Module]:
-    stages: Any = network.stages
-    if isinstance(stages, nn.ModuleDict | Mapping):
-        named = dict(stages.items())
-    else:
-        named = _named(stages)
+def _own_stages(stages: Any) -> dict[str, nn.Module]:
+    """Return the stages by name; raise if a stage or its name is invalid."""
+    is_mapping = isinstance(stages, nn.ModuleDict | Mapping)
+    named = dict(stages.items()) if is_mapping else _named(stages)
     for name, stage in named.items():
         if (
             not isinstance(stage, nn.Module)
@@ -277,7 +208,7 @@ def _own_stages(network: nn.Module) -> dict[str, nn.Module]:
         ):
             raise ValueError(
                 "The `stages` of a network must be modules, with names such as "
-                f"'stage1' that are none of {', '.join(sorted(_RESERVED))}. Got "
+                f"'stage1' other than {', '.join(sorted(_RESERVED))}. Got "
                 f"{name!r}: a {type(stage).__name__}."
             )
     return named
@@ -290,19 +221,8 @@ def _named(stages: Iterable[nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def _blocks(network: nn.Module, row: str) -> list[nn.Module]:
-    blocks: list[nn.Module] = []
-    for word in row.split():
-        if word in _FUNCTIONS:
-            blocks.append(_FUNCTIONS[word](network))
-        elif word.endswith(".*"):
-            blocks.extend(network.get_submodule(word[:-2]).children())
-        else:
-            blocks.append(network.get_submodule(word))
-    return blocks
-
-
-def _grouped(blocks: list[nn.Module], image_size: int) -> list[list[nn.Module]]:
+def _group(blocks: Sequence[nn.Module], image_size: int) -> list[list[nn.Module]]:
+    """Group blocks into stages."""
     runs: list[list[nn.Module]] = [[]]
     for block, halvings in zip(blocks, _halvings(blocks, image_size), strict=True):
         if halvings >= 1:
@@ -318,9 +238,10 @@ def _grouped(blocks: list[nn.Module], image_size: int) -> list[list[nn.Module]]:
     return stages
 
 
-def _halvings(blocks: list[nn.Module], image_size: int) -> list[int]:
-    # On the meta device tensors have shapes but no content: this costs next to
-    # nothing, and works whether or not the network has its weights yet.
+def _halvings(blocks: Sequence[nn.Module], image_size: int) -> list[int]:
+    """Return how many times each block halves the resolution."""
+    # Tensors on the meta device have shapes, but no values: this is fast, and works
+    # before the weights are loaded.
     halvings = []
     x = torch.empty(1, 3, image_size, image_size, device="meta")
     with torch.no_grad():
@@ -330,7 +251,7 @@ def _halvings(blocks: list[nn.Module], image_size: int) -> list[int]:
             tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
             on_meta = {name: value.to("meta") for name, value in tensors.items()}
             x = torch.func.functional_call(block, on_meta, (x,))
-            # Not exact: a pooling layer without padding takes 13 to 6.
+            # Rounded: a pooling layer without padding reduces 13 to 6.
             halvings.append(round(math.log2(before / x.shape[-2])))
     return halvings
 

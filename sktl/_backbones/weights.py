@@ -1,10 +1,10 @@
-"""Weights: fetched, verified, read without running them, and put into a network.
+"""Weights files: download, verify and read them, and load them into a network.
 
-A pickle can run any code, so ``.pth`` files are read by torch's restricted unpickler
-and by nothing else; ``.safetensors`` files hold no code at all. torchvision writes the
-first digits of a file's sha256 into its name, and checks them once, on download; here
-they are checked whenever the file is read, which also finds a file that was damaged
-or exchanged on the disk.
+Unpickling can execute any code, so ``.pth`` files are read only by torch's restricted
+unpickler; ``.safetensors`` files contain no code. torchvision writes the first digits
+of the sha256 of a file into its name, and checks them once, after the download. Here
+they are checked each time the file is read, which also detects a file that was damaged
+or replaced on disk.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from io import BufferedReader
 from os import PathLike
@@ -29,30 +30,26 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sktl._backbones.pickle_scan import scan_pickle
+from sktl._utils.keyed_cache import KeyedCache
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
-# What a name promises: torchvision's resnet18-f37072fd.pth begins with f37072fd.
+# The sha256 of torchvision's resnet18-f37072fd.pth begins with f37072fd.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
 
-# Where training scripts put the state dict, what wrappers of a network put before each
-# of its keys (DataParallel, torch.compile, AveragedModel), and what else is no part of
-# it.
-_KEYS_AROUND = ("state_dict", "model_state_dict", "model")
+# Keys under which training scripts save the state dict, prefixes of wrapped networks
+# (DataParallel, torch.compile, AveragedModel), and a counter that is not a weight.
+_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 _N_AVERAGED = "n_averaged"
 
-# Heads that only help training and that are left out of the networks here.
-_AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-# Names that torchvision's DenseNets had before a dot in a name was forbidden.
-_OLD_DENSE = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
-
-# Longer than the steps in which Linux, macOS and Windows stamp changes.
+# Longer than the resolution of time stamps on Linux, macOS and Windows.
 _TICK_NS = 100_000_000
-# Digests by path, size, times and inode: reading a gigabyte to learn that it has not
-# changed takes a second.
+# Digests by path, size, times and inode: hashing a file of 1 GB takes a second.
 _digests: dict[tuple[str, int, int, int, int], str] = {}
-_MOST_DIGESTS = 1024
+_MAX_DIGESTS = 1024
+# Caches nothing: threads that need the same file wait for one download.
+_downloads: KeyedCache[str, None] = KeyedCache(max_size=0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +69,28 @@ class Weights:
 
 
 def load_weights(path: str | PathLike[str]) -> Weights:
-    """Read a state dict from a file, executing nothing that the file holds.
+    """Read a state dict from a file, without executing anything in it.
 
     Parameters
     ----------
     path : str or path-like
         A ``.pth`` or ``.pt`` file of ``torch.save(network.state_dict(), path)``, or a
-        ``.safetensors`` file. The state dict may lie under a key ``"state_dict"``,
-        ``"model_state_dict"`` or ``"model"``, and all of its keys may begin with
-        ``"module."``, as those of an ``AveragedModel`` do.
+        ``.safetensors`` file. The state dict may be the value of a key
+        ``"state_dict"``, ``"model_state_dict"`` or ``"model"``, and all of its keys may
+        begin with ``"module."``, as those of an ``AveragedModel`` do.
 
     Returns
     -------
     Weights
-        The tensors and the digest of the bytes they were read from.
+        The tensors and the digest of the file.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not a regular file, has another suffix, is not what its name
-        promises, cannot be read without executing code, or holds no state dict.
+        If it is not a regular file, has another suffix or another digest than its
+        name, cannot be read without executing code, or contains no state dict.
     """
     path = Path(_regular_file(path)[0])
     if path.suffix not in SUFFIXES:
@@ -102,7 +99,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
             f"{str(path)!r}. Save a network with torch.save(network.state_dict(), "
             "'name.pth')."
         )
-    # One handle for both, so that what is loaded is what was verified.
+    # One handle for both, so that the verified content is the one that is read.
     with path.open("rb") as file:
         digest = _verified_digest(file, str(path))
         file.seek(0)
@@ -111,7 +108,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
 
 
 def file_digest(path: str | PathLike[str]) -> str:
-    """Give the sha256 of a weights file, cheaply if it has not changed since.
+    """Return the sha256 of a weights file, from the cache if it has not changed.
 
     Parameters
     ----------
@@ -128,7 +125,7 @@ def file_digest(path: str | PathLike[str]) -> str:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not a regular file or not what its name promises.
+        If it is not a regular file or its name has another digest.
     """
     name, status = _regular_file(path)
     known = _digests.get(_signature(status, name))
@@ -139,35 +136,43 @@ def file_digest(path: str | PathLike[str]) -> str:
 
 
 def fetch_weights(url: str, *, progress: bool) -> Path:
-    """Give the local copy of a weights file, downloading it the first time.
+    """Return the local copy of a weights file; download it if it is missing.
 
-    The copy lies where torchvision looks for it too, in the folder ``checkpoints`` of
-    ``torch.hub.get_dir()``. It gets its name when it is complete and verified.
+    As with torchvision, the copy is in the folder ``checkpoints`` of
+    ``torch.hub.get_dir()``. It gets its name when it is complete and verified. Threads
+    wait only for the same file.
 
     Parameters
     ----------
     url : str
-        Where the file is; its name carries the first digits of its sha256.
+        Address of the file; its name contains the first digits of its sha256.
     progress : bool
         Whether to show a progress bar of the download.
 
     Returns
     -------
     Path
-        The file on this machine.
+        The local file.
 
     Raises
     ------
     ConnectionError
-        If the file is not here and cannot be fetched.
+        If the file cannot be downloaded.
     ValueError
-        If what was fetched is not what its name promises.
+        If the digest of the downloaded file is not the one in its name.
     """
     name = Path(urlparse(url).path).name
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / name
-    if path.exists():
-        return path
+    if not path.exists():
+        _downloads.get_or_create(str(path), partial(_download, url, path, progress))
+    return path
+
+
+def _download(url: str, path: Path, progress: bool) -> None:
+    if path.exists():  # by another thread
+        return
+    folder, name = path.parent, path.name
     promised = _HASH_IN_NAME.search(name)
     prefix = promised.group(1) if promised else None
     try:
@@ -175,28 +180,27 @@ def fetch_weights(url: str, *, progress: bool) -> Path:
         torch.hub.download_url_to_file(url, str(path), prefix, progress=progress)
     except (OSError, HTTPException) as error:  # of the network, or of the folder
         raise ConnectionError(
-            f"The weights {name!r} are not on this machine and could not be fetched "
-            f"from {url}: {error}. Fetch the file on a machine with a network and put "
+            f"The weights {name!r} are not on this machine and could not be downloaded "
+            f"from {url}: {error}. Download the file on another machine and put "
             f"it into {str(folder)!r}, or pass weights='path/to/{name}'. The bundled "
             "backbone 'resnet_mini' needs no network connection."
         ) from error
     except RuntimeError as error:
         # torch.hub has no type of its own for this, and has removed the file.
         raise ValueError(
-            f"What came from {url} is not the file that its name promises: {error}. "
-            "Nothing was kept. Try again, or fetch the file in another way and pass "
-            f"weights='path/to/{name}'."
+            f"The sha256 of the file downloaded from {url} must begin as its name "
+            f"says: {error}. The file was deleted. Try again, or download it in "
+            f"another way and pass weights='path/to/{name}'."
         ) from error
-    return path
 
 
 class skip_weight_allocation(TorchFunctionMode):
-    """Context in which a network is built without memory for its parameters.
+    """Build a network without memory for its parameters inside this context.
 
-    ``torch.empty``, with which layers make their parameters, gives tensors on the meta
-    device; initializing those costs nothing (3.5 s for VGG-16 on one core otherwise).
-    Unlike under ``torch.device("meta")`` the constants that a network computes for
-    itself, such as the widths of a RegNet, stay real.
+    ``torch.empty``, with which layers create their parameters, returns tensors on the
+    meta device; initializing them takes no time (otherwise 3.5 s for VGG-16 on one
+    core) and draws no random numbers. Unlike with ``torch.device("meta")``, constants
+    that a network computes, such as the widths of a RegNet, keep their values.
     """
 
     def __torch_function__(
@@ -216,36 +220,33 @@ class skip_weight_allocation(TorchFunctionMode):
 def load_weights_into(
     network: nn.Module, state_dict: dict[str, Tensor], origin: str
 ) -> None:
-    """Put a state dict into a network, in the data types of the network.
+    """Load a state dict into a network, converted to the data types of the network.
 
     Parameters
     ----------
     network : Module
-        Built in any way, also under `skip_weight_allocation`. Its parameters become
-        the tensors of `state_dict` themselves; when this raises, it is of no
-        further use.
+        Also one that was built inside `skip_weight_allocation`. The tensors of
+        `state_dict` become its parameters. After an error its state is undefined.
     state_dict : dict of str to Tensor
-        All of the tensors of the network. Those of torchvision's auxiliary heads are
-        left out, where the network has none.
+        All tensors of the network.
     origin : str
-        What the error message calls the state dict.
+        Description of the state dict in the error message.
 
     Raises
     ------
     ValueError
-        If names or shapes are not those of the network.
+        If names or shapes do not match the network.
     """
     own = network.state_dict()
     filling: Any = OrderedDict()
     for name, tensor in state_dict.items():
-        name = _OLD_DENSE.sub(r"\1\2", name)
-        # Of the right shape only: a tensor of one number may say that it is a billion.
+        # Converted only if its shape is valid: the header of a small file may declare
+        # a huge tensor.
         if name in own and own[name].shape == tensor.shape:
-            filling[name] = _converted(tensor, own[name].dtype, f"{origin}: {name}")
-        elif not name.startswith(_AUXILIARY):
-            filling[name] = tensor
-    # torch.save keeps the version of each layer, safetensors does not, and MNASNet
-    # insists on its own.
+            tensor = _converted(tensor, own[name].dtype, f"{origin}: {name}")
+        filling[name] = tensor
+    # torch.save stores the version of each layer, safetensors does not, and MNASNet
+    # requires its own.
     unversioned = {"": {"version": network._version}}
     filling._metadata = getattr(state_dict, "_metadata", unversioned)
     try:
@@ -254,11 +255,11 @@ def load_weights_into(
         wrong = [line.strip() for line in str(error).splitlines()[1:]]
     else:
         wrong = [f"{name} is missing" for name in keys.missing_keys]
-        wrong += [f"{name} is not known" for name in keys.unexpected_keys]
+        wrong += [f"{name} is unexpected" for name in keys.unexpected_keys]
     if wrong:
         raise ValueError(
-            f"Weights must have the names and shapes of the network they are for. "
-            f"{origin} differ in {len(wrong)}: {'; '.join(wrong[:4])}"
+            f"Weights must have the names and shapes of the network. {origin} differ "
+            f"in {len(wrong)}: {'; '.join(wrong[:4])}"
             f"{' …' if len(wrong) > 4 else ''}. Check that they were saved from this "
             "architecture."
         )
@@ -267,16 +268,15 @@ def load_weights_into(
 def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     try:
         return tensor.to(dtype)
-    except RuntimeError as error:  # of some types of a few bits there is no way
+    except RuntimeError as error:  # some types of a few bits cannot be converted
         raise ValueError(
-            f"Weights must have the names and shapes of the network they are for, and "
-            f"numbers. {name} has {tensor.dtype}. Check that they were saved from "
-            "this architecture."
+            f"Weights must be of a data type that can be converted to {dtype}. {name} "
+            f"has {tensor.dtype}. Check that they were saved from this architecture."
         ) from error
 
 
 def _regular_file(path: str | PathLike[str]) -> tuple[str, os.stat_result]:
-    """Give the name of a file, and its status; asked for in each fit and transform."""
+    """Return the expanded path and the status of a file; raise if it is not one."""
     name = os.path.expanduser(path)
     try:
         status = os.stat(name)
@@ -285,7 +285,7 @@ def _regular_file(path: str | PathLike[str]) -> tuple[str, os.stat_result]:
             f"There is no weights file {name!r}. Check the path; a relative one starts "
             f"from {os.getcwd()!r}."
         ) from error
-    # Opening a pipe would wait for a writer, for ever.
+    # Opening a pipe would block until there is a writer.
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(
             f"Weights must be a regular file. Got {name!r}, which is "
@@ -299,8 +299,8 @@ def _signature(status: os.stat_result, name: str) -> tuple[str, int, int, int, i
         os.path.join(os.getcwd(), name),
         status.st_size,
         status.st_mtime_ns,
-        # Cannot be set back, unlike the time of modification (except on Windows, where
-        # it is the time of creation).
+        # Cannot be set, unlike the modification time (but on Windows this is the
+        # creation time).
         status.st_ctime_ns,
         status.st_ino,
     )
@@ -313,14 +313,14 @@ def _verified_digest(file: BufferedReader, name: str) -> str:
     if promised and not digest.startswith(promised.group(1)):
         raise ValueError(
             f"The sha256 of a weights file must begin as its name says. The name of "
-            f"{name!r} says {promised.group(1)}, its content is {digest}: the "
-            "file is damaged or was changed. If it was downloaded, delete it and it "
-            "will be fetched again; if those digits are not a hash, rename the file."
+            f"{name!r} says {promised.group(1)}, its sha256 is {digest}: the file is "
+            "damaged or was changed. If it was downloaded, delete it and it will be "
+            "downloaded again; if those digits are not a hash, rename the file."
         )
-    # A file changed again within a tick of the clock would keep its signature, so one
-    # that was changed just now is not remembered.
+    # A second change within the resolution of the clock would not change the signature,
+    # so the digest of a file that was just changed is not cached.
     if time.time_ns() - max(signature[2:4]) > _TICK_NS:
-        if len(_digests) >= _MOST_DIGESTS:
+        if len(_digests) >= _MAX_DIGESTS:
             _digests.clear()
         _digests[signature] = digest
     return digest
@@ -332,48 +332,48 @@ def _read_tensors(file: BufferedReader, path: Path) -> Any:
             return safetensors.torch.load(file.read())
         except SafetensorError as error:
             raise ValueError(
-                f"{str(path)!r} is not a safetensors file that can be read: {error}. "
-                "Fetch or save it again."
+                f"{str(path)!r} is not a valid safetensors file: {error}. Download or "
+                "save it again."
             ) from error
     try:
         _check_pickles(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    # A damaged pickle can end in any exception at all; there is no second attempt.
+    # Broad on purpose: a damaged pickle can raise an exception of any type.
     except Exception as error:
-        # torch's own text is long, and advises to execute what is in the file.
+        # The message of torch is long, and advises to execute the code in the file.
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code:
-            reason = f"it asks for {code.group(1)}, which is code"
+            reason = f"it calls {code.group(1)}, which is code"
             advice = (
-                "If you trust where it comes from, load the network there and save "
+                "If you trust its source, load the network there and save it with "
                 "torch.save(network.state_dict(), 'name.pth'), without optimizer and "
                 "settings."
             )
         else:
-            reason = f"it is damaged, or no file of torch ({type(error).__name__})"
-            advice = "Fetch or save it again."
+            reason = f"it is damaged, or not a file of torch ({type(error).__name__})"
+            advice = "Download or save it again."
         raise ValueError(
-            f"A weights file must hold nothing but weights. Got {str(path)!r}: "
+            f"A weights file must contain only weights. Got {str(path)!r}: "
             f"{reason}. Nothing in it was executed. {advice}"
         ) from error
 
 
 def _check_pickles(file: BufferedReader) -> None:
-    """Check what torch is going to unpickle, found in the way torch finds it."""
+    """Scan the pickles that torch will read, found in the same way as in torch."""
     zipped = file.read(4) == b"PK\x03\x04"
     file.seek(0)
     if zipped:
         scan_pickle(torch._C.PyTorchFileReader(file).get_record("data.pkl"))
     else:
-        # Before there were zip files: a magic number, the version, the system, what was
-        # saved, and the names of the storages, whose bytes follow.
+        # The format before zip files: a magic number, the version, the system, the
+        # saved object, and the names of the storages, whose bytes follow.
         for _ in range(5):
             scan_pickle(file)
     file.seek(0)
 
 
 def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for key in _KEYS_AROUND:
+    for key in _STATE_DICT_KEYS:
         if isinstance(loaded, dict) and isinstance(dict.get(loaded, key), dict):
             loaded = dict.get(loaded, key)
     if not isinstance(loaded, dict) or not _is_state_dict(loaded):
@@ -382,12 +382,12 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
             shown = ", ".join(repr(key) for key in [*dict.keys(loaded)][:5])
             found = f"{len(loaded)} keys: {shown or 'none'}"
         raise ValueError(
-            f"A weights file must hold a state dict: names with tensors, itself or "
-            f"under one of {', '.join(map(repr, _KEYS_AROUND))}. {str(path)!r} holds "
+            "A weights file must contain a state dict, itself or as the value of one "
+            f"of {', '.join(map(repr, _STATE_DICT_KEYS))}. {str(path)!r} contains "
             f"{found}. Save it with torch.save(network.state_dict(), 'name.pth')."
         )
-    # A pickle may give an OrderedDict or a parameter attributes of any name, "items" or
-    # "to" as well; what comes out here has none.
+    # A pickle can set attributes of any name, such as "items" or "to", on an
+    # OrderedDict or a parameter; the copies made here have none.
     plain: Any = OrderedDict((k, Tensor.detach(v)) for k, v in dict.items(loaded))
     versions = _versions_in(loaded)
     if all(key.startswith("module.") for key in plain.keys() - {_N_AVERAGED}):
@@ -402,7 +402,7 @@ def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _versions_in(loaded: dict[str, Any]) -> dict[str, dict[str, int]] | None:
-    """Give the versions of layers that ``state_dict()`` keeps beside the tensors."""
+    """Return the versions of layers that ``state_dict()`` stores with the tensors."""
     metadata = getattr(loaded, "__dict__", {}).get("_metadata")
     if not isinstance(metadata, dict):
         return None

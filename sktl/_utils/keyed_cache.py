@@ -38,6 +38,13 @@ class KeyedCache(Generic[Key, Value]):
         """Return the number of cached values."""
         return len(self._values)
 
+    def get(self, key: Key) -> Value | None:
+        """Return the value of a key, or None if it is not cached."""
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
     def keys(self) -> list[Key]:
         """Return the cached keys, the least recently used first."""
         with self._lock:

@@ -1,4 +1,4 @@
-"""A pickle of weights is gone through before torch reads it."""
+"""Tests of sktl._backbones.pickle_scan."""
 
 import argparse
 import pickle
@@ -18,8 +18,8 @@ from sktl._backbones.weights import load_weights, load_weights_into
 DEEP = b")" + b"\x85" * 1_000_000
 LARGE = b"\x8a\x06\0\0\0\0\0\x10\x85"  # (2**44,)
 REFUSED = {
-    "deep": (b"})" + b"\x85" * 101 + b"K\x01s.", "tuples in tuples"),
-    "deep by memo": (b")q\0" + b"h\0h\0\x86q\0" * 101 + b".", "tuples in tuples"),
+    "deep": (b"})" + b"\x85" * 101 + b"K\x01s.", "tuples nested"),
+    "deep by memo": (b")q\0" + b"h\0h\0\x86q\0" * 101 + b".", "tuples nested"),
     "deep by calls": (b"ctorch\nSize\n" * 101 + b")" + b"\x85R" * 101 + b".", "tuples"),
     "bytearray": (b"c__builtin__\nbytearray\n" + LARGE + b"R.", "GLOBAL __builtin__"),
     "storage": (b"ctorch\nFloatStorage\n" + LARGE + b"R.", "GLOBAL torch.FloatSt"),
@@ -29,12 +29,12 @@ REFUSED = {
     "new object": (b"ctorch\nFloatTensor\n)\x81.", "GLOBAL torch.FloatT"),
     "state of a tensor": (b"ctorch._utils\n_rebuild_tensor\n)R)b.", "the state"),
     "state of a name": (b"ccollections\nOrderedDict\n}b.", "the state"),
-    "beyond the mark": (b"K\x01(\x85.", "more than there is"),
+    "beyond the mark": (b"K\x01(\x85.", "more than the stack"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refuses(name):
+def test_rejects(name):
     code, words = REFUSED[name]
     with pytest.raises(pickle.UnpicklingError, match=words):
         scan_pickle(code)
@@ -49,7 +49,7 @@ def zipped(path, code):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_lets_pass_what_training_scripts_save(tmp_path, zipped):
+def test_accepts_files_of_training_scripts(tmp_path, zipped):
     network, path = TinyNet(), tmp_path / "training.pth"
     state, optimizer = network.state_dict(), torch.optim.AdamW(network.parameters())
     state["stages.stem.0.weight"] = network.stages["stem"][0].weight  # a Parameter
@@ -64,27 +64,27 @@ def test_lets_pass_what_training_scripts_save(tmp_path, zipped):
 
 
 @pytest.mark.parametrize("beside", [argparse.Namespace(lr=0.1), nn.Linear(2, 2)])
-def test_what_stands_beside_the_weights_is_named(tmp_path, beside):
+def test_an_error_names_the_class_in_the_file(tmp_path, beside):
     path, name = tmp_path / "training.pth", type(beside).__qualname__
     torch.save({"model": TinyNet().state_dict(), "beside": beside}, path)
-    with pytest.raises(ValueError, match=rf"asks for \S+\.{name}, which is code"):
+    with pytest.raises(ValueError, match=rf"calls \S+\.{name}, which is code"):
         load_weights(path)
 
 
-def test_no_nesting_ends_the_process(tmp_path):
+def test_nested_tuples_do_not_crash_the_process(tmp_path):
     path = zipped(tmp_path / "deep.pth", b"}" + DEEP + b"K\x01s.")
     code = (
         f"from sktl._backbones.weights import load_weights; load_weights({str(path)!r})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 1
-    assert "ValueError: A weights file must hold nothing but weights" in run.stderr
+    assert "ValueError: A weights file must contain only weights" in run.stderr
 
 
 @pytest.mark.parametrize("attribute", ["items", "get", "keys", "_metadata"])
-def test_attributes_of_a_state_dict_are_not_believed(tmp_path, attribute):
+def test_attributes_of_a_state_dict_are_ignored(tmp_path, attribute):
     state, path = TinyNet().state_dict(), tmp_path / "weights.pth"
-    other = attribute.upper()  # under its name torch.save would stumble over it
+    other = attribute.upper()  # under its name torch.save would fail
     setattr(state, other, {"head": 3})
     torch.save(state, path, _use_new_zipfile_serialization=False)
     path.write_bytes(path.read_bytes().replace(other.encode(), attribute.encode()))
@@ -94,7 +94,7 @@ def test_attributes_of_a_state_dict_are_not_believed(tmp_path, attribute):
     assert all(torch.equal(network.state_dict()[name], v) for name, v in expected)
 
 
-def test_a_tensor_that_says_it_is_large_is_not_made(tmp_path):
+def test_a_tensor_that_claims_a_large_shape_is_not_allocated(tmp_path):
     state = TinyNet().state_dict()
     state["head.2.bias"] = torch.zeros(1, dtype=torch.float16).expand(2**50)
     torch.save(state, tmp_path / "weights.pth")

@@ -7,6 +7,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-import sktl._backbones.registry
+from sktl._backbones import registered, registry
+from sktl._backbones.backbone import Backbone
 from sktl._backbones.registry import (
     BackboneSpec,
     list_backbones,
@@ -25,17 +27,16 @@ from sktl._backbones.registry import (
     register_backbone,
 )
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.keyed_cache import KeyedCache
 
 _SMALL = Preprocessing(resize_size=32, crop_size=32)
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no test see what another one loaded or registered."""
-    monkeypatch.setattr(sktl._backbones.registry, "_registered", {})
-    monkeypatch.setattr(
-        sktl._backbones.registry, "_kept", type(sktl._backbones.registry._kept)()
-    )
+    """Start each test without cached or registered backbones."""
+    monkeypatch.setattr(registered, "definitions", {})
+    monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_backbone_is_torchvisions_network_and_transform(test_data: Path) -> No
     assert backbone.last_linear is backbone.network.classifier[1]
 
 
-def test_what_is_loaded_is_frozen() -> None:
+def test_loaded_networks_are_frozen() -> None:
     backbone = load_backbone("mnasnet0_5", None)
     assert not backbone.network.training
     for value in backbone.network.state_dict().values():
@@ -150,7 +151,7 @@ def test_threads_share_one_network() -> None:
     assert len(set(map(id, loaded))) == 1
 
 
-def test_only_the_last_used_networks_are_kept() -> None:
+def test_only_the_last_used_backbones_are_cached() -> None:
     register_backbone("mine", _resnet10, preprocessing=_SMALL)
     first = load_backbone("mine", random_state=0)
     second = load_backbone("mine", random_state=1)
@@ -248,7 +249,7 @@ def test_names_of_weights_and_of_their_files_mean_the_same(
     assert load_backbone("mobilenet_v2", saved).preprocessing.resize_size == 232
 
 
-def test_without_network_the_error_says_what_to_fetch(
+def test_without_a_connection_the_error_has_the_url(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("no_proxy", "*")
@@ -257,29 +258,6 @@ def test_without_network_the_error_says_what_to_fetch(
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:9") as caught:
         load_backbone("resnet18")
     assert str(hub) in str(caught.value)
-
-
-def test_a_vision_transformer_has_no_stages_but_a_penultimate_layer() -> None:
-    backbone = load_backbone("vit_b_32", None)
-    with pytest.raises(ValueError, match="'vit_b_32' has no stages: a VisionTransf"):
-        _ = backbone.stages
-    with pytest.raises(ValueError, match="'vit_b_32' has no stages"):
-        _ = backbone.head
-    assert backbone.staged_model is None
-    assert backbone.penultimate == "heads.head"
-    assert backbone.last_linear.in_features == 768
-    assert backbone.preprocessing_at(224) == Preprocessing(224, 224)
-    with pytest.raises(ValueError, match="takes images of 224 pixels a side only"):
-        backbone.preprocessing_at(256)
-
-
-def test_images_may_have_another_size_within_limits() -> None:
-    backbone = load_backbone("squeezenet1_1", None)
-    assert backbone.preprocessing_at(None) == Preprocessing(256, 224)
-    assert backbone.preprocessing_at(64) == Preprocessing(64, 64)
-    assert backbone.preprocessing_at(17).crop_size == 17
-    with pytest.raises(ValueError, match="image_size must be at least 17"):
-        backbone.preprocessing_at(16)
 
 
 def test_a_registered_network_is_a_backbone() -> None:
@@ -328,7 +306,7 @@ def test_registering_again_replaces() -> None:
     assert (first.last_linear.out_features, second.last_linear.out_features) == (3, 4)
 
 
-def test_the_digest_of_a_registered_network_sees_its_architecture() -> None:
+def test_the_digest_of_a_registered_network_depends_on_its_architecture() -> None:
     digests = set()
     for stride in (1, 2):
         build = lambda s=stride: nn.Sequential(nn.Conv2d(3, 4, 3, stride=s))  # noqa: E731
@@ -337,14 +315,14 @@ def test_the_digest_of_a_registered_network_sees_its_architecture() -> None:
     assert len(digests) == 2
 
 
-def test_a_network_without_stages_or_linear_layer_says_so() -> None:
+def test_a_network_without_stages_or_linear_layer() -> None:
     register_backbone(
         "mine", lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), preprocessing=_SMALL
     )
     backbone = load_backbone("mine")
     with pytest.raises(ValueError, match=r"'mine' has no stages: a Sequential is not"):
         _ = backbone.stages
-    with pytest.raises(ValueError, match=r"The backbone 'mine' has none"):
+    with pytest.raises(ValueError, match=r"The backbone 'mine' has no linear layer"):
         _ = backbone.penultimate
 
 
@@ -365,16 +343,20 @@ class _Cheating(nn.Module):
     [
         ({"name": 3}, TypeError, "must be a str. Got 3"),
         ({"name": ""}, ValueError, "must not be empty"),
-        ({"name": "resnet18"}, ValueError, "nor that of the bundled network"),
-        ({"builder": _resnet10()}, TypeError, "a function that gives a network"),
-        ({"builder": "resnet"}, TypeError, "a function that gives a network. Got str"),
-        ({"builder": lambda: 3}, TypeError, "must give a torch.nn.Module. Got int"),
-        ({"categories": ["a"]}, ValueError, "has 10. Got 1"),
+        ({"name": "resnet18"}, ValueError, "nor the name of the bundled network"),
+        ({"builder": _resnet10()}, TypeError, "a function that returns a network"),
+        (
+            {"builder": "resnet"},
+            TypeError,
+            "a function that returns a network. Got str",
+        ),
+        ({"builder": lambda: 3}, TypeError, "must return a torch.nn.Module. Got int"),
+        ({"categories": ["a"]}, ValueError, "has 10 outputs. Got 1 names"),
         ({"builder": _Cheating}, ValueError, "_Cheating, run in order"),
         ({"preprocessing": 32}, TypeError, "preprocessing must be a sktl.Preproc"),
     ],
 )
-def test_refuses_what_is_no_backbone(
+def test_invalid_backbones_raise(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     given = {"name": "mine", "builder": _resnet10, "preprocessing": _SMALL, **arguments}
@@ -394,21 +376,21 @@ def test_refuses_what_is_no_backbone(
         ("resnet50", "no/such", FileNotFoundError, "There is no weights file"),
     ],
 )
-def test_refuses_names_nobody_knows(
+def test_unknown_names_raise(
     name: str, weights: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         load_backbone(name, weights)  # type: ignore[arg-type]
 
 
-def test_refuses_weights_of_another_network(tmp_path: Path) -> None:
+def test_weights_of_another_network_raise(tmp_path: Path) -> None:
     path = _saved(tmp_path, models.squeezenet1_0())
     with pytest.raises(ValueError, match="'squeezenet1_1' differ in") as caught:
-        load_backbone("squeezenet1_1", path)
+        _ = load_backbone("squeezenet1_1", path).network
     assert len(str(caught.value)) < 1000
 
 
-def test_a_reference_leads_to_the_same_from_any_directory(
+def test_a_specification_is_valid_in_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _saved(tmp_path, _resnet10(), "mine.pth")
@@ -427,14 +409,100 @@ def test_a_reference_leads_to_the_same_from_any_directory(
     assert BackboneSpec.to(random, None, 3).load() is random
 
 
-def test_a_reference_names_what_a_machine_lacks(tmp_path: Path) -> None:
+def test_a_specification_raises_without_its_weights(tmp_path: Path) -> None:
     file = _saved(tmp_path, _resnet10())
     register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
     reference = BackboneSpec.to(load_backbone("mine", file), file)
     _saved(tmp_path, _resnet10())
-    with pytest.raises(ValueError, match=rf"digest {reference.digest[:12]} .*, too"):
+    with pytest.raises(
+        ValueError, match=rf"must have the digest {reference.digest[:12]} on"
+    ):
         reference.load()
     file.unlink()
     name = re.escape(socket.gethostname())
-    with pytest.raises(FileNotFoundError, match=rf"net.*on the machine '{name}'"):
+    with pytest.raises(
+        FileNotFoundError, match=rf"net.*must be on the machine '{name}'"
+    ):
         reference.load()
+
+
+def test_weights_are_read_when_the_network_is_accessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = models.squeezenet1_1(num_classes=7)
+    _saved(tmp_path, source, "squeezenet.pth")
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "load_weights", None)
+        backbone = load_backbone("squeezenet1_1", "squeezenet.pth")
+        assert backbone is load_backbone("squeezenet1_1", "squeezenet.pth")
+        assert backbone.preprocessing_at(64) == Preprocessing(64, 64)
+        assert len(backbone.digest) == 64
+        assert not backbone.is_loaded
+    monkeypatch.chdir(tmp_path.parent)
+    got = backbone.last_linear.weight
+    assert torch.equal(got, source.classifier[1].weight)
+    assert backbone.categories is None
+    assert backbone.is_loaded
+
+
+def test_weights_that_change_before_they_are_read_raise(tmp_path: Path) -> None:
+    path = _saved(tmp_path, models.squeezenet1_1())
+    backbone = load_backbone("squeezenet1_1", path)
+    _saved(tmp_path, models.squeezenet1_1())
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must not change while they are read"):
+            _ = backbone.network
+    assert load_backbone("squeezenet1_1", path).network is not None
+
+
+def test_an_equal_file_replaces_one_that_was_not_read(tmp_path: Path) -> None:
+    first = _saved(tmp_path, models.squeezenet1_1())
+    load_backbone("squeezenet1_1", first)
+    second = first.rename(tmp_path / "moved.pth")
+    backbone = load_backbone("squeezenet1_1", second)
+    assert backbone.network is not None
+    second.rename(first)
+    assert load_backbone("squeezenet1_1", first) is backbone
+
+
+def test_a_slow_builder_does_not_delay_files_and_cached_backbones() -> None:
+    cached = load_backbone("squeezenet1_1", None)
+    started, finish = threading.Event(), threading.Event()
+
+    def build_slowly() -> nn.Module:
+        started.set()
+        assert finish.wait(30)
+        return _resnet10()
+
+    register_backbone("slow", build_slowly, preprocessing=_SMALL)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(load_backbone, "slow")
+        assert started.wait(30)
+        other = pool.submit(lambda: load_backbone("resnet_mini").network)
+        assert other.result(30) is not None
+        assert load_backbone("squeezenet1_1", None) is cached
+        assert not slow.done()
+        finish.set()
+        assert slow.result(30).network is not None
+
+
+def test_builders_that_load_other_backbones_do_not_deadlock() -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def build(other: str) -> nn.Module:
+        if other:
+            load_backbone(other)
+        return _resnet10()
+
+    def load(name: str) -> Backbone:
+        together.wait()
+        return load_backbone(name)
+
+    for seed in range(5):
+        registry.backbones.clear()
+        register_backbone("a", lambda: build("b"), preprocessing=_SMALL)
+        register_backbone("b", lambda: build(""), preprocessing=_SMALL)
+        with ThreadPoolExecutor(2) as pool:
+            loaded = list(pool.map(load, "ab", timeout=60))
+        assert loaded[1] is load_backbone("b"), seed

@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from sktl._backbones.stages import (
-    StagedModel,
-    check_staged_model,
-    last_linear,
-    reason_not_staged,
-    split_into_stages,
-)
+from sktl._backbones import stages as stages_module
+from sktl._backbones.stages import StagedModel, check_staged_model
+from sktl._backbones.torchvision import describe_network
 from sktl._backbones.weights import skip_weight_allocation
 
 _CLASSIFIERS = models.list_models(module=models)
@@ -50,13 +46,24 @@ _FAMILIES = {
 }
 
 
-def _unfilled(name: str) -> nn.Module:
+def split_into_stages(network: nn.Module, image_size: int) -> StagedModel:
+    return stages_module.split_into_stages(describe_network(network), image_size)
+
+
+def last_linear(network: nn.Module) -> str | None:
+    return stages_module.last_linear(network, describe_network(network))
+
+
+def _without_values(name: str) -> nn.Module:
     options = {}
     if name in ("googlenet", "inception_v3"):
         # Auxiliary heads run in training only. transform_input as with weights.
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
+    before = torch.get_rng_state()
     with skip_weight_allocation():
         network: nn.Module = models.get_model(name, **options)
+    # Weights files are read without the lock of the random number generators.
+    assert torch.equal(torch.get_rng_state(), before)
     return network.eval()
 
 
@@ -109,7 +116,7 @@ _each_family = pytest.mark.parametrize(
 
 @_each_family
 def test_stages_and_head_are_the_network(name: str) -> None:
-    network = _randomized(_unfilled(name))
+    network = _randomized(_without_values(name))
     parts = split_into_stages(network, 224)
     images = _images(224 if name == "maxvit_t" else 80)
     with torch.inference_mode():
@@ -129,7 +136,7 @@ def test_stages_and_head_are_the_network(name: str) -> None:
 @_each_family
 def test_a_stage_ends_where_the_resolution_halves(name: str) -> None:
     sides, linear = _FAMILIES[name]
-    network = _unfilled(name)
+    network = _without_values(name)
     parts = split_into_stages(network, 224)
     assert _sides(parts, 224) == list(sides)
     assert (
@@ -147,8 +154,8 @@ def test_a_stage_ends_where_the_resolution_halves(name: str) -> None:
         if name not in _TRANSFORMERS
     ],
 )
-def test_every_cnn_is_cut_without_running_it(name: str) -> None:
-    network = _unfilled(name)
+def test_every_cnn_is_split_without_values(name: str) -> None:
+    network = _without_values(name)
     parts = split_into_stages(network, 224)
     assert 3 <= len(parts.stages) <= 5
     # Each parameter of the network is in exactly one part, none is added.
@@ -173,15 +180,15 @@ def test_every_cnn_is_cut_without_running_it(name: str) -> None:
         ),
     ],
 )
-def test_the_cut_does_not_depend_on_where_it_is_measured(name: str, side: int) -> None:
-    network = _unfilled(name)
+def test_stages_do_not_depend_on_the_image_size(name: str, side: int) -> None:
+    network = _without_values(name)
     one, other = split_into_stages(network, 224), split_into_stages(network, side)
     for stage, same in zip(one.stages.values(), other.stages.values(), strict=True):
         assert set(stage.parameters()) == set(same.parameters())
 
 
 def test_the_stages_of_a_resnet_are_its_layers() -> None:
-    network = _unfilled("resnet18")
+    network = _without_values("resnet18")
     stages = split_into_stages(network, 224).stages
     assert list(stages["stem"].children()) == [
         network.conv1,
@@ -193,21 +200,21 @@ def test_the_stages_of_a_resnet_are_its_layers() -> None:
 
 
 def test_a_patch_embedding_is_the_stem() -> None:
-    network = _unfilled("convnext_tiny")
+    network = _without_values("convnext_tiny")
     stages = split_into_stages(network, 224).stages
     assert list(stages["stem"].children()) == [network.features[0]]
     assert list(stages["stage1"].children()) == [network.features[1]]
 
 
-def test_a_pool_at_the_end_belongs_to_what_it_pools() -> None:
-    network = _unfilled("alexnet")
+def test_a_pool_at_the_end_belongs_to_the_stage_before() -> None:
+    network = _without_values("alexnet")
     stages = split_into_stages(network, 224).stages
     assert list(stages["stem"].children()) == list(network.features[:2])
     assert list(stages["stage2"].children()) == list(network.features[5:])
 
 
-def test_stages_give_what_the_network_computes_on_its_way() -> None:
-    network = _randomized(_unfilled("regnet_y_400mf"))
+def test_stages_return_the_activations_of_the_network() -> None:
+    network = _randomized(_without_values("regnet_y_400mf"))
     seen: dict[str, Tensor] = {}
     network.trunk_output.block2.register_forward_hook(
         lambda module, inputs, output: seen.update(block2=output)
@@ -221,7 +228,7 @@ def test_stages_give_what_the_network_computes_on_its_way() -> None:
 
 
 def test_training_a_stage_trains_the_network() -> None:
-    network = _randomized(_unfilled("resnet18"))
+    network = _randomized(_without_values("resnet18"))
     stage = split_into_stages(network, 224).stages["stage4"]
     stage.requires_grad_(False)
     assert not any(p.requires_grad for p in network.layer4.parameters())
@@ -229,7 +236,7 @@ def test_training_a_stage_trains_the_network() -> None:
 
 
 def test_input_transforms_are_kept_only_where_the_network_has_them() -> None:
-    network = _randomized(_unfilled("googlenet"))
+    network = _randomized(_without_values("googlenet"))
     network.transform_input = False
     with torch.inference_mode():
         x = _images(64)
@@ -243,15 +250,15 @@ def test_input_transforms_are_kept_only_where_the_network_has_them() -> None:
         for name in _TRANSFORMERS
     ],
 )
-def test_a_vision_transformer_says_why_it_has_no_stages(name: str) -> None:
-    network = _unfilled(name)
+def test_a_vision_transformer_has_no_stages(name: str) -> None:
+    network = _without_values(name)
     with pytest.raises(ValueError, match="VisionTransformer keeps one resolution"):
         split_into_stages(network, 224)
     assert last_linear(network) == "heads.head"
 
 
 class _Small(nn.Module):
-    """A network that says itself how to cut it."""
+    """A network that defines its stages."""
 
     def __init__(self, collect: Callable[..., object], factor: float = 1.0) -> None:
         super().__init__()
@@ -280,7 +287,7 @@ def _by_name(blocks: list[nn.Module]) -> dict[str, nn.Module]:
         (lambda blocks: nn.ModuleDict(_by_name(blocks)), ["low", "high"]),
     ],
 )
-def test_a_network_may_say_itself_how_to_cut_it(
+def test_a_network_may_define_its_stages(
     collect: Callable[..., object], names: list[str]
 ) -> None:
     network = _Small(collect).eval()
@@ -290,7 +297,7 @@ def test_a_network_may_say_itself_how_to_cut_it(
     check_staged_model(network, parts, 32)
 
 
-def test_a_cut_that_is_not_the_network_is_found() -> None:
+def test_stages_that_differ_from_the_network_raise() -> None:
     network = _Small(nn.ModuleList, factor=1.01).eval()
     with pytest.raises(ValueError, match="_Small, run in order"):
         check_staged_model(network, split_into_stages(network, 32), 32)
@@ -300,14 +307,14 @@ def test_a_cut_that_is_not_the_network_is_found() -> None:
         check_staged_model(stranger, split_into_stages(stranger, 32), 32)
 
 
-def test_other_networks_are_not_guessed_at() -> None:
+def test_other_networks_have_no_stages() -> None:
     class Changed(models.ResNet):
         """A subclass may do something else in forward."""
 
     with skip_weight_allocation():
         changed = Changed(models.resnet.BasicBlock, [1, 1, 1, 1])
     for network in (changed, nn.Sequential(nn.Conv2d(3, 4, 1)), nn.Identity()):
-        reason = reason_not_staged(network)
+        reason = describe_network(network).reason_not_staged
         assert reason is not None
         assert type(network).__name__ in reason
         with pytest.raises(ValueError, match="No stages"):
@@ -315,7 +322,7 @@ def test_other_networks_are_not_guessed_at() -> None:
 
 
 def test_a_network_without_linear_layer_has_no_last_one() -> None:
-    network = _unfilled("resnet18")
+    network = _without_values("resnet18")
     network.fc = nn.Identity()
     assert last_linear(network) is None
     assert last_linear(nn.Sequential(nn.Conv2d(3, 4, 1))) is None

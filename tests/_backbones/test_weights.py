@@ -6,8 +6,8 @@ import pickle
 import tarfile
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,11 +125,9 @@ def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
         ({0: torch.zeros(1)}, "1 keys: 0"),
     ],
 )
-def test_refuses_what_is_no_state_dict(
-    tmp_path: Path, content: object, found: str
-) -> None:
+def test_other_content_raises(tmp_path: Path, content: object, found: str) -> None:
     torch.save(content, tmp_path / "net.pth")
-    with pytest.raises(ValueError, match=f"holds {found}"):
+    with pytest.raises(ValueError, match=f"contains {found}"):
         load_weights(tmp_path / "net.pth")
 
 
@@ -152,7 +150,7 @@ def test_executes_nothing_from_a_file(tmp_path: Path) -> None:
     assert touched.exists()
 
 
-def test_refuses_the_tar_files_of_the_first_torch(tmp_path: Path) -> None:
+def test_tar_files_of_the_first_torch_raise(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "tar.pth", "w") as tar:
         for name in ("sys_info", "pickle", "storages", "tensors"):
             (tmp_path / name).write_bytes(b"")
@@ -163,7 +161,7 @@ def test_refuses_the_tar_files_of_the_first_torch(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("kept", [0, 10, 300])
-def test_refuses_a_truncated_file(
+def test_a_truncated_file_raises(
     tmp_path: Path, layer: nn.Linear, suffix: str, kept: int
 ) -> None:
     path = tmp_path / f"net{suffix}"
@@ -183,19 +181,21 @@ def test_verifies_the_name_at_every_load(tmp_path: Path, layer: nn.Linear) -> No
     path.write_bytes(damaged)
 
     for read in (load_weights, file_digest):
-        with pytest.raises(ValueError, match="delete it and it will be fetched again"):
+        with pytest.raises(
+            ValueError, match="delete it and it will be downloaded again"
+        ):
             read(path)
 
 
 @pytest.mark.parametrize("stem", ["net-imagenet", "net-1234567", "net-20240101x", "a"])
-def test_a_name_without_a_hash_promises_nothing(
+def test_a_name_without_a_hash_is_not_verified(
     tmp_path: Path, layer: nn.Linear, stem: str
 ) -> None:
     _saved(layer, tmp_path / f"{stem}.pth")
     assert len(load_weights(tmp_path / f"{stem}.pth").state_dict) == 2
 
 
-def test_refuses_other_files(tmp_path: Path) -> None:
+def test_other_files_raise(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no weights file .*net\.pth"):
         load_weights(tmp_path / "net.pth")
     (tmp_path / "folder.pth").mkdir()
@@ -213,7 +213,7 @@ def test_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
         load_weights(tmp_path / "pipe.pth")
 
 
-def test_digest_is_remembered_until_the_file_changes(
+def test_digest_is_cached_until_the_file_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "net.pth"
@@ -231,11 +231,11 @@ def test_digest_is_remembered_until_the_file_changes(
     assert file_digest(path) == hashlib.sha256(b"b" * 1000).hexdigest()
 
 
-def test_digests_of_files_without_end_are_not_all_remembered(
+def test_the_cache_of_digests_is_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(weights_module, "_digests", {})
-    monkeypatch.setattr(weights_module, "_MOST_DIGESTS", 3)
+    monkeypatch.setattr(weights_module, "_MAX_DIGESTS", 3)
     monkeypatch.setattr(
         weights_module, "_TICK_NS", -(10**18)
     )  # all were there long ago
@@ -246,14 +246,14 @@ def test_digests_of_files_without_end_are_not_all_remembered(
         assert 0 < len(weights_module._digests) <= 3
 
 
-def test_digest_sees_changes_that_follow_at_once(tmp_path: Path) -> None:
+def test_digest_changes_with_a_file_that_changes_at_once(tmp_path: Path) -> None:
     path = tmp_path / "net.pth"
     for i in range(50):
         path.write_bytes(bytes([i]) * 1000)
         assert file_digest(path) == hashlib.sha256(bytes([i]) * 1000).hexdigest()
 
 
-def test_fetches_once(
+def test_downloads_once(
     server: tuple[str, Path],
     hub: Path,
     layer: nn.Linear,
@@ -272,17 +272,17 @@ def test_fetches_once(
     assert capsys.readouterr() == ("", "")
 
 
-def test_keeps_nothing_that_is_not_what_its_name_promises(
+def test_a_download_with_another_digest_is_deleted(
     server: tuple[str, Path], hub: Path
 ) -> None:
     address, folder = server
     (folder / "net-00000000.pth").write_bytes(b"something else")
-    with pytest.raises(ValueError, match="Nothing was kept"):
+    with pytest.raises(ValueError, match="The file was deleted"):
         fetch_weights(f"{address}/net-00000000.pth", progress=False)
     assert list(hub.iterdir()) == []
 
 
-def test_says_what_to_do_without_a_network(server: tuple[str, Path], hub: Path) -> None:
+def test_a_failed_download_says_what_to_do(server: tuple[str, Path], hub: Path) -> None:
     gone = f"{server[0]}/net-00000000.pth"
     nobody = "http://127.0.0.1:9/net-00000000.pth"
     for url in (gone, nobody):
@@ -294,7 +294,7 @@ def test_says_what_to_do_without_a_network(server: tuple[str, Path], hub: Path) 
     assert list(hub.iterdir()) == []
 
 
-def test_an_unfilled_network_costs_nothing_and_can_be_filled() -> None:
+def test_weights_are_loaded_into_a_network_without_values() -> None:
     before = torch.get_rng_state()
     with skip_weight_allocation():
         network = models.regnet_y_400mf()
@@ -306,7 +306,7 @@ def test_an_unfilled_network_costs_nothing_and_can_be_filled() -> None:
         assert torch.equal(network.state_dict()[name], value), name
 
 
-def test_fill_keeps_the_types_of_the_network(layer: nn.Linear) -> None:
+def test_weights_are_converted_to_the_types_of_the_network(layer: nn.Linear) -> None:
     half = {name: value.half() for name, value in layer.state_dict().items()}
     network = nn.Linear(3, 2)
     load_weights_into(network, half, "they")
@@ -320,7 +320,7 @@ def test_fill_keeps_the_types_of_the_network(layer: nn.Linear) -> None:
         ({"weight": torch.zeros(2, 3)}, "they differ in 1: bias is missing"),
         (
             {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "c": torch.zeros(1)},
-            "they differ in 1: c is not known",
+            "they differ in 1: c is unexpected",
         ),
         (
             {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)},
@@ -328,36 +328,14 @@ def test_fill_keeps_the_types_of_the_network(layer: nn.Linear) -> None:
         ),
     ],
 )
-def test_fill_says_what_differs(
+def test_mismatched_weights_raise(
     layer: nn.Linear, state: dict[str, torch.Tensor], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_weights_into(layer, state, "they")
 
 
-def test_fill_knows_the_old_names_of_densenet() -> None:
-    with skip_weight_allocation():
-        source, network = (models.DenseNet(4, (2, 1), 8, 2) for _ in range(2))
-    source.to_empty(device="cpu")
-    old = OrderedDict(
-        (name.replace("norm1", "norm.1").replace("conv2", "conv.2"), value)
-        for name, value in source.state_dict().items()
-    )
-    load_weights_into(network, old, "they")
-    name = "features.denseblock1.denselayer2.conv2.weight"
-    assert name not in old
-    assert (
-        network.get_parameter(name).data_ptr() == source.get_parameter(name).data_ptr()
-    )
-
-
-def test_fill_leaves_out_auxiliary_heads(layer: nn.Linear) -> None:
-    load_weights_into(
-        layer, {**nn.Linear(3, 2).state_dict(), "aux1.w": torch.zeros(1)}, "they"
-    )
-
-
-def test_fill_takes_an_mnasnet_without_version() -> None:
+def test_loads_an_mnasnet_without_version() -> None:
     source = models.mnasnet0_5()
     with skip_weight_allocation():
         network = models.mnasnet0_5()
@@ -365,7 +343,7 @@ def test_fill_takes_an_mnasnet_without_version() -> None:
     assert torch.equal(network.layers[0].weight, source.layers[0].weight)
 
 
-def test_content_digest_sees_names_types_shapes_and_bits() -> None:
+def test_content_digest_depends_on_names_types_shapes_and_bits() -> None:
     digests = set()
     for shape in [(2, 3), (3, 2)]:
         for dtype in (torch.float32, torch.float64):
@@ -385,3 +363,26 @@ def test_content_digest_of_one_number_is_that_of_the_number() -> None:
     number = torch.tensor(3.0)
     plain, spread = {"a": number.reshape(1)}, {"a": number.expand(1)}
     assert state_dict_digest(spread) == state_dict_digest(plain)
+
+
+def test_threads_share_one_download(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    started, finish, downloads = threading.Event(), threading.Event(), []
+
+    def download(url: str, path: str, prefix: str, *, progress: bool) -> None:
+        downloads.append(url)
+        if "slow" in url:
+            started.set()
+            assert finish.wait(30)
+        Path(path).write_bytes(b"content")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    fetch = partial(fetch_weights, progress=False)
+    with ThreadPoolExecutor(2) as pool:
+        slow = [pool.submit(fetch, "http://a/slow.pth") for _ in range(2)]
+        assert started.wait(30)
+        assert fetch("http://a/quick.pth").exists()  # while the other waits
+        finish.set()
+        assert {each.result(30) for each in slow} == {hub / "slow.pth"}
+    assert sorted(downloads) == ["http://a/quick.pth", "http://a/slow.pth"]

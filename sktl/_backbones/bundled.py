@@ -1,0 +1,47 @@
+"""The bundled backbone ``resnet_mini``, which needs no network connection."""
+
+import functools
+import os
+from collections.abc import Collection
+from os import PathLike
+
+from safetensors import safe_open
+
+from sktl._backbones.resnet_mini import IMAGE_SIZE, MEAN, STD, ResNetMini
+from sktl._backbones.source import BackboneDefinition, weights_path
+from sktl._backbones.stages import describe_network
+from sktl._images.preprocessing import Preprocessing
+
+_NAME = "resnet_mini"
+_MIN_SIZE = 8  # pixels: 1 x 1 position is left after three halvings
+_FILE = os.path.join(
+    os.path.dirname(os.path.dirname(__file__)), "data", f"{_NAME}.safetensors"
+)
+
+
+def names() -> Collection[str]:
+    """Return the name of the bundled backbone."""
+    return frozenset([_NAME])
+
+
+def resolve(
+    name: str, weights: str | PathLike[str] | None, progress: bool
+) -> BackboneDefinition:
+    """Return the definition of the bundled backbone; see `BackboneSource`."""
+    file = _FILE if weights == "DEFAULT" else None
+    if weights is not None and file is None:
+        file = weights_path(name, weights, ["DEFAULT"])
+    return BackboneDefinition(
+        ResNetMini,
+        describe_network,
+        Preprocessing(IMAGE_SIZE, IMAGE_SIZE, mean=MEAN, std=STD),
+        None if file is None else _categories(),
+        min_size=_MIN_SIZE,
+        file=file,
+    )
+
+
+@functools.cache
+def _categories() -> tuple[str, ...]:
+    with safe_open(_FILE, framework="numpy") as opened:
+        return tuple(opened.metadata()["categories"].splitlines())

@@ -1,0 +1,174 @@
+"""Interface between the registry and the sources of backbones.
+
+A source is a library of networks, such as torchvision. It resolves a name and weights
+to a `BackboneDefinition`, which describes its networks by a `NetworkStructure`. A new
+source is one module with the functions of `BackboneSource`, and one entry in the list
+of the registry.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from sktl._backbones.weights import SUFFIXES
+from sktl._images.preprocessing import Preprocessing
+
+StateDict = dict[str, Tensor]
+
+
+def _is_channels_first(layer: str) -> bool:
+    return False
+
+
+def _keep_state_dict(network: nn.Module, state_dict: StateDict) -> StateDict:
+    return state_dict
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkStructure:
+    """How a network is composed of modules.
+
+    Attributes
+    ----------
+    trunk : sequence of Module
+        Blocks in the order in which they run, to be grouped into stages by resolution.
+    stages : mapping of str to Module or None
+        The stages themselves, for a network that defines them.
+    head : sequence of Module
+        Blocks that run after the last stage.
+    reason_not_staged : str or None
+        Why the network cannot be split into stages, or None if it can be.
+    is_trunk_channels_last : bool
+        Whether the blocks pass activations of shape ``(n, h, w, c)``, not
+        ``(n, c, h, w)``.
+    has_fixed_image_size : bool
+        Whether the network supports only images of one size.
+    is_channels_last : callable
+        Takes the name of a module; returns whether its activations with four axes are
+        ``(n, h, w, c)``. Raises a ValueError if they have another layout.
+    """
+
+    trunk: Sequence[nn.Module] = ()
+    stages: Mapping[str, nn.Module] | None = None
+    head: Sequence[nn.Module] = ()
+    reason_not_staged: str | None = None
+    is_trunk_channels_last: bool = False
+    has_fixed_image_size: bool = False
+    is_channels_last: Callable[[str], bool] = _is_channels_first
+
+
+@dataclass(frozen=True)
+class BackboneDefinition:
+    """Everything that is needed to create a backbone, apart from the weights.
+
+    Attributes
+    ----------
+    build : callable
+        Takes a number of categories, or None for the default, and returns a network.
+    describe : callable
+        Takes a network; returns its `NetworkStructure`.
+    preprocessing : Preprocessing
+        Transform the weights were trained with.
+    categories : tuple of str or None
+        Names of the outputs.
+    min_size : int
+        Minimum side of an image in pixels.
+    has_fixed_image_size : bool or None
+        As in `NetworkStructure`; None if only the network can tell.
+    weights_name : str
+        Name that the source gives to the weights, or to those whose preprocessing and
+        categories are used.
+    file : str or None
+        Weights file; None for random weights.
+    is_registered : bool
+        Whether the network is from `register_backbone`: it is built with all its
+        values, and may have any number of outputs.
+    adapt_state_dict : callable
+        Takes a network and a state dict; returns the state dict with the names of the
+        parameters of the network.
+    """
+
+    build: Callable[[int | None], nn.Module]
+    describe: Callable[[nn.Module], NetworkStructure]
+    preprocessing: Preprocessing
+    categories: tuple[str, ...] | None
+    min_size: int = 1
+    has_fixed_image_size: bool | None = False
+    weights_name: str = ""
+    file: str | None = None
+    is_registered: bool = False
+    adapt_state_dict: Callable[[nn.Module, StateDict], StateDict] = _keep_state_dict
+
+
+class BackboneSource(Protocol):
+    """A source of backbones; a module with these functions is one."""
+
+    def names(self) -> Collection[str]:
+        """Return the names of the backbones of this source."""
+
+    def resolve(
+        self, name: str, weights: str | PathLike[str] | None, progress: bool
+    ) -> BackboneDefinition:
+        """Return the definition of a backbone; download its weights if needed.
+
+        Parameters
+        ----------
+        name : str
+            One of `names`.
+        weights : str, path-like or None
+            Name of weights, path of a file, or None for random weights.
+        progress : bool
+            Whether to show a progress bar of a download.
+
+        Raises
+        ------
+        ConnectionError
+            If the weights cannot be downloaded.
+        TypeError, ValueError
+            If `weights` is invalid.
+        """
+
+
+def weights_path(
+    name: str, weights: str | PathLike[str] | None, known: Iterable[str]
+) -> str:
+    """Return the path that the parameter `weights` specifies.
+
+    Parameters
+    ----------
+    name : str
+        Name of the backbone, for the error message.
+    weights : str, path-like or None
+        Value of the parameter.
+    known : iterable of str
+        Names of weights, for the error message.
+
+    Raises
+    ------
+    TypeError
+        If `weights` is neither a str nor path-like.
+    ValueError
+        If it is a str, but not a path.
+    """
+    if isinstance(weights, PathLike):
+        return os.fspath(weights)
+    if not isinstance(weights, str):
+        raise TypeError(
+            f"weights must be a str, a path or None. Got {weights!r} of type "
+            f"{type(weights).__name__}."
+        )
+    if not is_path(weights):
+        raise ValueError(
+            f"The backbone {name!r} has the weights {', '.join(known)}; a path ends "
+            f"in {', '.join(SUFFIXES)}. Got {weights!r}."
+        )
+    return weights
+
+
+def is_path(weights: str) -> bool:
+    """Return whether a value of the parameter `weights` is a path, not a name."""
+    return weights.endswith(SUFFIXES) or os.path.basename(weights) != weights

@@ -1,0 +1,44 @@
+"""Tests of sktl._backbones.backbone."""
+
+import copy
+
+import pytest
+import torch
+
+from sktl._backbones.registry import load_backbone
+from sktl._images.preprocessing import Preprocessing
+
+
+def test_a_vision_transformer_has_no_stages_but_a_penultimate_layer() -> None:
+    backbone = load_backbone("vit_b_32", None)
+    with pytest.raises(ValueError, match="'vit_b_32' has no stages: a VisionTransf"):
+        _ = backbone.stages
+    with pytest.raises(ValueError, match="'vit_b_32' has no stages"):
+        _ = backbone.head
+    assert backbone.staged_model is None
+    assert backbone.penultimate == "heads.head"
+    assert backbone.last_linear.in_features == 768
+    assert backbone.preprocessing_at(224) == Preprocessing(224, 224)
+    with pytest.raises(ValueError, match="supports only images of 224 pixels a side"):
+        backbone.preprocessing_at(256)
+
+
+def test_images_may_have_another_size_within_limits() -> None:
+    backbone = load_backbone("squeezenet1_1", None)
+    assert backbone.preprocessing_at(None) == Preprocessing(256, 224)
+    assert backbone.preprocessing_at(64) == Preprocessing(64, 64)
+    assert backbone.preprocessing_at(17).crop_size == 17
+    with pytest.raises(ValueError, match="image_size must be at least 17"):
+        backbone.preprocessing_at(16)
+
+
+def test_stages_of_a_copy_are_modules_of_its_network() -> None:
+    shared = load_backbone("resnet_mini")
+    private = copy.deepcopy(shared)
+    assert private.digest == shared.digest
+    own = set(private.network.modules())
+    assert all(stage in own for stage in private.stages.values())
+    assert private.head is not shared.head
+    x = torch.zeros(1, 3, 40, 40)
+    with torch.inference_mode():
+        assert torch.equal(private.network(x), shared.network(x))

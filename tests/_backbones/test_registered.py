@@ -1,0 +1,31 @@
+"""Tests of sktl._backbones.registered."""
+
+import pytest
+import torch
+from torch import nn
+
+from sktl._backbones import registered
+from sktl._images.preprocessing import Preprocessing
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> nn.Linear:
+    monkeypatch.setattr(registered, "definitions", {})
+    layer = nn.Linear(3, 2)
+    registered.add("mine", lambda: layer, Preprocessing(8, 8), ("a", "b"))
+    return layer
+
+
+def test_the_network_is_a_copy(layer: nn.Linear) -> None:
+    assert list(registered.names()) == ["mine"]
+    definition = registered.resolve("mine", "DEFAULT", False)
+    network = definition.build(None)
+    assert network is not layer
+    assert torch.equal(network.weight, layer.weight)
+    assert (definition.file, definition.categories) == (None, ("a", "b"))
+
+
+def test_a_path_is_the_weights_file(layer: nn.Linear) -> None:
+    assert registered.resolve("mine", "net.pth", False).file == "net.pth"
+    with pytest.raises(ValueError, match="has the weights DEFAULT; a path ends"):
+        registered.resolve("mine", "V1", False)
