@@ -20,7 +20,6 @@ from sktl import (
     Preprocessing,
     register_backbone,
 )
-from sktl._backbones import weights as weights_module
 from sktl._training import serialization
 from sktl._training.multiclass import MulticlassTarget
 from sktl._training.network import network_digest
@@ -193,9 +192,8 @@ def test_loading_needs_no_pretrained_weights(images, file, monkeypatch):
     estimator = fit(images, backbone="resnet_mini", trainable="head")
     expected = estimator.predict_proba(images)
     estimator.set_params(backbone="resnet_mini", weights="gone.pth").save(file)
-    for name in ("fetch_weights", "load_weights"):
-        monkeypatch.setattr(weights_module, name, None)
-        monkeypatch.setattr(f"sktl._backbones.registry.{name}", None)
+    monkeypatch.setattr("sktl._backbones.torchvision.fetch_weights", None)
+    monkeypatch.setattr("sktl._backbones.registry.load_weights", None)
     loaded = FineTunedCNNClassifier.load(file)
     np.testing.assert_array_equal(loaded.predict_proba(images), expected)
     assert loaded.weights == "gone.pth"
