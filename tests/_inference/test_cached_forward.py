@@ -20,6 +20,7 @@ from store_rows import find_shards
 
 import sktl._inference.cached_forward
 from sktl import FeatureStore, PretrainedClassifier, PretrainedFeatures
+from sktl._images.validation import validate_images
 from sktl._inference.forward import batches
 
 
@@ -301,14 +302,11 @@ def test_a_store_with_too_small_max_bytes_does_not_fail_a_fit(counting, paths):
 
 def test_rows_deleted_before_they_are_read_are_computed(counting, paths):
     expected = clone(counting).set_params(memory=None).transform(paths)
-    everything = dict.fromkeys(map(key_of, paths))
-    with mock.patch.object(FeatureStore, "known", return_value=everything):
+    images = validate_images(paths, estimator=PretrainedFeatures(), reset=True)
+    written = dict.fromkeys(images.content_hashes())
+    with mock.patch.object(FeatureStore, "known", return_value=written):
         got = counting.transform(paths)
     np.testing.assert_array_equal(got, expected)
-
-
-def key_of(path):
-    return sktl._images.hashing.content_hash(path, row=0, pixel_range="auto")
 
 
 def test_rows_computed_before_an_interrupt_are_cached(counting, paths):
