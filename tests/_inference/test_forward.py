@@ -28,7 +28,8 @@ EACH_ENGINE = pytest.mark.parametrize("engine", ["torch", "openvino"])
 
 
 @pytest.fixture(scope="module")
-def pil_images(images):
+def images(images):
+    """PIL images, as `forward` takes them."""
     return [Image.fromarray(image) for image in images]
 
 
