@@ -7,10 +7,12 @@ os.environ["SCIPY_ARRAY_API"] = "1"
 # No usage statistics are sent over the network.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -20,25 +22,14 @@ from torch import Tensor, nn
 from sktl import FeatureStore, Preprocessing, register_backbone
 
 
-class TinyNet(nn.Module):
-    """Network of two stages and a head, whose forward pass takes a millisecond."""
+class StagedNet(nn.Module):
+    """Network of the given stages and a head that averages over the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, stages: dict[str, nn.Module], width: int) -> None:
         super().__init__()
-        self.stages = nn.ModuleDict(
-            {
-                "stem": nn.Sequential(
-                    nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
-                    nn.BatchNorm2d(8),
-                    nn.ReLU(inplace=True),
-                ),
-                "stage1": nn.Sequential(
-                    nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(inplace=True)
-                ),
-            }
-        )
+        self.stages = nn.ModuleDict(stages)
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 5)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,8 +38,64 @@ class TinyNet(nn.Module):
         return self.head(x)
 
 
+class TinyNet(StagedNet):
+    """Network of two stages and a head, whose forward pass takes a millisecond."""
+
+    def __init__(self) -> None:
+        stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+        )
+        stage1 = nn.Sequential(
+            nn.Conv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(inplace=True)
+        )
+        super().__init__({"stem": stem, "stage1": stage1}, 16)
+
+
 register_backbone(
     "tiny", TinyNet, preprocessing=Preprocessing(resize_size=16, crop_size=16)
+)
+
+
+def five_stages() -> nn.Module:
+    """Build a network of five stages, as torchvision's have, with fixed weights."""
+    names, widths = ("stem", "stage1", "stage2", "stage3", "stage4"), (3, 4, 6, 8, 12)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stages = {
+            name: nn.Sequential(
+                nn.Conv2d(n_in, n_out, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(n_out),
+                nn.ReLU(inplace=True),
+            )
+            for name, (n_in, n_out) in zip(names, pairwise((*widths, 16)), strict=True)
+        }
+        for stage in stages.values():
+            nn.init.kaiming_normal_(stage[0].weight)  # outputs of every depth near 1
+        return StagedNet(stages, 16)
+
+
+def projection() -> nn.Module:
+    """Build a fixed random projection of four regions to 200 categories."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        linear = nn.Linear(12, 200)
+        nn.init.normal_(linear.weight, std=10)
+        nn.init.normal_(linear.bias, std=10)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), linear)
+
+
+register_backbone(
+    "projection",
+    projection,
+    preprocessing=Preprocessing(resize_size=16, crop_size=16),
+    categories=tuple(f"category {i:03}" for i in range(200)),
+)
+register_backbone(
+    "five stages",
+    five_stages,
+    preprocessing=Preprocessing(resize_size=32, crop_size=32),
 )
 
 

@@ -1,6 +1,6 @@
 """Properties that hold for any images, labels and parameters, drawn by hypothesis.
 
-The same cases are drawn in every run.
+The same cases are drawn in every run: few by default, many under the mark ``slow``.
 """
 
 import io
@@ -16,6 +16,7 @@ from conftest import TinyNet
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reference import normalized
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -29,12 +30,23 @@ from sktl import (
 )
 from sktl._backbones.registry import load_backbone
 
-drawn = settings(
-    derandomize=True,
-    deadline=None,
-    phases=[Phase.generate],  # shrinking a failing case can take minutes
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+
+def holds_for_all(max_examples, *strategies):
+    """Return a decorator that calls a property with so many drawn values."""
+    return lambda check: settings(
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        phases=[Phase.generate],  # shrinking a failing case can take minutes
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )(given(*strategies)(check))()
+
+
+def few_and_many(few, many):
+    """Parametrize the number of examples of a property."""
+    return pytest.mark.parametrize(
+        "n", [few, pytest.param(many, marks=pytest.mark.slow)]
+    )
 
 
 class RoundsByBatch(nn.Module):
@@ -204,13 +216,10 @@ CONTAINERS = [
 def plain_row(image, layer):
     """Compute the features of one image with torch only."""
     backbone = load_backbone("rounding")
-    x = backbone.preprocessing(Image.fromarray(image.rgb))
-    x = torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)[None] / 255
-    mean = torch.tensor(backbone.preprocessing.mean)[:, None, None]
-    std = torch.tensor(backbone.preprocessing.std)[:, None, None]
+    x = normalized([image.rgb], backbone.preprocessing)
     stem, stage1 = backbone.network.stages.values()
     with torch.inference_mode():
-        x = stem((x - mean) / std)
+        x = stem(x)
         x = x if layer == "stem" else stage1(x)
     return x.mean((2, 3)).numpy()[0]
 
@@ -227,10 +236,15 @@ def folders(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("drawn")
 
 
-@settings(drawn, max_examples=200)
-@given(st.data())
-def test_row_depends_on_its_image_only(folders, data):
-    draw, folder = data.draw, folders()
+@few_and_many(15, 200)
+def test_row_depends_on_its_image_only(n, folders):
+    @holds_for_all(n, st.data())
+    def check(data):
+        check_rows(data.draw, folders())
+
+
+def check_rows(draw, folder):
+    """Transform images drawn in calls of any kind, and compare rows with plain ones."""
     pool = draw(st.lists(images_drawn, min_size=1, max_size=5))
     if draw(st.booleans()):  # of the same shape, so that they can be stacked
         one = pool[0].pixels
@@ -367,34 +381,36 @@ def check_labels(fitted, y):
     np.testing.assert_array_equal(predicted, expected[proba.argmax(1)])
 
 
-@settings(drawn, max_examples=80)
-@given(labels(), st.sampled_from([0, 1]))
-def test_labels_of_a_fine_tuned_classifier(folders, y, max_epochs):
-    mine = FineTunedCNNClassifier(
-        "tiny",
-        trainable="head",
-        head_init="random",
-        max_epochs=max_epochs,
-        engine="torch",
-        random_state=0,
-    ).fit(FEW, y)
-    check_labels(mine, y)
-    check_labels(pickle.loads(pickle.dumps(mine)), y)
-    path = folders() / "mine.safetensors"
-    mine.save(path)
-    check_labels(FineTunedCNNClassifier.load(path), y)
+@few_and_many(15, 80)
+def test_labels_of_a_fine_tuned_classifier(n, folders):
+    @holds_for_all(n, labels(), st.sampled_from([0, 1]))
+    def check(y, max_epochs):
+        mine = FineTunedCNNClassifier(
+            "tiny",
+            trainable="head",
+            head_init="random",
+            max_epochs=max_epochs,
+            engine="torch",
+            random_state=0,
+        ).fit(FEW, y)
+        check_labels(mine, y)
+        check_labels(pickle.loads(pickle.dumps(mine)), y)
+        path = folders() / "mine.safetensors"
+        mine.save(path)
+        check_labels(FineTunedCNNClassifier.load(path), y)
 
 
-@settings(drawn, max_examples=80)
-@given(labels())
-def test_labels_of_a_pretrained_classifier(y):
-    mine = PretrainedClassifier("of ten categories", engine="torch")
-    check_labels(mine.fit(FEW, y), y)
-    check_labels(pickle.loads(pickle.dumps(mine)), y)
-    mine.set_params(label_map=dict(zip("abcdefghij", np.asarray(y), strict=True)))
-    if np.asarray(y).dtype == object:
-        return  # a label_map does not define the dtype of its labels
-    check_labels(mine.fit(FEW), y)
+@few_and_many(15, 80)
+def test_labels_of_a_pretrained_classifier(n):
+    @holds_for_all(n, labels())
+    def check(y):
+        mine = PretrainedClassifier("of ten categories", engine="torch")
+        check_labels(mine.fit(FEW, y), y)
+        check_labels(pickle.loads(pickle.dumps(mine)), y)
+        mine.set_params(label_map=dict(zip("abcdefghij", np.asarray(y), strict=True)))
+        if np.asarray(y).dtype == object:
+            return  # a label_map does not define the dtype of its labels
+        check_labels(mine.fit(FEW), y)
 
 
 @pytest.mark.parametrize("y", [[1, 2], [True, False], [1.0, 2.0]])
@@ -472,11 +488,17 @@ def output_of(fitted):
 
 
 @pytest.mark.parametrize("kind", VALID)
-@settings(drawn, max_examples=20)
-@given(data=st.data())
-def test_copies_fit_equal_models(folders, kind, data):
+@few_and_many(5, 20)
+def test_copies_fit_equal_models(n, folders, kind):
     values = {name: st.sampled_from(of) for name, of in VALID[kind].items()}
-    params = data.draw(st.fixed_dictionaries({}, optional=values))
+
+    @holds_for_all(n, st.fixed_dictionaries({}, optional=values))
+    def check(params):
+        check_copies(kind, params, folders)
+
+
+def check_copies(kind, params, folders):
+    """Compare an estimator with copies of it, before and after fit."""
     # Without defaults that download weights or are slow.
     params = {"backbone": VALID[kind]["backbone"][0], "engine": "torch", **params}
     if params.get("memory") == "store":
