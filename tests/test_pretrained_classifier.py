@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import normalized
 from sklearn.datasets import load_files
 from sklearn.metrics import log_loss, roc_auc_score, top_k_accuracy_score
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -37,11 +38,8 @@ def named():
 def raw(images):
     """Probabilities of the plain network, in its own order."""
     backbone = load_backbone("named")
-    x = np.stack([backbone.preprocessing(Image.fromarray(p)) for p in images])
-    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
-        logits = backbone.network((x - mean[:, None, None]) / std[:, None, None])
+        logits = backbone.network(normalized(images, backbone.preprocessing))
         return logits.softmax(1).numpy()
 
 
