@@ -6,7 +6,7 @@ from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeature
 
 ESTIMATORS = [
     FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
-    PretrainedClassifier("resnet_mini", engine="torch"),
+    PretrainedClassifier("projection", engine="torch"),
     PretrainedFeatures("tiny", engine="torch"),
 ]
 each_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)

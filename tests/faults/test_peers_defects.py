@@ -13,7 +13,7 @@ import pytest
 import sklearn
 import torch
 from conftest import TinyNet
-from PIL import Image
+from reference import normalized
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score, cross_validate
@@ -155,27 +155,13 @@ def test_features_of_densenet_follow_the_last_relu(images):
     )
     rows = mine.transform(images[:2])
     assert rows.min() >= 0  # its input is negative
-    network = load_backbone("densenet121", None).network
     backbone = load_backbone("densenet121", None)
-    x = torch.from_numpy(
-        np.stack(
-            [backbone.preprocessing_at(64)(image) for image in pil_images(images[:2])]
-        )
-    )
-    x = x.permute(0, 3, 1, 2) / 255
-    mean, std = (
-        torch.tensor(value)[:, None, None]
-        for value in (backbone.preprocessing.mean, backbone.preprocessing.std)
-    )
     with torch.inference_mode():
-        maps = network.features((x - mean) / std)
+        x = normalized(images[:2], backbone.preprocessing_at(64))
+        maps = backbone.network.features(x)
     assert maps.min() < 0
     expected = maps.relu().mean((2, 3)).numpy()
     np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5 * expected.max())
-
-
-def pil_images(images):
-    return [Image.fromarray(image) for image in images]
 
 
 # Training that changes shared state, and training that is lost
@@ -232,7 +218,7 @@ def test_fit_does_not_change_parameters(images, y):
 
 
 def test_fitted_search_can_be_copied(images, y, tmp_path):
-    search = GridSearchCV(make_classifier(), {"lr": [1e-3, 1e-2]}, cv=2).fit(images, y)
+    search = GridSearchCV(make_classifier(), {"lr": [1e-3]}, cv=2).fit(images, y)
     expected = search.predict_proba(images)
     joblib.dump(search, tmp_path / "search.joblib", compress=3)
     for copied in (
@@ -241,7 +227,8 @@ def test_fitted_search_can_be_copied(images, y, tmp_path):
         joblib.load(tmp_path / "search.joblib"),
     ):
         np.testing.assert_array_equal(copied.predict_proba(images), expected)
-        clone(copied).fit(images, y)
+        again = clone(copied)
+    again.fit(images, y)
 
 
 # Missing rows
