@@ -136,6 +136,13 @@ def paths(images: NDArray[np.uint8], tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture
+def quick_linear_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reduce the search for the regularization of linear probes, to save time."""
+    monkeypatch.setattr("sktl._training.linear_probe.C_GRID", np.array([0.01, 1.0]))
+    monkeypatch.setattr("sktl._training.linear_probe._N_FOLDS", 2)
+
+
+@pytest.fixture
 def filled_store(tmp_path: Path) -> FeatureStore:
     """Return a store of forty rows in one shard."""
     store = FeatureStore(tmp_path / "store")

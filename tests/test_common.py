@@ -24,8 +24,11 @@ from sklearn.utils.fixes import parse_version
 import sktl
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
+# A converted network of OpenVINO would take longer than each fit.
 ESTIMATORS = [
-    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0),
+    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
     PretrainedClassifier("projection"),
     PretrainedFeatures("tiny"),
 ]

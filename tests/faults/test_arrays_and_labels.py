@@ -26,6 +26,8 @@ from sktl import (
     PretrainedFeatures,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 CLASSIFIERS = ESTIMATORS[:2]
 each_classifier = pytest.mark.parametrize("estimator", CLASSIFIERS)
 RNG = np.random.default_rng(0)

@@ -19,6 +19,8 @@ from sklearn.model_selection import cross_val_score
 
 from sktl import FeatureStore, PretrainedFeatures
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 Y = np.arange(40) % 2
 
 

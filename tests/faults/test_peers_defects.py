@@ -28,6 +28,8 @@ from sktl import (
 )
 from sktl._backbones.registry import load_backbone
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 SMALL = Preprocessing(resize_size=16, crop_size=16)
 
 
