@@ -298,12 +298,14 @@ def plain_features(photographs, weights):
     return torch.cat(rows).numpy()
 
 
+@pytest.mark.slow
 def test_real_features_equal_those_of_torchvision(photographs, weights, plain_features):
     got = PretrainedFeatures("squeezenet1_1", weights=weights).transform(photographs)
     assert len(photographs) == 153
     assert np.abs(got - plain_features).max() <= 1e-4 * np.abs(plain_features).max()
 
 
+@pytest.mark.slow
 @needs_native_bfloat16
 def test_real_features_in_bfloat16(photographs, weights, plain_features):
     mine = PretrainedFeatures("squeezenet1_1", weights=weights, precision="bfloat16")
