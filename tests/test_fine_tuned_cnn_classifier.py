@@ -7,6 +7,7 @@ import pytest
 import sklearn
 import torch
 from conftest import TinyNet
+from reference import normalized
 from sklearn.base import clone
 from sklearn.datasets import load_files
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401  (required)
@@ -29,6 +30,8 @@ from sktl import (
     register_backbone,
 )
 from sktl._training.linear_probe import C_GRID
+
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 
 @pytest.fixture
@@ -61,25 +64,13 @@ def test_epoch_0_is_the_logistic_regression_on_frozen_features(images, y):
 
 def test_predictions_equal_the_module_in_plain_pytorch(images, y):
     classifier = make_classifier().fit(images, y)
-    preprocessing = classifier.preprocessing_
-    x = np.stack([preprocessing(image) for image in _images(images)])
-    x = torch.from_numpy(x).permute(0, 3, 1, 2) / 255
-    mean, std = (
-        torch.tensor(v).view(3, 1, 1) for v in (preprocessing.mean, preprocessing.std)
-    )
     assert not classifier.module_.training
     with torch.inference_mode():
-        logits = classifier.module_((x - mean) / std)
+        logits = classifier.module_(normalized(images, classifier.preprocessing_))
     proba = F.softmax(logits, dim=1).numpy()
     np.testing.assert_allclose(classifier.predict_proba(images), proba, atol=1e-5)
     scores = (logits[:, 1] - logits[:, 0]).numpy()
     np.testing.assert_allclose(classifier.decision_function(images), scores, atol=1e-4)
-
-
-def _images(images):
-    from PIL import Image
-
-    return [Image.fromarray(image) for image in images]
 
 
 @pytest.mark.parametrize("trainable", ["head", 1, "stage1", "all"])
@@ -143,7 +134,7 @@ def test_image_of_weight_0_has_no_effect(images, y):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_weights_are_interpolated_with_the_linear_probe(images, y, alpha):
-    model = FineTunedCNNClassifier("resnet_mini", lr=1e-3, trainable=2, random_state=0)
+    model = FineTunedCNNClassifier("five stages", lr=1e-3, trainable=2, random_state=0)
     probe = clone(model).set_params(max_epochs=0).fit(images, y).module_.state_dict()
     trained = clone(model).set_params(wise_ft_alpha=1.0).fit(images, y)
     interpolated = clone(model).set_params(wise_ft_alpha=alpha).fit(images, y)
@@ -219,6 +210,7 @@ def test_halving_search_over_epochs(images, y):
     assert search.best_estimator_.n_iter_ == 4
 
 
+@pytest.mark.slow
 def test_two_workers_find_the_scores_of_one(paths, y, tmp_path):
     grid = {"lr": [1e-3, 1e-2], "trainable": ["head", "all"]}
     # "tiny" is registered in this process only.
@@ -389,6 +381,7 @@ def test_invalid_image(paths, y, tmp_path):
             make_classifier(head_init=head_init).fit(rows, y)
 
 
+@pytest.mark.slow
 class TestAntsAndBees:
     @pytest.fixture
     def network(self, test_data):

@@ -6,6 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from reference import normalized
 
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 from sktl._backbones.registry import BackboneSpec, load_backbone
@@ -79,20 +80,10 @@ def test_penultimate_features_are_the_input_of_the_last_layer(images):
     handle = backbone.last_linear.register_forward_pre_hook(
         lambda module, inputs: recorded.append(inputs[0])
     )
-    pixels = np.stack([backbone.preprocessing(p) for p in as_images(images)])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    mean, std = (
-        torch.tensor(each).view(3, 1, 1)
-        for each in (backbone.preprocessing.mean, backbone.preprocessing.std)
-    )
     with torch.inference_mode():
-        backbone.network((x - mean) / std)
+        backbone.network(normalized(images, backbone.preprocessing))
     handle.remove()
     np.testing.assert_allclose(features(images), recorded[0], rtol=1e-3, atol=1e-5)
-
-
-def as_images(images):
-    return validate_images(list(images), estimator=PretrainedFeatures(), reset=True)
 
 
 def test_each_image_goes_through_once(images, paths, tmp_path, passes):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from reference import normalized
 
 from sktl import PretrainedFeatures
 from sktl._backbones.feature_extractor import layer_widths
@@ -30,10 +31,8 @@ def pixels(images):
 def test_without_layers_it_is_the_whole_network(pixels):
     at_24 = BACKBONE.preprocessing.with_image_size(24)
     got = model_spec((), preprocessing=at_24).compile().start(pixels)()
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (at_24.mean, at_24.std))
     with torch.no_grad():
-        expected = BACKBONE.network((x - mean) / std).numpy()
+        expected = BACKBONE.network(normalized(pixels, at_24)).numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -21,6 +21,8 @@ from sktl._training.config import TrainerState
 from sktl._training.multiclass import encode_multiclass
 from sktl._training.targets import validation_mask
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 
 @pytest.fixture
 def make_parts(images):

@@ -20,6 +20,8 @@ from sktl._training.callbacks import (
 )
 from sktl._training.optim import lr_lambda, parameter_groups
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 
 class RecordLearningRates(Callback):
     rates = []  # noqa: RUF012  (shared by all copies)

@@ -21,6 +21,8 @@ from sktl._training import trainer
 from sktl._training.checkpoint import checkpoint_seed
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 Y = np.repeat([0, 1], 20)
 
 
@@ -430,7 +432,7 @@ def test_resumed_run_without_random_state_uses_the_seed_of_the_file(
 ):
     estimator.set_params(random_state=None, weights=weights, early_stopping=True)
     estimator.set_params(
-        backbone="tiny" if weights is None else "resnet_mini", trainable=1
+        backbone="tiny" if weights is None else "five stages", trainable=1
     )
     interrupt(estimator, images, Y)
     seed = checkpoint_seed(tmp_path, -1)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import ImageOps
+from reference import normalized
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
@@ -23,8 +24,11 @@ from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
 from sktl._training.network import replace_head
 from sktl._utils.keyed_cache import KeyedCache
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 Y = np.arange(40) % 2
-BACKBONE = load_backbone("resnet_mini")
+NAME = "five stages"
+BACKBONE = load_backbone(NAME)
 
 
 @pytest.fixture
@@ -48,17 +52,19 @@ def passes():
 def make_classifier(**parameters):
     defaults = {"trainable": 1, "max_epochs": 2, "batch_size": 16, "lr": 1e-3}
     defaults |= {"engine": "torch", "random_state": 0, **parameters}
-    return FineTunedCNNClassifier("resnet_mini", **defaults)
+    return FineTunedCNNClassifier(NAME, **defaults)
 
 
-def make_activations(X, memory=None, network=None, prefix=None, **parameters):
+def make_activations(
+    X, memory=None, network=None, prefix=None, backbone=BACKBONE, **parameters
+):
     estimator = PretrainedFeatures(engine="torch", batch_size=16, **parameters)
     return FrozenActivations(
-        network or replace_head(BACKBONE, 2),
+        network or replace_head(backbone, 2),
         validate_images(X, estimator=estimator, reset=True),
-        BACKBONE.preprocessing,
+        backbone.preprocessing,
         ExecutionConfig.from_estimator(estimator),
-        pretrained=PretrainedPrefix(3, BackboneSpec.to(BACKBONE, "DEFAULT")),
+        pretrained=PretrainedPrefix(3, BackboneSpec.to(backbone, "DEFAULT")),
         prefix=prefix,
         memory=memory,
     )
@@ -77,14 +83,8 @@ def test_rows_equal_the_output_of_the_stages(images, monkeypatch, max_bytes, n_f
     network = replace_head(BACKBONE, 2).eval()
     got = make_activations(images, network=network).rows(n_frozen, [3, 39, 3])
     selected = validate_images(images[[3, 39, 3]], estimator=network, reset=True)
-    pixels = np.stack([BACKBONE.preprocessing(image) for image in selected])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
-    mean, std = (
-        torch.tensor(each).view(3, 1, 1)
-        for each in (BACKBONE.preprocessing.mean, BACKBONE.preprocessing.std)
-    )
     with torch.no_grad():
-        expected = network[:n_frozen]((x - mean) / std)
+        expected = network[:n_frozen](normalized(selected, BACKBONE.preprocessing))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -156,7 +156,7 @@ def namespaces(directory):
 
 def test_rows_are_shared_with_pretrained_features(paths, tmp_path, passes):
     features = PretrainedFeatures(
-        "resnet_mini", layer="stage2", pooling="flatten", batch_size=16, engine="torch"
+        NAME, layer="stage2", pooling="flatten", batch_size=16, engine="torch"
     )
     flat = features.set_params(memory=tmp_path).transform(paths)
     rows = make_activations(paths, tmp_path).rows(3, range(40))
@@ -202,7 +202,7 @@ def test_changes_of_module_do_not_reach_the_cache(paths, tmp_path, monkeypatch):
     estimator.module_.train()
     estimator.predict(paths[20:])
     assert estimator.module_[0].training
-    features = PretrainedFeatures("resnet_mini", batch_size=16, engine="torch")
+    features = PretrainedFeatures(NAME, batch_size=16, engine="torch")
     expected = clone(features).transform(paths)
     got = features.set_params(memory=tmp_path).transform(paths)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
@@ -231,18 +231,20 @@ def test_trained_stages_have_other_activations(paths, tmp_path, passes):
 
 
 def test_activations_larger_than_the_store_are_not_cached(paths, tmp_path, capsys):
-    store = FeatureStore(tmp_path, max_bytes=100_000)
+    store = FeatureStore(tmp_path, max_bytes=1_000)
     estimator = make_classifier(head_init="random", memory=store, verbose=1)
     expected = make_classifier(head_init="random").fit(paths, Y)
     assert_equal_weights(estimator.fit(paths, Y), expected)
     assert store.info()["rows"] == 0
     message = capsys.readouterr().err
-    assert "activations of 40 images after stage3 of resnet_mini" in message
+    assert "activations of 40 images after stage3 of five stages" in message
     assert "more than its max_bytes: they are not cached" in message
 
 
 def test_reported_size_is_the_size_on_disk(paths, tmp_path, capsys):
-    activations = make_activations(paths, tmp_path, verbose=1)
+    activations = make_activations(
+        paths, tmp_path, backbone=load_backbone("resnet_mini"), verbose=1
+    )
     activations.compute(3)
     reported = float(capsys.readouterr().err.split(" MB")[0].split()[-1])
     limit = activations.max_bytes(3)

@@ -21,6 +21,7 @@ from sktl._training.network import (
 )
 
 STAGES = ["stem", "stage1", "stage2", "stage3"]
+FEW_FAMILIES = ["resnet_mini", "squeezenet1_1"]
 FAMILIES = [
     "alexnet",
     "convnext_tiny",
@@ -42,7 +43,13 @@ FAMILIES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        name if name in FEW_FAMILIES else pytest.param(name, marks=pytest.mark.slow)
+        for name in FAMILIES
+    ],
+)
 def test_input_of_the_head_is_the_penultimate_feature(family):
     backbone = load_backbone(family, None)
     network = replace_head(backbone, 3).eval()
@@ -69,7 +76,14 @@ def one_step(network):
     optimizer.step()
 
 
-@pytest.mark.parametrize("family", ["resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "resnet18",
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("trainable", ["head", 1])
 def test_frozen_stages_do_not_change(family, trainable):
     network = replace_head(load_backbone(family, None), 3)

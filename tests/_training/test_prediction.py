@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from reference import normalized
 from sklearn.base import clone
 from trainer_helpers import Y
 
@@ -16,25 +17,20 @@ from sktl._training import frozen_activations, initial_model, network, predictio
 from sktl._training.prediction import predict_outputs
 from sktl._utils.keyed_cache import KeyedCache
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 
 def make_classifier(**parameters):
     options = {"trainable": 1, "max_epochs": 1, "batch_size": 16, "engine": "torch"}
     options |= {"random_state": 0, **parameters}
-    return FineTunedCNNClassifier("resnet_mini", **options)
+    return FineTunedCNNClassifier("five stages", **options)
 
 
 def test_outputs_equal_the_network(images):
     estimator = make_classifier(trainable="all").fit(images, Y)
     X = validate_images(images, estimator=copy.copy(estimator), reset=True)
-    preprocessing = estimator.preprocessing_
-    pixels = torch.from_numpy(np.stack([preprocessing(image) for image in X]))
-    mean, std = (
-        torch.tensor(each).view(3, 1, 1)
-        for each in (preprocessing.mean, preprocessing.std)
-    )
     with torch.inference_mode():
-        x = (pixels.permute(0, 3, 1, 2) / 255 - mean) / std
-        expected = estimator.module_(x)
+        expected = estimator.module_(normalized(images, estimator.preprocessing_))
     got = predict_outputs(estimator, estimator._fitted_model, X)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)

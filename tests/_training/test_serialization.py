@@ -25,6 +25,8 @@ from sktl._training.multiclass import MulticlassTarget
 from sktl._training.network import network_digest
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 LABELS = {
     "str": ["a", "ü and more"],
     "object": np.array(["a", "bb"], object),

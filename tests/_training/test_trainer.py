@@ -11,6 +11,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from reference import normalized
 from sklearn.base import clone
 from sklearn.metrics import log_loss
 from sklearn.utils import check_random_state
@@ -30,23 +31,19 @@ from trainer_helpers import (
 
 from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Normalization
-from sktl._images.validation import validate_images
 from sktl._training.optim import lr_lambda
 from sktl._training.targets import EncodedTargets
 from sktl._training.trainer import warn_of_shared_gpu
 from sktl._utils.random_state import temporary_seed
+
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 
 def train_in_plain_pytorch(
     network, images, *, optimizer, n_epochs=3, lr=0.01, n_batches=3
 ):
     """Train with a loop of PyTorch; return the loss of each epoch."""
-    preprocessing = BACKBONE.preprocessing
-    pixels = validate_images(images, estimator=make_classifier(), reset=True)
-    pixels = np.stack([preprocessing(pixels[i]) for i in range(len(images))])
-    x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(v) for v in (preprocessing.mean, preprocessing.std))
-    x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    x = normalized(images, BACKBONE.preprocessing)
     y, weight = torch.from_numpy(Y), torch.from_numpy(SAMPLE_WEIGHT).float()
 
     groups = []
@@ -101,7 +98,15 @@ def assert_close(one, other):
         torch.testing.assert_close(value, state[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", ["resnet18", "mobilenet_v2", "densenet121"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "five stages",
+        pytest.param("resnet18", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("trainable", ["head", 1])
 @pytest.mark.parametrize("head_init", ["linear_probe", "random"])
 def test_frozen_stages_do_not_change(images, family, trainable, head_init):
@@ -333,7 +338,7 @@ def test_fits_in_threads_give_equal_bits(images):
 
 @pytest.mark.parametrize("weights", [None, "DEFAULT"])
 def test_random_state_of_each_type(images, weights):
-    backbone = "tiny" if weights is None else "resnet_mini"
+    backbone = "tiny" if weights is None else "five stages"
     estimator = make_classifier(backbone, weights=weights, trainable=1, max_epochs=1)
 
     def fit(random_state):

@@ -27,6 +27,8 @@ from sktl import FineTunedCNNClassifier
 from sktl._training.checkpoint import checkpoint_seed
 from sktl._utils.tensor_file import read_tensors
 
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
 PROGRAM = Path(__file__).parents[1] / "interrupted_training.py"
 
 
@@ -101,7 +103,9 @@ def test_every_kind_of_training_is_killed():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize("event", ["interrupt", "search"])
+@pytest.mark.parametrize(
+    "event", ["interrupt", pytest.param("search", marks=pytest.mark.slow)]
+)
 def test_ctrl_c_raises_keyboard_interrupt(tmp_path, event):
     process = start(tmp_path, "sgd", event)
     lines = [process.stdout.readline() for _ in range(4)]
@@ -188,6 +192,7 @@ def loss(estimator, X, y):
     return float(np.log(estimator.predict_proba(X)[np.arange(len(y)), y]).mean())
 
 
+@pytest.mark.slow
 def test_two_workers_find_the_scores_of_one(bundled):
     X, _ = load_data()
     y = np.repeat([0, 1], 20)
@@ -208,6 +213,7 @@ def test_two_workers_find_the_scores_of_one(bundled):
     assert n_threads == {max(1, joblib.cpu_count() // 2)}
 
 
+@pytest.mark.slow
 def test_workers_predict_after_the_parent(bundled):
     X, _ = load_data()
     fitted = clone(bundled).set_params(max_epochs=0).fit(X, np.repeat([0, 1], 20))
