@@ -192,7 +192,7 @@ class TestImages:
     def X(self, kind, paths):
         return KINDS[kind](paths)
 
-    def test_fit_returns_self_and_changes_nothing_given(self, estimator, X):
+    def test_fit_returns_self_and_does_not_change_its_input(self, estimator, X):
         mine, params, before = clone(estimator), estimator.get_params(), pickle.dumps(X)
         assert mine.fit(X, np.arange(len(X)) % 2) is mine
         state = {name: pickle.dumps(value) for name, value in vars(mine).items()}
@@ -207,7 +207,7 @@ class TestImages:
         rows = output_of(mine, X)
         np.testing.assert_array_equal(output_of(mine, take(X, order)), rows[order])
 
-    def test_a_row_alone_is_the_same_row(self, estimator, X):
+    def test_a_row_does_not_depend_on_the_other_rows(self, estimator, X):
         mine = fitted(estimator, X)
         together = output_of(mine, X)
         alone = np.vstack([output_of(mine, take(X, [row])) for row in (0, 7, 39)])
@@ -224,7 +224,7 @@ class TestImages:
         ):
             np.testing.assert_array_equal(output_of(copied, X), output_of(mine, X))
 
-    def test_no_rows(self, estimator, X):
+    def test_no_rows_raise(self, estimator, X):
         with pytest.raises(ValueError, match=r"0 sample\(s\)|minimum of 1"):
             clone(estimator).fit(take(X, []), [])
 

@@ -55,7 +55,7 @@ def test_docstrings_are_numpydoc(name):
 
 
 @pytest.mark.parametrize("name", sktl.__all__)
-def test_defaults_are_those_of_the_signature(name):
+def test_documented_defaults_equal_the_signature(name):
     public = getattr(sktl, name)
     doc = NumpyDocString(inspect.getdoc(public))
     written = {
@@ -74,7 +74,7 @@ def test_defaults_are_those_of_the_signature(name):
             assert (type(value), value) == (type(parameter.default), parameter.default)
 
 
-def test_public_methods_say_what_they_raise():
+def test_public_methods_document_what_they_raise():
     for method in (
         sktl.PretrainedFeatures.fit,
         sktl.PretrainedFeatures.transform,
@@ -171,7 +171,7 @@ PAGES = [
         for page in PAGES
     ],
 )
-def test_blocks_of_a_page_run_and_print_what_it_says(page, folder_of_digits):
+def test_code_of_a_page_prints_the_documented_output(page, folder_of_digits):
     with contextlib.chdir(folder_of_digits):
         run_blocks(page, BLOCK.findall(page.read_text()))
 

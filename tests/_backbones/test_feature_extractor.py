@@ -67,7 +67,7 @@ def test_several_layers_stand_side_by_side(noise):
     torch.testing.assert_close(together, torch.cat(alone, dim=1))
 
 
-def test_stages_stop_where_they_are_asked_to():
+def test_extractor_contains_only_the_stages_it_needs():
     backbone = load_backbone("resnet18", None)
     extractor = FeatureExtractor(backbone, ["stage1"], "avg")
     kept = sum(parameter.numel() for parameter in extractor.parameters())
@@ -75,7 +75,7 @@ def test_stages_stop_where_they_are_asked_to():
     assert kept == sum(p.numel() for part in below for p in part.parameters())
 
 
-def test_the_shared_network_is_left_alone(noise):
+def test_extractor_leaves_no_hooks_on_the_shared_network(noise):
     backbone = load_backbone("resnet18", None)
     extract(backbone, ["layer1", "penultimate"], "avg", noise)
     assert not any(
@@ -155,7 +155,7 @@ def test_channels_are_found_where_a_network_moves_them(name, layer, channels, no
     assert extract(backbone, [layer], "avg", noise).shape == (2, channels)
 
 
-def test_names_of_depth_mean_stages(noise):
+def test_stage_names_take_precedence_over_module_names(noise):
     # torchvision's ShuffleNet has modules stage2 to stage4; our stages end at stage3.
     backbone = load_backbone("shufflenet_v2_x0_5", None)
     with torch.inference_mode():
@@ -168,7 +168,7 @@ def test_names_of_depth_mean_stages(noise):
         FeatureExtractor(backbone, ["stage4"], "avg")
 
 
-def test_what_has_no_row_per_image_is_refused(noise):
+def test_layers_without_one_row_per_image_raise(noise):
     backbone = load_backbone("swin_v2_t", None)
     with pytest.raises(
         ValueError, match=r"one row per image. Got \d+ rows for 2 images"
@@ -180,7 +180,7 @@ def test_what_has_no_row_per_image_is_refused(noise):
         FeatureExtractor(maxvit, [inside], "avg")
 
 
-def test_errors_say_what_there_is(noise):
+def test_errors_list_the_available_layers(noise):
     backbone = load_backbone("squeezenet1_1", None)
     with pytest.raises(
         ValueError, match=r"Got 'clasifier' .* closest names: classifier"

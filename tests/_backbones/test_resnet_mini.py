@@ -34,7 +34,7 @@ def test_the_card_is_about_this_file(card):
     assert f"| parameters | {count:,} |" in card
 
 
-def test_it_is_an_ordinary_backbone():
+def test_resnet_mini_is_an_ordinary_backbone():
     backbone = load_backbone("resnet_mini")
     assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert len(set(backbone.categories)) == 200
@@ -50,7 +50,7 @@ def test_it_is_an_ordinary_backbone():
     assert sides == [40, 40, 20, 10, 5]
 
 
-def test_its_stages_are_those_of_resnet18_half_as_wide():
+def test_stages_are_those_of_resnet18_with_half_the_width():
     mini = load_backbone("resnet_mini").network
     net = models.ResNet(BasicBlock, [2, 2, 2, 2], num_classes=200)
     layers = [net.layer1, net.layer2, net.layer3, net.layer4]
@@ -63,7 +63,7 @@ def test_its_stages_are_those_of_resnet18_half_as_wide():
         assert np.allclose(np.divide(wide, narrow), 4)  # half as wide
 
 
-def test_its_accuracy_is_what_the_card_says(test_data, card):
+def test_accuracy_equals_that_of_the_model_card(test_data, card):
     with np.load(test_data / "tiny_imagenet32" / "val.npz") as arrays:
         jpeg, offsets = arrays["jpeg"], arrays["offsets"]
         names = [str(name).split(",")[0] for name in arrays["name"]]

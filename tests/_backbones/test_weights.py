@@ -78,7 +78,9 @@ def _saved(layer: nn.Module, path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-def test_loads_what_was_saved(tmp_path: Path, layer: nn.Linear, suffix: str) -> None:
+def test_saved_weights_are_loaded(
+    tmp_path: Path, layer: nn.Linear, suffix: str
+) -> None:
     path = tmp_path / f"net{suffix}"
     save = safetensors.torch.save_file if suffix == ".safetensors" else torch.save
     save(layer.state_dict(), path)
@@ -93,7 +95,7 @@ def test_loads_what_was_saved(tmp_path: Path, layer: nn.Linear, suffix: str) -> 
 
 @pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_unwraps_what_training_scripts_save(
+def test_state_dicts_of_training_scripts_are_unwrapped(
     tmp_path: Path, layer: nn.Linear, key: str, prefix: str
 ) -> None:
     state = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
@@ -139,7 +141,7 @@ class _Attack:
         return Path.touch, (self.path,)
 
 
-def test_executes_nothing_from_a_file(tmp_path: Path) -> None:
+def test_code_in_a_file_is_not_executed(tmp_path: Path) -> None:
     path, touched = tmp_path / "net.pth", tmp_path / "touched"
     torch.save({"weight": _Attack(touched)}, path)
     with pytest.raises(ValueError, match=r"net\.pth.* Nothing in it was executed"):

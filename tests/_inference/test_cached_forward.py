@@ -118,6 +118,7 @@ class Noting(Counting):
             return PretrainedFeatures.transform(self, X)
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_work(tmp_path, paths):
     mine = Noting(log=str(tmp_path / "log"), memory=str(tmp_path / "store"))
     search = GridSearchCV(

@@ -289,7 +289,7 @@ def test_forked_processes_share_the_store(tmp_path):
 
 
 @each_estimator
-def test_t12_not_a_word_unless_asked(estimator, paths, tmp_path, capfd):
+def test_estimators_print_nothing_without_verbose(estimator, paths, tmp_path, capfd):
     mine = clone(estimator).set_params(memory=tmp_path / "store", verbose=0)
     for _ in range(2):
         output_of(mine.fit(paths, np.arange(40) % 2), paths)
