@@ -45,7 +45,15 @@ def test_a_layer_is_what_torchvision_computes(layer, noise):
     torch.testing.assert_close(got, expected.flatten(1))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "vgg11", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "squeezenet1_1",
+        pytest.param("vgg11", marks=pytest.mark.slow),
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
+)
 def test_penultimate_and_last_linear_make_the_logits(name, noise):
     backbone = load_backbone(name, None)
     features = extract(backbone, ["penultimate"], "flatten", noise)
@@ -115,6 +123,7 @@ def test_pooled_rows_do_not_change_with_the_network():
     assert rows.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_a_transformer_has_features_and_no_stages():
     backbone = load_backbone("vit_b_16", None)
     x = torch.randn(1, 3, 224, 224)
@@ -168,6 +177,7 @@ def test_stage_names_take_precedence_over_module_names(noise):
         FeatureExtractor(backbone, ["stage4"], "avg")
 
 
+@pytest.mark.slow
 def test_layers_without_one_row_per_image_raise(noise):
     backbone = load_backbone("swin_v2_t", None)
     with pytest.raises(
@@ -199,8 +209,12 @@ def test_errors_list_the_available_layers(noise):
         ("resnet_mini", ["stem", "penultimate"], "avg", 40),
         ("resnet18", ["layer1.0.conv1", "stage2"], 3, 64),
         ("squeezenet1_1", ["penultimate"], "flatten", 70),
-        ("swin_t", ["features.1", "stage1"], 2, 224),
-        ("googlenet", ["stage1", "penultimate"], "gem", 64),
+        pytest.param(
+            "swin_t", ["features.1", "stage1"], 2, 224, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "googlenet", ["stage1", "penultimate"], "gem", 64, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_widths_are_those_of_the_features(name, layers, pooling, side):
@@ -241,11 +255,15 @@ def test_widths_of_a_network_that_reads_values():
         layer_widths(backbone, ["body"], 2, Preprocessing(2, 2))
 
 
-def test_widths_of_invalid_layers_raise():
+def test_widths_of_missing_layers_raise():
     backbone = load_backbone("resnet_mini")
-    size = backbone.preprocessing
     with pytest.raises(ValueError, match="Got 'stage9' instead"):
-        layer_widths(backbone, ["stage9"], "avg", size)
+        layer_widths(backbone, ["stage9"], "avg", backbone.preprocessing)
+
+
+@pytest.mark.slow
+def test_widths_of_invalid_layers_raise():
+    size = load_backbone("resnet_mini").preprocessing
     swin = load_backbone("swin_v2_t", None)
     with pytest.raises(ValueError, match="must return one row per image"):
         layer_widths(swin, ["features.1.0.attn.cpb_mlp"], "flatten", size)

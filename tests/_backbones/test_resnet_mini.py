@@ -63,6 +63,7 @@ def test_stages_are_those_of_resnet18_with_half_the_width():
         assert np.allclose(np.divide(wide, narrow), 4)  # half as wide
 
 
+@pytest.mark.slow
 def test_accuracy_equals_that_of_the_model_card(test_data, card):
     with np.load(test_data / "tiny_imagenet32" / "val.npz") as arrays:
         jpeg, offsets = arrays["jpeg"], arrays["offsets"]

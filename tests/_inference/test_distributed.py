@@ -134,13 +134,23 @@ def batches_in(log):
     return [line.split() for line in Path(log).read_text().splitlines()]
 
 
-def test_rows_from_a_cluster_have_the_bits_of_those_computed_here(dask, paths):
+def test_rows_of_a_dask_worker_have_equal_bits(paths, tmp_path):
     """The one test of a cluster that runs by default."""
-    mine = PretrainedFeatures("resnet_mini", batch_size=8)
-    expected = clone(mine).transform(paths)
-    with joblib.parallel_config(**dask):
-        got = mine.set_params(n_jobs=2).transform(paths)
+    distributed = pytest.importorskip("distributed")
+    expected = run_distributed(logged(tmp_path / "here"), paths)
+    with (
+        distributed.LocalCluster(
+            n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None
+        ) as cluster,
+        distributed.Client(cluster),
+        joblib.parallel_config(backend="dask"),
+    ):
+        got = run_distributed(logged(tmp_path / "there"), paths)
     np.testing.assert_array_equal(got, expected)
+    here, there = (batches_in(tmp_path / name) for name in ("here", "there"))
+    assert {pid for pid, _ in here} == {str(os.getpid())}
+    assert {pid for pid, _ in there}.isdisjoint({str(os.getpid())})
+    assert sum(int(n) for _, n in there) == len(paths)
 
 
 @pytest.mark.parametrize("kind", ["paths", "arrays"])
@@ -269,7 +279,7 @@ class InThisProcess(ThreadingBackend):
 
 def test_training_does_not_block_its_own_tasks(images):
     joblib.register_parallel_backend("in this process", InThisProcess)
-    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
+    mine = FineTunedCNNClassifier("five stages", trainable=1, random_state=0)
     mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
     mine.set_params(batch_size=4, early_stopping=True, engine="torch")
     y = np.arange(40) % 2

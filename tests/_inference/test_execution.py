@@ -73,7 +73,10 @@ assert flags() == before, (flags(), before)
     "setting",
     [
         "torch.set_float32_matmul_precision('high')",
-        "torch.backends.fp32_precision = 'tf32'",  # the newer name of this setting
+        pytest.param(
+            "torch.backends.fp32_precision = 'tf32'",  # the newer name of this setting
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_flags_of_a_gpu_are_set_and_restored(setting):
@@ -147,6 +150,7 @@ import openvino_telemetry  # is installed, so it could have been used
 """
 
 
+@pytest.mark.slow
 def test_openvino_sends_no_telemetry():
     subprocess.run([sys.executable, "-c", SILENT], check=True, timeout=60)
 
