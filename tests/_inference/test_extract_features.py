@@ -107,11 +107,14 @@ def test_the_cache_is_shared_with_pretrained_features(paths, tmp_path, passes):
     assert len(FeatureStore(tmp_path).info()["spaces"]) == 1
 
 
+@pytest.mark.usefixtures("quick_linear_probe")
 @pytest.mark.parametrize("first", ["features", "classifier"])
 def test_the_cache_is_shared_with_the_fine_tuned_classifier(paths, tmp_path, first):
-    pretrained = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=16)
+    pretrained = PretrainedFeatures(
+        "resnet_mini", memory=tmp_path, batch_size=16, engine="torch"
+    )
     classifier = FineTunedCNNClassifier(
-        "resnet_mini", max_epochs=0, memory=tmp_path, batch_size=16
+        "resnet_mini", max_epochs=0, memory=tmp_path, batch_size=16, engine="torch"
     )
     y = np.arange(32) % 2
     if first == "features":

@@ -84,7 +84,18 @@ def fail_once(patch, owner, name, error):
 
 @pytest.mark.parametrize(
     "damage",
-    [remove_trace, change_trace, change_inlining, change_decoder, remove_frontend],
+    [
+        remove_trace,
+        *(
+            pytest.param(damage, marks=pytest.mark.slow)
+            for damage in (
+                change_trace,
+                change_inlining,
+                change_decoder,
+                remove_frontend,
+            )
+        ),
+    ],
 )
 def test_falls_back_to_the_public_function(module, monkeypatch, damage):
     calls = count_public_conversions(monkeypatch)

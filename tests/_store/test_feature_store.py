@@ -130,6 +130,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_writers_leave_no_partial_shards(tmp_path):
     code = WRITER.format(space=SPACE)
     delays = np.random.default_rng(0).uniform(0, 0.15, size=20)
