@@ -27,7 +27,16 @@ def test_no_resource_leaks(what, number):
     assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
-@pytest.mark.parametrize("what", ["memory", "files", "threads", "temporary"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "memory",
+        *(
+            pytest.param(what, marks=pytest.mark.slow)
+            for what in ("files", "threads", "temporary")
+        ),
+    ],
+)
 def test_a_leak_is_detected(what, tmp_path, monkeypatch):
     monkeypatch.setattr(soak.tempfile, "tempdir", str(tmp_path))
     kept, end = [], threading.Event()
