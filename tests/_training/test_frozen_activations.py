@@ -368,7 +368,7 @@ def test_shape_and_digest_of_a_fitted_prefix_are_not_computed(
     images, tmp_path, monkeypatch
 ):
     network = replace_head(BACKBONE, 2).eval()
-    shape = (128, 10, 10)  # of stage3 for images of 40 x 40
+    shape = (12, 2, 2)  # of stage3 for images of 32 x 32
     prefix = FrozenPrefix(4, "digest of the prefix", shape)
     expected = make_activations(images, network=network).rows(4, [0, 1])
     for name in ("network_digest", "output_shape"):
