@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -157,6 +158,34 @@ def test_fit_and_feature_names_compile_no_model(paths, monkeypatch):
     for layer in ("penultimate", ["stage1", "layer2.0"], "stem"):
         mine = PretrainedFeatures("resnet18", weights=None, layer=layer).fit(paths)
         assert mine.get_feature_names_out().size in {512, 64 + 128, 64}
+
+
+WARM = """
+import sys
+from unittest import mock
+import joblib
+from sktl import PretrainedFeatures
+folder, *paths = sys.argv[1:]
+mine = joblib.load(f"{folder}/fitted.joblib")
+with (
+    mock.patch("torch.nn.Module.__init__", side_effect=AssertionError("a network")),
+    mock.patch("sktl._inference.model_spec.get_compiled_model", None),
+):
+    frame = mine.transform(paths)
+    again = PretrainedFeatures(**mine.get_params()).transform(paths)
+frame.to_pickle(f"{folder}/frame.pkl")
+assert (again == frame.to_numpy()).all()
+"""
+
+
+@pytest.mark.parametrize("layer", ["penultimate", ["stage1", "stage2"]])
+def test_a_warm_cache_needs_no_network_in_a_new_process(paths, tmp_path, layer):
+    mine = PretrainedFeatures("resnet_mini", layer=layer, memory=tmp_path / "cache")
+    mine.set_output(transform="pandas").fit(paths)
+    expected = mine.transform(paths)
+    joblib.dump(mine, tmp_path / "fitted.joblib")
+    subprocess.run([sys.executable, "-c", WARM, tmp_path, *paths], check=True)
+    pd.testing.assert_frame_equal(pd.read_pickle(tmp_path / "frame.pkl"), expected)
 
 
 def test_a_failed_fit_leaves_the_estimator_unchanged(images):
