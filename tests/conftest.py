@@ -2,6 +2,9 @@
 
 import os
 
+# The processes of pytest-xdist share the cores. numpy and torch read it on import.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Enables scikit-learn's check of array API input. scipy reads it on import.
 os.environ["SCIPY_ARRAY_API"] = "1"
 # No usage statistics are sent over the network.

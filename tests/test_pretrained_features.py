@@ -75,7 +75,7 @@ def test_grid_search_over_networks_layers_and_pooling(paths, y):
     grid = {
         "pretrainedfeatures__backbone": ["tiny", "squeezenet1_1"],
         "pretrainedfeatures__weights": [None],
-        "pretrainedfeatures__image_size": [32],
+        "pretrainedfeatures__image_size": [64],
         "pretrainedfeatures__layer": ["penultimate", ["stem", "stage1"]],
         "pretrainedfeatures__pooling": ["avg", 2],
     }
@@ -84,6 +84,7 @@ def test_grid_search_over_networks_layers_and_pooling(paths, y):
     assert search.best_score_ > 0.7
 
 
+@pytest.mark.slow
 def test_grid_search_in_other_processes(images, y):
     estimator = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
     model = make_pipeline(estimator, LogisticRegression())
@@ -130,6 +131,7 @@ def test_weights_that_changed_since_fit_raise_an_error(paths, tmp_path):
     assert (mine.fit(paths).transform(paths[:2]) != before).any()
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_in_every_process(paths):
     mine = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
     here = mine.transform(paths[:3])
@@ -178,7 +180,13 @@ assert (again == frame.to_numpy()).all()
 """
 
 
-@pytest.mark.parametrize("layer", ["penultimate", ["stage1", "stage2"]])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        pytest.param("penultimate", marks=pytest.mark.slow),
+        ["stage1", "stage2"],
+    ],
+)
 def test_a_warm_cache_needs_no_network_in_a_new_process(paths, tmp_path, layer):
     mine = PretrainedFeatures("resnet_mini", layer=layer, memory=tmp_path / "cache")
     mine.set_output(transform="pandas").fit(paths)

@@ -186,7 +186,9 @@ class Counts(nn.Module):
         return x.mean((2, 3)).reshape(len(x), -1) * 1.0
 
 
-@pytest.mark.parametrize("engine", ["openvino", "compile"])
+@pytest.mark.parametrize(
+    "engine", ["openvino", pytest.param("compile", marks=pytest.mark.slow)]
+)
 @pytest.mark.filterwarnings("ignore:engine=:RuntimeWarning")
 def test_a_network_that_uses_the_number_of_images(engine):
     net = get_compiled_model(

@@ -16,7 +16,7 @@ from torch import nn
 from sktl._training import linear_probe
 from sktl._training.linear_probe import C_GRID, fit_linear_probe
 
-WIDTHS = [(), (6,), (6, 4)]
+WIDTHS = [(), (6,), pytest.param((6, 4), marks=pytest.mark.slow)]
 
 
 def make_data(n_classes, n=90, seed=0):
@@ -77,7 +77,9 @@ def test_head_equals_the_model_of_scikit_learn(n_classes, hidden):
 
 
 @pytest.mark.parametrize("n_classes", [2, 4])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    "weighted", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_selected_C_has_the_least_cross_validated_loss(n_classes, weighted):
     for seed in range(4):
         x, y = make_data(n_classes, seed=seed)

@@ -77,8 +77,8 @@ def test_labels_of_any_type(images, file, kind):
         ("tiny", {}),
         ("tiny", {"hidden_layer_sizes": (8, 4), "dropout": 0.3}),
         ("tiny", {"image_size": 24, "augmentation": "standard"}),
-        ("resnet_mini", {"trainable": 1}),
-        ("resnet_mini", {"weights": None, "trainable": "head"}),
+        pytest.param("resnet_mini", {"trainable": 1}, marks=pytest.mark.slow),
+        ("five stages", {"weights": None, "trainable": "head"}),
     ],
 )
 def test_loaded_model_predicts_equal_bits(images, file, backbone, parameters):

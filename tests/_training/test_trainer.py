@@ -161,7 +161,7 @@ def test_fitted_network_is_in_evaluation_mode(images):
     assert not any(module.training for module in fitted.module_.modules())
 
 
-@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("n_classes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_epoch_0_is_the_linear_probe(images, n_classes):
     y = np.arange(40) % n_classes
     fitted = make_classifier("resnet_mini", weights="DEFAULT", trainable=1)
@@ -336,7 +336,9 @@ def test_fits_in_threads_give_equal_bits(images):
     assert global_state() == before
 
 
-@pytest.mark.parametrize("weights", [None, "DEFAULT"])
+@pytest.mark.parametrize(
+    "weights", [None, pytest.param("DEFAULT", marks=pytest.mark.slow)]
+)
 def test_random_state_of_each_type(images, weights):
     backbone = "tiny" if weights is None else "five stages"
     estimator = make_classifier(backbone, weights=weights, trainable=1, max_epochs=1)
@@ -365,7 +367,7 @@ def test_fit_where_gradients_are_disabled(images, mode):
 
 
 def test_copies_predict_equal_bits(images, tmp_path):
-    fitted = make_classifier("resnet_mini", weights="DEFAULT", max_epochs=1)
+    fitted = make_classifier("five stages", weights="DEFAULT", max_epochs=1)
     fitted.fit(images, Y)
     expected = fitted.predict_proba(images)
     joblib.dump(fitted, tmp_path / "fitted.joblib", compress=3)

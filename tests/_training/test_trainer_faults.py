@@ -103,9 +103,8 @@ def test_every_kind_of_training_is_killed():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
-@pytest.mark.parametrize(
-    "event", ["interrupt", pytest.param("search", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("event", ["interrupt", "search"])
 def test_ctrl_c_raises_keyboard_interrupt(tmp_path, event):
     process = start(tmp_path, "sgd", event)
     lines = [process.stdout.readline() for _ in range(4)]

@@ -29,7 +29,7 @@ def run(program, *arguments):
 @pytest.mark.parametrize(
     ("kind", "n"),
     [
-        ("all", 150),
+        ("all", 100),
         *(pytest.param(kind, n, marks=pytest.mark.slow) for kind, n in CASES.items()),
     ],
 )

@@ -152,6 +152,7 @@ for memory in (None, store):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc of Linux")
 def test_no_file_stays_open(tmp_path):
     (tmp_path / "good.png").write_bytes(valid_file())

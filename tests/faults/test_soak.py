@@ -16,7 +16,7 @@ PROGRAM = Path(soak.__file__)
 @pytest.mark.parametrize(
     ("what", "number"),
     [
-        ("fits", 6),
+        pytest.param("fits", 6, marks=pytest.mark.slow),
         pytest.param("images", 2000, marks=pytest.mark.slow),
         pytest.param("searches", 6, marks=pytest.mark.slow),
     ],
