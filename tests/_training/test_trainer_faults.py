@@ -27,8 +27,6 @@ from sktl import FineTunedCNNClassifier
 from sktl._training.checkpoint import checkpoint_seed
 from sktl._utils.tensor_file import read_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_linear_probe")
-
 PROGRAM = Path(__file__).parents[1] / "interrupted_training.py"
 
 
