@@ -90,7 +90,8 @@ class BaseFineTunedCNN(BaseEstimator):
         self.best_epoch_ = best_epoch
         self.loss_curve_ = [row["train_loss"] for row in rows]
         self.validation_scores_ = None
-        if any("valid_score" in row for row in history):
+        # Epochs of partial_fit have no validation score.
+        if history and all("valid_score" in row for row in history):
             self.validation_scores_ = [row["valid_score"] for row in rows]
 
     def _predict_outputs(self, X: Any) -> NDArray[np.float32]:

@@ -162,6 +162,7 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
         all(
             isinstance(row, dict)
             and {"epoch", "train_loss"} <= row.keys()
+            and type(row["epoch"]) is int
             and all(type(value) in _NUMBER for value in row.values())
             for row in history
         ),

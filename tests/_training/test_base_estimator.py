@@ -80,3 +80,12 @@ def test_tags():
     assert tags.input_tags.three_d_array
     assert tags.input_tags.two_d_array
     assert tags.classifier_tags.poor_score
+
+
+def test_partial_fit_after_early_stopping_has_no_validation_scores(images):
+    estimator = make_classifier(early_stopping=True, max_epochs=1).fit(images, Y)
+    assert len(estimator.validation_scores_) == 1
+    estimator.set_params(early_stopping=False).partial_fit(images, Y)
+    assert estimator.validation_scores_ is None
+    assert "valid_score" not in estimator.history_[-1]
+    assert len(estimator.loss_curve_) == estimator.n_iter_ == 2
