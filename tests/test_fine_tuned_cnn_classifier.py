@@ -195,6 +195,7 @@ def test_networks_of_equal_weights_and_different_stride(images, y):
     assert not np.allclose(*proba, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_halving_search_over_epochs(images, y):
     search = HalvingGridSearchCV(
         make_classifier(head_init="random"),

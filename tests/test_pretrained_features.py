@@ -70,6 +70,7 @@ def test_union_of_two_backbones(paths):
     np.testing.assert_array_equal(frame.iloc[:, :16], alone)
 
 
+@pytest.mark.slow
 def test_grid_search_over_networks_layers_and_pooling(paths, y):
     model = make_pipeline(PretrainedFeatures("tiny"), LogisticRegression())
     grid = {

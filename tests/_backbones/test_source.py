@@ -10,6 +10,7 @@ from sktl._backbones.source import BackboneSource, weights_path
 from sktl._backbones.weights import skip_weight_allocation
 
 
+@pytest.mark.slow
 def test_sources_tell_whether_the_image_size_is_fixed() -> None:
     for name in ("vit_b_32", "maxvit_t", "swin_t", "resnet_mini"):
         definition = load_backbone(name, None).definition

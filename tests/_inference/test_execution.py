@@ -69,14 +69,12 @@ assert flags() == before, (flags(), before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [
         "torch.set_float32_matmul_precision('high')",
-        pytest.param(
-            "torch.backends.fp32_precision = 'tf32'",  # the newer name of this setting
-            marks=pytest.mark.slow,
-        ),
+        "torch.backends.fp32_precision = 'tf32'",  # the newer name of this setting
     ],
 )
 def test_flags_of_a_gpu_are_set_and_restored(setting):

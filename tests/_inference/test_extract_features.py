@@ -56,7 +56,7 @@ def passes():
     [
         (["penultimate"], "avg", "float32"),
         (["stage1", "stage3"], "max", "float32"),
-        (["stage2"], 2, "bfloat16"),
+        pytest.param(["stage2"], 2, "bfloat16", marks=pytest.mark.slow),
     ],
 )
 def test_features_equal_those_of_pretrained_features(
