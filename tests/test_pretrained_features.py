@@ -184,10 +184,11 @@ assert (again == frame.to_numpy()).all()
 @pytest.mark.parametrize(
     "layer",
     [
-        pytest.param("penultimate", marks=pytest.mark.slow),
+        "penultimate",
         ["stage1", "stage2"],
     ],
 )
+@pytest.mark.slow
 def test_a_warm_cache_needs_no_network_in_a_new_process(paths, tmp_path, layer):
     mine = PretrainedFeatures("resnet_mini", layer=layer, memory=tmp_path / "cache")
     mine.set_output(transform="pandas").fit(paths)

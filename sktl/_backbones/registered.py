@@ -16,7 +16,7 @@ definitions: dict[str, BackboneDefinition] = {}
 
 def names() -> Collection[str]:
     """Return the names of the registered backbones."""
-    return definitions.keys()
+    return tuple(definitions)  # a copy, since other threads may register
 
 
 def resolve(

@@ -129,8 +129,9 @@ def register_backbone(
     if isinstance(categories, str):
         raise TypeError(f"categories must be a list of names. Got {categories!r}.")
     names = None if categories is None else tuple(categories)
-    registered.add(name, builder, preprocessing, names)
-    backbones.drop(lambda key: key[0] == name)
+    with preserve_rng_state():  # the lock under which registered backbones are built
+        registered.add(name, builder, preprocessing, names)
+        backbones.drop(lambda key: key[0] == name)
 
 
 def load_backbone(
@@ -191,10 +192,12 @@ def load_backbone(
         backbone = backbones.get(key)
         if backbone is not None:
             return backbone
-        create = partial(_build_backbone, name, definition, random_state, identity)
         # A builder may load another backbone, under the lock of the global random
         # number generators. To prevent a deadlock, that lock is always acquired first.
         with preserve_rng_state():
+            # The name may have been registered again meanwhile.
+            definition = _resolve(name, weights, progress)
+            create = partial(_build_backbone, name, definition, random_state, identity)
             return backbones.get_or_create(key, create)
 
     # The file is read later, maybe in another working directory.
@@ -353,6 +356,8 @@ def _load_network(
         network = _freeze(_build_network(definition, None, seed))
         return network, state_dict_digest(network.state_dict())
     weights = load_weights(file)
+    if file_digest(file) != weights.digest:  # after the tensors were read
+        raise _changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
     state_dict = definition.adapt_state_dict(network, weights.state_dict)
     n_outputs = _n_outputs(definition, network)

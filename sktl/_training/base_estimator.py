@@ -8,6 +8,7 @@ from abc import abstractmethod
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
@@ -161,7 +162,7 @@ class BaseFineTunedCNN(BaseEstimator):
         ValueError
             If it is another file or damaged, or if its backbone is unknown.
         """
-        saved = load_model(path, cls.__name__)
+        saved = load_model(path, [each.__name__ for each in cls.__mro__])
         unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
         if unknown:
             raise ValueError(
@@ -208,7 +209,9 @@ class BaseFineTunedCNN(BaseEstimator):
     @functools.cached_property
     def module_(self) -> nn.Sequential:
         """A copy of the trained network; see the attributes of the class."""
-        return copy.deepcopy(self._fitted_model.network)
+        check_is_fitted(self)
+        with torch.inference_mode(False):  # so that it can be trained
+            return copy.deepcopy(self._fitted_model.network)
 
     def __sklearn_tags__(self) -> Tags:
         """Return the tags: arrays of images are valid input."""

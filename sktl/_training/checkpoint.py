@@ -201,7 +201,7 @@ def run_fingerprint(
         "X": X.hexdigest(),
         "y": hashlib.sha256(targets.y.tobytes()).hexdigest(),
         "sample weights": hashlib.sha256(targets.sample_weight.tobytes()).hexdigest(),
-        "target": targets.target.to_document(),
+        **targets.target.fingerprint(),
         "initial weights": digest,
         "torch": torch.__version__.split("+")[0],
     }
@@ -266,8 +266,8 @@ def _parse_state(
         raise ValueError("its epochs must be ints")
     if not (
         isinstance(score, list)
-        and len(score) == 2
-        and all(type(value) in (int, float) for value in score)
+        and [type(value) in (int, float) for value in score] == [True, True]
+        and all(type(value) is float or abs(value) < 2**53 for value in score)
     ):
         raise ValueError("its best score must be two numbers")
     if not (

@@ -100,6 +100,11 @@ class TrainerState:
                 f"its epoch must be at most max_epochs={config.max_epochs}, and its "
                 f"best epoch at most its epoch; got {self.epoch} and {self.best_epoch}"
             )
+        epochs = [row["epoch"] for row in self.history]
+        if epochs != list(range(self.epoch + 1 - len(epochs), self.epoch + 1)):
+            raise ValueError(f"its history must end with epoch {self.epoch}")
+        if self.epoch and epochs[:1] not in ([0], [1]):
+            raise ValueError("its history must begin with epoch 0 or 1")
         if early_stopping and self.history and not self.best_weights:
             raise ValueError("the weights of the best epoch are missing")
         for weights in (self.best_weights, self.initial_weights):

@@ -59,7 +59,7 @@ class ImageDataset(Dataset[Any]):
     y : ndarray of shape (len(rows), ...)
         Encoded targets.
     sample_weight : ndarray of shape (len(rows),)
-        Weights, of mean 1.
+        Sample weights.
     augmentation : Augmentation
         Applied to each image.
     image_size : int

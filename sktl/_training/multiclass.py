@@ -1,5 +1,6 @@
 """Multiclass targets: one class per image, of any label type."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,6 +18,9 @@ from sktl._training.linear_probe import fit_linear_probe
 from sktl._training.targets import EncodedTargets, Target
 from sktl._utils.json_values import from_json, to_json
 from sktl._utils.sklearn_compat import check_sample_weight, check_y
+
+# Of bool, int, float, str and object, as NumPy writes them.
+_LABEL_DTYPE = re.compile(r"[<>|=]([biuf][1248]|f16|U\d{1,4}|O)", re.ASCII)
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -109,6 +113,10 @@ class MulticlassTarget:
         """Return the most probable label of each row."""
         return self.classes[outputs.argmax(axis=1)]
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the text of the classes."""
+        return {"classes": [str(label) for label in self.classes.tolist()]}
+
     def to_document(self) -> dict[str, Any]:
         """Return the classes as values that JSON can hold."""
         return {
@@ -138,6 +146,8 @@ def multiclass_from_document(document: dict[str, Any]) -> MulticlassTarget:
     classes, dtype = document.get("classes"), document.get("dtype")
     if not isinstance(classes, list):
         raise ValueError("its classes must be a list")
+    if not isinstance(dtype, str) or not _LABEL_DTYPE.fullmatch(dtype):
+        raise ValueError("its classes must have a valid dtype of labels")
     labels = list(from_json(classes))
     if not all(isinstance(label, bool | int | float | str) for label in labels):
         raise ValueError("its classes must be str, int, float or bool")

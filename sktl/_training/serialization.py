@@ -5,7 +5,7 @@ that a file that was made by hand raises a ValueError.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ _FORMAT = "sktl fine-tuned model, version 2"
 # A new kind of target adds the function that reads its document.
 _TARGETS = {"multiclass": multiclass_from_document}
 _NUMBER = (int, float)
+_MAX_WIDTH = 2**20  # of a hidden layer
+_MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,15 +111,16 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
     write_tensors(Path(path).expanduser(), fitted.network.state_dict(), document)
 
 
-def load_model(path: str | os.PathLike[str], estimator: str) -> SavedModel:
+def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> SavedModel:
     """Read a file that `save_model` has written.
 
     Parameters
     ----------
     path : str or path-like
         Name of the file.
-    estimator : str
-        Name of the class that the file must be of.
+    estimators : sequence of str
+        Names of the class that loads the file and of its base classes; the file must
+        be of one of them.
 
     Returns
     -------
@@ -131,7 +134,10 @@ def load_model(path: str | os.PathLike[str], estimator: str) -> SavedModel:
         If it is another file or damaged, or if its backbone is unknown.
     """
     tensors, document = read_tensors(Path(path).expanduser())
-    if (document.get("format"), document.get("estimator")) != (_FORMAT, estimator):
+    estimator = estimators[0]
+    if document.get("format") != _FORMAT or (
+        document.get("estimator") not in estimators
+    ):
         raise ValueError(
             f"{str(path)!r} must be a file of {estimator}.save. Got a file of the "
             f"format {document.get('format')!r} and the estimator "
@@ -168,12 +174,20 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
         ),
         "its history must be a list of rows of numbers",
     )
+    epochs = [row["epoch"] for row in history]
+    best_epoch = _get(document, "best_epoch", int)
+    first = epochs[0] if epochs else 1
+    _require(
+        first in (0, 1) and epochs == list(range(first, first + len(epochs))),
+        "its history must have consecutive epochs from 0 or 1",
+    )
+    _require(best_epoch in {0, *epochs}, "its best epoch must be in its history")
     return SavedModel(
         _get(document, "estimator", str),
         {name: from_json(value) for name, value in parameters.items()},
         _parse_fitted(document, tensors),
         history,
-        _get(document, "best_epoch", int),
+        best_epoch,
         n_features,
         names,
     )
@@ -204,22 +218,26 @@ def _parse_config(document: dict[str, Any]) -> ModelConfig:
     widths = _get(document, "hidden_layer_sizes", list)
     _require(size is None or type(size) is int, "its image_size must be an int or None")
     _require(
-        all(type(width) is int and width > 0 for width in widths),
-        "its hidden_layer_sizes must be positive ints",
+        all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
+        f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
     )
+    dropout = _get(document, "dropout", _NUMBER)
+    _require(0 <= dropout < 1, "its dropout must be in [0, 1)")
     return ModelConfig(
         _get(document, "backbone", str),
         _get(document, "weights", str),
         size,
         tuple(widths),
-        float(_get(document, "dropout", _NUMBER)),
+        float(dropout),
     )
 
 
 def _parse_preprocessing(document: dict[str, Any]) -> Preprocessing:
     mean, std = _get(document, "mean", list), _get(document, "std", list)
     _require(
-        _is_list_of(mean + std, int, float), "its mean and std must be lists of numbers"
+        _is_list_of(mean + std, int, float)
+        and all(abs(value) < _MAX_NORMALIZATION for value in mean + std),
+        "its mean and std must be lists of small numbers",
     )
     return Preprocessing(
         _get(document, "resize_size", int),

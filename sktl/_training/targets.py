@@ -59,6 +59,9 @@ class Target(Protocol):
     def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
         """Return the predictions for outputs of the network."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the target in a checkpoint, whatever its dtype."""
+
     def to_document(self) -> dict[str, Any]:
         """Return the target as values that JSON can hold."""
 

@@ -116,7 +116,8 @@ def state_dict_digest(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         # Not reshape: a tensor of one element may have stride 0, which `view` rejects.
-        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+        flat = tensor.detach().cpu().contiguous()
+        flat = flat.as_strided((tensor.numel(),), (1,))
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

@@ -4,9 +4,12 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from sklearn.exceptions import NotFittedError
 from sklearn.utils import get_tags
 from trainer_helpers import Y, equal_bits, make_classifier
+
+from sktl import FineTunedCNNClassifier
 
 
 @pytest.mark.parametrize(
@@ -89,3 +92,27 @@ def test_partial_fit_after_early_stopping_has_no_validation_scores(images):
     assert estimator.validation_scores_ is None
     assert "valid_score" not in estimator.history_[-1]
     assert len(estimator.loss_curve_) == estimator.n_iter_ == 2
+
+
+def test_module_that_was_copied_in_inference_mode_can_be_trained(images):
+    estimator = make_classifier(max_epochs=1).fit(images, Y)
+    with torch.inference_mode():
+        module = estimator.module_
+    module(torch.zeros(2, 3, 16, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_unfitted_estimator_has_no_module():
+    with pytest.raises(NotFittedError):
+        make_classifier().module_  # noqa: B018
+
+
+def test_subclass_loads_a_file_of_its_base_class(images, tmp_path):
+    class Subclass(FineTunedCNNClassifier):
+        pass
+
+    estimator = make_classifier(max_epochs=1).fit(images, Y)
+    estimator.save(tmp_path / "model.safetensors")
+    loaded = Subclass.load(tmp_path / "model.safetensors")
+    assert type(loaded) is Subclass
+    np.testing.assert_array_equal(loaded.predict(images), estimator.predict(images))

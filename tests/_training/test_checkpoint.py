@@ -155,7 +155,6 @@ def test_other_data(images, estimator, change):
     else:
         y = y + 3
     named = {"order": "X", "fewer": "X", "weight": "sample weights"}
-    named |= {"classes": "target"}
     reason = rf"must belong to this run.* {named.get(change, change)} \(in the file"
     with pytest.raises(ValueError, match=reason):
         estimator.fit(X, y, sample_weight=weight)

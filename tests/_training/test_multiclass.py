@@ -286,3 +286,12 @@ DOCUMENT = {"kind": "multiclass", "classes": ["a", "b"], "dtype": "<U1"}
 def test_invalid_document(change, reason):
     with pytest.raises(ValueError, match=reason):
         multiclass_from_document({**DOCUMENT, **change})
+
+
+def test_fingerprint_does_not_depend_on_the_dtype():
+    labels = ["a", "bb"]
+    text, objects = (
+        MulticlassTarget(np.array(labels, dtype)) for dtype in ("<U9", object)
+    )
+    assert text.fingerprint() == objects.fingerprint() == {"classes": labels}
+    assert text.to_document() != objects.to_document()

@@ -262,3 +262,10 @@ def test_pixels_are_normalized_and_activations_are_not():
         torch.testing.assert_close(model(pixels), network(normalized))
         activations = network[:4](normalized)
         torch.testing.assert_close(model(activations), network(normalized))
+
+
+def test_output_shape_of_a_prefix_without_parameters():
+    prefix = nn.Sequential(nn.AvgPool2d(2))
+    assert output_shape(prefix, 16) == (3, 8, 8)
+    convolution = nn.Sequential(nn.Conv2d(3, 4, 3))
+    assert output_shape(convolution, 16) == (4, 14, 14)

@@ -259,22 +259,33 @@ def test_pickle_is_not_executed(file, dump):
     assert not (file.parent / "touched").exists()
 
 
+GAP = [{"epoch": epoch, "train_loss": 1.0} for epoch in (1, 3)]
 INVALID_VALUES = {
     "estimator": [..., 3, [], None, "PretrainedClassifier"],
     "parameters": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}, {"lr": {}}],
     "target": [..., 3, [], None, "abc", {}, {"kind": "other"}, {"kind": ["a"]}],
     "network": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}],
-    "network.hidden_layer_sizes": [..., 3, None, [0], [True], [2.5], ["a"], {}],
+    "network.hidden_layer_sizes": [
+        ...,
+        3,
+        None,
+        [0],
+        [True],
+        [2.5],
+        ["a"],
+        {},
+        [10**30],
+    ],
     "network.backbone": [..., 3, None, "resnet81"],
     "network.weights": [..., 3, None],
     "network.image_size": ["20", 2.5, True, []],
-    "network.dropout": [..., None, "0.5", True, 2, -1],
+    "network.dropout": [..., None, "0.5", True, 2, -1, 10**400],
     "preprocessing": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}],
-    "preprocessing.mean": [..., 3, None, ["a"] * 3, [[]] * 3, [0.5], {}],
+    "preprocessing.mean": [..., 3, None, ["a"] * 3, [[]] * 3, [0.5], {}, [10**400] * 3],
     "preprocessing.interpolation": [..., 3, None, "best"],
     "preprocessing.resize_size": [..., "20", 2.5, None, -1],
-    "history": [..., 3, None, "abc", {}, [3], [{}], [[]], [{"epoch": 1}]],
-    "best_epoch": [..., None, "1", 1.0, True],
+    "history": [..., 3, None, "abc", {}, [3], [{}], [[]], [{"epoch": 1}], GAP],
+    "best_epoch": [..., None, "1", 1.0, True, 99],
     "n_features_in": ["3", 2.5, True, 0, -1, []],
     "feature_names_in": [3, "abc", [3], {}, [None]],
 }
@@ -300,7 +311,7 @@ def test_file_made_by_hand(fitted, file, part, value):
 
 def test_invalid_width_allocates_no_memory(fitted, file):
     tensors, document = read_tensors(save(fitted, file))
-    document["network"]["hidden_layer_sizes"] = [2**50]
+    document["network"]["hidden_layer_sizes"] = [2**20]
     write_tensors(file, tensors, document)
     with pytest.raises(ValueError, match=r"model\.safetensors.*names and shapes"):
         FineTunedCNNClassifier.load(file)

@@ -60,6 +60,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kills"),
     [
@@ -67,7 +68,6 @@ KILLS = {
             name,
             kills,
             id=f"{name}: {', '.join(event for event, _ in kills)}",
-            marks=[pytest.mark.slow] * ((name, kills) != ("adamw", KILLS["adamw"][0])),
         )
         for name, rows in KILLS.items()
         for kills in rows
