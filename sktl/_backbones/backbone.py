@@ -15,6 +15,7 @@ from torch import nn
 from sktl._backbones.source import BackboneDefinition, NetworkStructure
 from sktl._backbones.stages import StagedModel, last_linear, split_into_stages
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default_if_needed
 
 # Resolutions are measured at this side at least, where rounding has little effect.
 _MIN_MEASURED_SIDE = 224
@@ -99,7 +100,8 @@ class Backbone:
         if self.structure.reason_not_staged is not None:
             return None
         side = max(self.preprocessing.crop_size, _MIN_MEASURED_SIDE)
-        return split_into_stages(self.structure, side)
+        with float32_default_if_needed():
+            return split_into_stages(self.structure, side)
 
     @cached_property
     def categories(self) -> tuple[str, ...] | None:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from sktl._backbones.backbone import Backbone
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 
 PENULTIMATE = "penultimate"
@@ -210,8 +211,9 @@ def _measure_widths(
         on_meta = device == "meta"
         extractor = FeatureExtractor(backbone, layers, pooling, on_meta=on_meta).eval()
         # Two images, to find layers that do not return one row per image.
-        images = torch.zeros(2, 3, side, side, device=device)
-        with torch.inference_mode(), reraise_invalid_size(side):
+        images = torch.zeros(2, 3, side, side, device=device, dtype=torch.float32)
+        dtype = float32_default_if_needed()
+        with torch.inference_mode(), reraise_invalid_size(side), dtype:
             extractor(images)
         return extractor
 

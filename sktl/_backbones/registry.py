@@ -28,6 +28,7 @@ from sktl._backbones.weights import (
     skip_weight_allocation,
 )
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default, float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
@@ -327,7 +328,8 @@ def _build_backbone(
     if definition.is_registered:
         if backbone.staged_model is not None:
             side = definition.preprocessing.crop_size
-            check_staged_model(backbone.network, backbone.staged_model, side)
+            with float32_default_if_needed():
+                check_staged_model(backbone.network, backbone.staged_model, side)
         if backbone.categories != definition.categories:
             raise ValueError(
                 f"categories must name each output of the backbone {name!r}, which has "
@@ -380,9 +382,9 @@ def _build_network(
 ) -> nn.Module:
     if has_weights and not definition.is_registered:
         # Without values nothing is drawn, so no lock of the generators is needed.
-        with skip_weight_allocation():
+        with float32_default(), skip_weight_allocation():
             return definition.build(num_classes)
-    with preserve_rng_state():
+    with preserve_rng_state(), float32_default():
         torch.default_generator.manual_seed(seed)
         return definition.build(num_classes)
 

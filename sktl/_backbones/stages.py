@@ -150,7 +150,8 @@ def check_staged_model(
             "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
         )
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, image_size, image_size, generator=generator)
+    shape = (2, 3, image_size, image_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32)
     with torch.inference_mode():
         expected, got = network(x.clone()), staged(x)
     if expected.shape != got.shape or not torch.allclose(
@@ -243,7 +244,7 @@ def _halvings(blocks: Sequence[nn.Module], image_size: int) -> list[int]:
     # Tensors on the meta device have shapes, but no values: this is fast, and works
     # before the weights are loaded.
     halvings = []
-    x = torch.empty(1, 3, image_size, image_size, device="meta")
+    x = torch.empty(1, 3, image_size, image_size, device="meta", dtype=torch.float32)
     with torch.no_grad():
         for block in blocks:
             # The last but one axis is a side in (n, c, h, w) and in (n, h, w, c).

@@ -109,7 +109,7 @@ def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
     tuple of int
         Such as ``(512, 7, 7)``.
     """
-    image = torch.zeros(1, 3, image_size, image_size)
+    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.float32)
     first = next(network.parameters(), None)  # None: such as pooling alone
     image = image if first is None else image.to(first)
     # A copy, since the network may be in training mode.
