@@ -105,12 +105,15 @@ class FeatureExtractor(nn.Module):
                 channels_last = backbone.structure.is_channels_last(layer)
                 module = network.get_submodule(layer)
                 module.register_forward_hook(self._record_output(layer, channels_last))
+        if network is not None:
+            self._refuse_layers_above(network, backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(n, 3, h, w)`` to features ``(n, n_features)``, float32."""
         n = x.shape[0]
         rows: dict[str, Tensor] = {}
         self._pass.rows, self._pass.shapes = rows, {}
+        self._pass.lacks_weights = ""
         for name, part in self._parts.items():
             x = part(x)
             if name in self._stages:
@@ -138,7 +141,25 @@ class FeatureExtractor(nn.Module):
         shapes: dict[str, tuple[int, ...]] = self._pass.shapes
         return shapes
 
+    def _refuse_layers_above(self, network: nn.Module, backbone: Backbone) -> None:
+        """Raise in the forward pass for layers that need weights that are missing."""
+        for name in backbone.missing_head:
+            reason = (
+                f"requires {name}, which is missing in the weights of "
+                f"{backbone.name!r}. Choose a stage or another layer below, or weights "
+                "with a head."
+            )
+
+            def hook(*arguments: object, reason: str = reason) -> None:
+                self._pass.lacks_weights = self._pass.lacks_weights or reason
+
+            module = network.get_submodule(name.rpartition(".")[0])
+            # After the hook of the penultimate layer, which records the input.
+            module.register_forward_pre_hook(hook)
+
     def _record(self, layer: str, x: Tensor) -> None:
+        if self._pass.lacks_weights:
+            raise ValueError(f"The layer {layer!r} {self._pass.lacks_weights}")
         self._pass.shapes[layer] = tuple(x.shape)
         self._pass.rows[layer] = pool(x, self._pooling, layer)
 

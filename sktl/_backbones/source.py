@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from sktl._backbones.weights import SUFFIXES
+from sktl._backbones.unwrap import SUFFIXES, StateDict
 from sktl._images.preprocessing import Preprocessing
-
-StateDict = dict[str, Tensor]
 
 
 def _is_channels_first(layer: str) -> bool:
