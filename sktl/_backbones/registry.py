@@ -19,6 +19,7 @@ from torch import nn
 
 from sktl._backbones import bundled, registered, torchvision
 from sktl._backbones.backbone import Backbone, LoadedNetwork
+from sktl._backbones.layouts import LAYOUTS
 from sktl._backbones.source import BackboneDefinition, BackboneSource, is_path
 from sktl._backbones.stages import check_staged_model, find_head, last_linear
 from sktl._backbones.unwrap import fill_missing_head, select_state_dict
@@ -36,6 +37,9 @@ from sktl._utils.tensor_file import state_dict_digest
 
 # The names of a source are reserved, except for those of `registered`.
 _SOURCES: tuple[BackboneSource, ...] = (bundled, torchvision)
+
+# Changes when other axes of a network are pooled, so that no old row is read.
+_LAYOUT_VERSION = 1
 
 # By name, name of the weights, and digest of the file or seed. A search over strategies
 # uses two or three backbones at the same time.
@@ -67,6 +71,7 @@ def register_backbone(
     *,
     preprocessing: Any,
     categories: Sequence[str] | None = None,
+    layout: str | None = None,
 ) -> None:
     """Register a network of your own under a name, in this process.
 
@@ -94,13 +99,18 @@ def register_backbone(
     categories : sequence of str, default=None
         Names of the outputs.
 
+    layout : {"NCHW", "NHWC"} or None, default=None
+        Axes of activations with four axes, where these cannot be determined: rows and
+        columns are the axes that grow with the images. Required only for layers whose
+        output always has the same number of rows and columns.
+
     Raises
     ------
     TypeError
         If `name` is not a str, `builder` is not callable or `preprocessing` has
         another type.
     ValueError
-        If `name` is empty or reserved.
+        If `name` is empty or reserved, or `layout` is invalid.
 
     Examples
     --------
@@ -130,9 +140,11 @@ def register_backbone(
         preprocessing = Preprocessing.from_torchvision(preprocessing)
     if isinstance(categories, str):
         raise TypeError(f"categories must be a list of names. Got {categories!r}.")
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"layout must be None, 'NCHW' or 'NHWC'. Got {layout!r}.")
     names = None if categories is None else tuple(categories)
     with preserve_rng_state():  # the lock under which registered backbones are built
-        registered.add(name, builder, preprocessing, names)
+        registered.add(name, builder, preprocessing, names, layout)
         backbones.drop(lambda key: key[0] == name)
 
 
@@ -352,6 +364,8 @@ def _build_backbone(
         # The parameters do not depend on strides, and a name that is registered again
         # may have another preprocessing.
         content = f"{network} {definition.preprocessing} {digest}"
+        if backbone.structure.is_channels_last("") is None:
+            content += f" {definition.layout} {_LAYOUT_VERSION}"
         backbone.digest = hashlib.sha256(content.encode()).hexdigest()
     return backbone
 

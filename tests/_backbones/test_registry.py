@@ -356,6 +356,7 @@ class _Cheating(nn.Module):
         ({"categories": ["a"]}, ValueError, "has 10 outputs. Got 1 names"),
         ({"builder": _Cheating}, ValueError, "_Cheating, run in order"),
         ({"preprocessing": 32}, TypeError, "preprocessing must be a sktl.Preproc"),
+        ({"layout": "HWC"}, ValueError, "must be None, 'NCHW' or 'NHWC'. Got 'HWC'"),
     ],
 )
 def test_invalid_backbones_raise(
