@@ -34,7 +34,7 @@ def add(
     builder: Callable[[], nn.Module],
     preprocessing: Preprocessing,
     categories: tuple[str, ...] | None,
-    layout: str | None,
+    layout: str | None = None,
 ) -> None:
     """Add a definition, or replace the one with that name.
 

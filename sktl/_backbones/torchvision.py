@@ -19,10 +19,10 @@ from torchvision import models
 from sktl._backbones.source import (
     BackboneDefinition,
     NetworkStructure,
-    StateDict,
     weights_path,
 )
 from sktl._backbones.stages import describe_network as describe_own_stages
+from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import fetch_weights
 from sktl._images.preprocessing import Preprocessing
 

@@ -70,7 +70,11 @@ def float32_default_if_needed() -> AbstractContextManager[object]:
 def _has_default_dtype(func: Callable[..., Any], values: list[Any]) -> bool:
     """Return whether a result has the default data type because nothing decides it."""
     if func in _FROM_DATA:
-        return isinstance(values[0], float | list | tuple)
+        value = values[0]
+        while isinstance(value, list | tuple) and value:
+            value = value[0]
+        # Scalars of NumPy have their own data type.
+        return type(value) in (float, list, tuple)
     tensors = [value for value in values if isinstance(value, Tensor)]
     # A function of integers, such as a division.
     return (
