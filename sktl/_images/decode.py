@@ -22,9 +22,9 @@ mode of the image           conversion to RGB
 ==========================  ====================================================
 
 ``pixel_range`` applies to arrays and to the last two rows of the table; in files of 8
-bits per channel, black and white are fixed. The EXIF orientation is applied; invalid
-EXIF data are ignored. The first frame of an animation or of a file of several pages is
-used, and the current frame of a PIL image.
+bits per channel, black and white are fixed. The orientation in EXIF or XMP metadata is
+applied, see `sktl._images.orientation`. The first frame of an animation or of a file of
+several pages is used, and the current frame of a PIL image.
 
 Two limitations of Pillow remain. Colour images of 16 bits per channel are read with 8
 bits. The transparent colour of a grey PNG of 2 or 4 bits, or of a colour PNG of 16 bits
@@ -43,9 +43,11 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from sktl._images.orientation import load_with_transposition
 from sktl._images.pixel_values import PixelRange, to_uint8
+from sktl._images.transparency import correct_transparency
 
 #: Size in pixels of the largest image that is decoded from a file or from bytes. It
 #: equals the size at which Pillow warns of decompression bombs, but does not depend on
@@ -56,18 +58,6 @@ MAX_PIXELS = 89_478_485
 # Formats that may be opened. Others may start a program (EPS), or are rarely used and
 # tested. MPO is opened by Pillow's JPEG plugin.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-
-# By EXIF orientation. ImageOps.exif_transpose also writes new EXIF data, which fails if
-# the data are invalid.
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 _CONVERTIBLE_MODES = ("1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -261,19 +251,10 @@ def _read_file(file: IO[bytes], name: str, min_decode_size: int | None) -> Image
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
-    """Load the pixels and apply the EXIF orientation, if there is one."""
-    image.load()  # the EXIF data of a PNG may follow the pixels
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Warning:
-        raise  # the user turned warnings into errors
-    except Exception:
-        # All exceptions on purpose: EXIF data are often invalid, in as many ways as
-        # files are damaged. The pixels are intact, and image viewers ignore the data.
-        orientation = None
-    if orientation not in _TRANSPOSITIONS:
-        return image
-    return image.transpose(_TRANSPOSITIONS[orientation])
+    """Load the pixels, and apply the orientation, if there is one."""
+    transposition = load_with_transposition(image)
+    image = correct_transparency(image)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _from_pixels(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> Image.Image:

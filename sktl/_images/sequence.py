@@ -11,6 +11,10 @@ from sktl._images.decode import as_array, decode
 from sktl._images.hashing import content_hashes, decode_and_hash
 from sktl._images.pixel_values import PixelRange
 
+#: Version of the decoder, part of the key of cached rows. To be increased by any change
+#: of the pixels that are decoded from the same content.
+DECODER_VERSION = 2
+
 
 class ImageSequence:
     """Lazy sequence of RGB images, each decoded when it is accessed.
@@ -117,7 +121,7 @@ class ImageSequence:
         """Return the settings that, with the content, determine the decoded pixels."""
         return {
             "pixel_range": str(self._pixel_range),
-            "decoder": f"Pillow {PIL.__version__.split('.')[0]}",
+            "decoder": f"{DECODER_VERSION}, Pillow {PIL.__version__.split('.')[0]}",
             "min_decode_size": str(self._min_decode_size),
         }
 
