@@ -13,6 +13,7 @@ from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 
 from sktl._images.augmentation import AUGMENTATIONS
+from sktl._images.file_formats import MAX_PIXELS
 from sktl._images.pixel_values import PixelRange
 from sktl._images.validation import ImageShape
 from sktl._inference.feature_cache import Memory
@@ -38,9 +39,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
-        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it. No code in the file is executed. None: random weights,
-        seeded by `random_state`, a baseline. The head may be missing in the file.
+        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
+        random weights, seeded by `random_state`, a baseline.
     trainable : {"head", "all"}, int or str, default="all"
         What is trained: the head; all stages; an int n, the head and the last n stages;
         or the name of a stage, that stage and all above it. All other stages are
@@ -117,6 +117,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
         multiple of the required size remains: several times faster, with slightly
         different features. 2 and 3 are common values. None decodes all pixels.
+    max_image_pixels : int, default=89478485
+        Number of pixels of the largest image that is decoded from a file or bytes, a
+        protection against decompression bombs. With `reducing_gap`, the pixels that
+        remain are counted. PIL images and arrays of any size are accepted.
+    extra_formats : tuple or list of str, default=()
+        File formats of Pillow that are decoded besides JPEG, PNG, WebP, GIF, BMP, TIFF,
+        PPM and AVIF, by the names of Pillow, such as ``("JPEG2000", "TGA")``. A plugin,
+        as for ``"HEIF"``, must be registered before, in all worker processes. Formats
+        that start other programs, such as EPS, are refused.
     batch_size : int, default=32
         Number of images per batch. For fewer images, inference uses batches of one.
     device : str or torch.device, default="auto"
@@ -146,8 +155,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Decides the order of the images, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
-        If 1, show a progress bar for anything longer than a second, and print what was
-        removed from a weights file, such as a prefix of its names.
+        If 1, show a progress bar for anything longer than a second.
 
     Attributes
     ----------
@@ -288,6 +296,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
         reducing_gap: float | None = None,
+        max_image_pixels: int = MAX_PIXELS,
+        extra_formats: Sequence[str] = (),
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
@@ -325,6 +335,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         self.image_shape = image_shape
         self.pixel_range = pixel_range
         self.reducing_gap = reducing_gap
+        self.max_image_pixels = max_image_pixels
+        self.extra_formats = extra_formats
         self.batch_size = batch_size
         self.device = device
         self.precision = precision

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, ClassVar, Self
 from weakref import WeakKeyDictionary
@@ -16,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.feature_extractor import layer_widths
 from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._images.file_formats import MAX_PIXELS, FileOptions
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
@@ -50,9 +52,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
-        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it. No code in the file is executed. None: random weights,
-        the same in every call, a baseline. The head may be missing in the file.
+        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
+        random weights, the same in every call, a baseline.
     layer : str or list of str, default="penultimate"
         Layer or layers whose activations are returned.
 
@@ -82,6 +83,15 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
         multiple of the required size remains: several times faster, with slightly
         different features. 2 and 3 are common values. None decodes all pixels.
+    max_image_pixels : int, default=89478485
+        Number of pixels of the largest image that is decoded from a file or bytes, a
+        protection against decompression bombs. With `reducing_gap`, the pixels that
+        remain are counted. PIL images and arrays of any size are accepted.
+    extra_formats : tuple or list of str, default=()
+        File formats of Pillow that are decoded besides JPEG, PNG, WebP, GIF, BMP, TIFF,
+        PPM and AVIF, by the names of Pillow, such as ``("JPEG2000", "TGA")``. A plugin,
+        as for ``"HEIF"``, must be registered before, in all worker processes. Formats
+        that start other programs, such as EPS, are refused.
     batch_size : int, default=32
         Number of images per batch. For fewer images, inference uses batches of one.
     device : str or torch.device, default="auto"
@@ -106,8 +116,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         image only once, even across folds, candidates, processes and sessions. Of a
         :obj:`joblib.Memory`, the location is used. None means no cache.
     verbose : int, default=0
-        If 1, show a progress bar for anything longer than a second, and print what was
-        removed from a weights file, such as a prefix of its names.
+        If 1, show a progress bar for anything longer than a second.
 
     Attributes
     ----------
@@ -200,6 +209,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
         reducing_gap: float | None = None,
+        max_image_pixels: int = MAX_PIXELS,
+        extra_formats: Sequence[str] = (),
         batch_size: int = 32,
         device: str | torch.device = "auto",
         precision: str = "float32",
@@ -216,6 +227,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self.image_shape = image_shape
         self.pixel_range = pixel_range
         self.reducing_gap = reducing_gap
+        self.max_image_pixels = max_image_pixels
+        self.extra_formats = extra_formats
         self.batch_size = batch_size
         self.device = device
         self.precision = precision
@@ -357,6 +370,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             reset=reset,
             image_shape=self.image_shape,
             pixel_range=self.pixel_range,
+            file_options=FileOptions.from_estimator(self),
         )
 
     def _layers(self) -> tuple[str, ...]:

@@ -34,13 +34,12 @@ def add(
     builder: Callable[[], nn.Module],
     preprocessing: Preprocessing,
     categories: tuple[str, ...] | None,
-    layout: str | None = None,
 ) -> None:
     """Add a definition, or replace the one with that name.
 
     Parameters
     ----------
-    name, builder, preprocessing, categories, layout
+    name, builder, preprocessing, categories
         Valid arguments of `register_backbone`.
     """
 
@@ -63,5 +62,4 @@ def add(
         has_fixed_image_size=None,
         is_registered=True,
         adapt_state_dict=torchvision.adapt_state_dict,
-        layout=layout,
     )

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as tvf
 
+from sktl._images.file_formats import MAX_PIXELS
 from sktl._images.preprocessing import Preprocessing
 
 AUGMENTATIONS = {"flip", "standard", "trivial"}
@@ -106,11 +108,7 @@ def augmentation_for(
     )
     transform = transforms.Compose(
         [
-            transforms.RandomResizedCrop(
-                preprocessing.crop_size,
-                _CROP_SCALE,
-                interpolation=InterpolationMode(preprocessing.interpolation),
-            ),
+            _random_resized_crop(preprocessing),
             transforms.RandomHorizontalFlip(),
             color_transform,
         ]
@@ -118,6 +116,29 @@ def augmentation_for(
     return Augmentation(
         _load, lambda image: np.array(transform(image), dtype=np.uint8), False
     )
+
+
+def _random_resized_crop(
+    preprocessing: Preprocessing,
+) -> Callable[[Image.Image], Image.Image]:
+    """Return torchvision's random crop, for images of any size."""
+    crop = transforms.RandomResizedCrop(
+        preprocessing.crop_size,
+        _CROP_SCALE,
+        interpolation=InterpolationMode(preprocessing.interpolation),
+    )
+
+    def crop_and_resize(image: Image.Image) -> Image.Image:
+        if image.width * image.height <= MAX_PIXELS:
+            return crop(image)
+        # Not Image.crop, which refuses sizes above the global limit of Pillow. This
+        # transform selects the same pixels.
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        box = (left, top, left + width, top + height)
+        image = image.transform((width, height), Image.Transform.EXTENT, box)
+        return tvf.resize(image, crop.size, crop.interpolation)
+
+    return crop_and_resize
 
 
 def _load(image: Image.Image) -> Image.Image:

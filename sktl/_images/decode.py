@@ -45,19 +45,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from sktl._images.file_formats import (
+    FileOptions,
+    allocate_pixels,
+    count_pixels,
+    explain_rejection,
+    explain_size,
+    open_image_file,
+)
 from sktl._images.orientation import load_with_transposition
 from sktl._images.pixel_values import PixelRange, to_uint8
 from sktl._images.transparency import correct_transparency
 
-#: Size in pixels of the largest image that is decoded from a file or from bytes. It
-#: equals the size at which Pillow warns of decompression bombs, but does not depend on
-#: the user's ``PIL.Image.MAX_IMAGE_PIXELS``. Pillow's warning is issued first, inside
-#: ``Image.open``; it cannot be suppressed without changing the state of other threads.
-MAX_PIXELS = 89_478_485
-
-# Formats that may be opened. Others may start a program (EPS), or are rarely used and
-# tested. MPO is opened by Pillow's JPEG plugin.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+_DEFAULT_OPTIONS = FileOptions()
 
 _CONVERTIBLE_MODES = ("1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
@@ -75,6 +75,7 @@ def decode(
     pixel_range: PixelRange,
     content: bytes | None = None,
     min_decode_size: int | None = None,
+    file_options: FileOptions = _DEFAULT_OPTIONS,
 ) -> Image.Image:
     """Decode one image to upright RGB.
 
@@ -93,6 +94,8 @@ def decode(
         Decode JPEG files at 1/2, 1/4 or 1/8 of their size (averaging pixels), as long
         as the shorter side has at least this number of pixels. None decodes at full
         size.
+    file_options : FileOptions, optional
+        Formats and sizes of the files and bytes that are decoded.
 
     Returns
     -------
@@ -107,11 +110,13 @@ def decode(
     name = describe(image, index)
     if isinstance(image, bytes):
         content = image
-    if content is not None:
-        pil_image = _read_file(io.BytesIO(content), name, min_decode_size)
-    elif isinstance(image, str | os.PathLike):
-        with open_regular_file(image, name) as file:
-            pil_image = _read_file(file, name, min_decode_size)
+    is_path = isinstance(image, str | os.PathLike)
+    if content is not None or is_path:
+        extension = os.path.splitext(os.fsdecode(image))[1] if is_path else ""
+        with (
+            open_regular_file(image, name) if content is None else io.BytesIO(content)
+        ) as file:
+            pil_image = _read_file(file, name, extension, min_decode_size, file_options)
     elif isinstance(image, Image.Image):
         with _PIL_LOCK, reraise_read_errors(name):
             pil_image = _apply_orientation(image)
@@ -184,9 +189,8 @@ def reraise_read_errors(name: str) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """Describe an error in one printable phrase."""
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's message is the repr of an open file.
-        text = f"it is damaged, or its format is not one of {', '.join(_FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        text = f"{str(error).rstrip('.')} (set by PIL.Image.MAX_IMAGE_PIXELS)"
     elif isinstance(error, OSError) and error.strerror:
         # The full message of an OSError repeats the path.
         text = error.strerror
@@ -228,7 +232,13 @@ def open_regular_file(path: str | os.PathLike[Any], name: str) -> IO[bytes]:
         return open(path, "rb")
 
 
-def _read_file(file: IO[bytes], name: str, min_decode_size: int | None) -> Image.Image:
+def _read_file(
+    file: IO[bytes],
+    name: str,
+    extension: str,
+    min_decode_size: int | None,
+    options: FileOptions,
+) -> Image.Image:
     """Read the first frame of an open file, upright and in its original mode."""
     with reraise_read_errors(name):
         is_empty = not file.read(1)
@@ -236,22 +246,28 @@ def _read_file(file: IO[bytes], name: str, min_decode_size: int | None) -> Image
         raise ValueError(
             f"Cannot read image {name}: it is empty (0 bytes). Replace or remove it."
         )
+    rejection = None
     with reraise_read_errors(name):
-        image = Image.open(file, formats=_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"Cannot read image {name}: it has {image.width} x {image.height} pixels; "
-            f"files of more than {MAX_PIXELS} pixels are not decoded, because they can "
-            "exhaust the memory. Shrink it, or pass it as a PIL image or an array."
-        )
+        try:
+            image = open_image_file(file, options)
+        except UnidentifiedImageError:
+            rejection = explain_rejection(file, name, extension, options)
+    if rejection is not None:
+        raise ValueError(rejection)
     with reraise_read_errors(name):
+        size = image.size
         if min_decode_size is not None:
             image.draft(None, (min_decode_size, min_decode_size))
+        n_pixels = count_pixels(image, size, file, options)
+    if n_pixels > options.max_pixels:
+        raise ValueError(explain_size(image, size, n_pixels, name, options))
+    with reraise_read_errors(name):
         return _apply_orientation(image)
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
     """Load the pixels, and apply the orientation, if there is one."""
+    allocate_pixels(image)
     transposition = load_with_transposition(image)
     image = correct_transparency(image)
     return image if transposition is None else image.transpose(transposition)

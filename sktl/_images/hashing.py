@@ -22,7 +22,10 @@ from sktl._images.decode import (
     open_regular_file,
     reraise_read_errors,
 )
+from sktl._images.file_formats import FileOptions
 from sktl._images.pixel_values import PixelRange
+
+_DEFAULT_OPTIONS = FileOptions()
 
 # A file that changes twice within one tick of the clock of the file system may keep its
 # modification time. Hashes of files younger than this are not cached (as in git's
@@ -91,6 +94,7 @@ def decode_and_hash(
     index: int,
     pixel_range: PixelRange,
     min_decode_size: int | None = None,
+    file_options: FileOptions = _DEFAULT_OPTIONS,
 ) -> tuple[bytes, Image.Image]:
     """Decode an image and return the hash of exactly the content that was decoded.
 
@@ -100,8 +104,8 @@ def decode_and_hash(
     ----------
     image, index, pixel_range
         As in `content_hash`.
-    min_decode_size : int, optional
-        As in `decode`; does not affect the hash.
+    min_decode_size, file_options : optional
+        As in `decode`; do not affect the hash.
 
     Returns
     -------
@@ -129,6 +133,7 @@ def decode_and_hash(
         pixel_range=pixel_range,
         content=content,
         min_decode_size=min_decode_size,
+        file_options=file_options,
     )
 
 

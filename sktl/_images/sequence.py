@@ -8,8 +8,11 @@ import PIL
 from PIL import Image
 
 from sktl._images.decode import as_array, decode
+from sktl._images.file_formats import FileOptions
 from sktl._images.hashing import content_hashes, decode_and_hash
 from sktl._images.pixel_values import PixelRange
+
+_DEFAULT_OPTIONS = FileOptions()
 
 #: Version of the decoder, part of the key of cached rows. To be increased by any change
 #: of the pixels that are decoded from the same content.
@@ -35,6 +38,8 @@ class ImageSequence:
         Index in X of each image, for error messages. None counts from 0.
     min_decode_size : int, optional
         As in `decode`.
+    file_options : FileOptions, optional
+        As in `decode`.
     """
 
     def __init__(
@@ -44,6 +49,7 @@ class ImageSequence:
         image_shape: tuple[int, ...] | None = None,
         original_indices: Sequence[int] | None = None,
         min_decode_size: int | None = None,
+        file_options: FileOptions = _DEFAULT_OPTIONS,
     ) -> None:
         self._images = images
         self._pixel_range = pixel_range
@@ -52,6 +58,7 @@ class ImageSequence:
             original_indices = range(len(images))
         self._original_indices = original_indices
         self._min_decode_size = min_decode_size
+        self._file_options = file_options
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -75,6 +82,7 @@ class ImageSequence:
             index=self._original_indices[index],
             pixel_range=self._pixel_range,
             min_decode_size=self._min_decode_size,
+            file_options=self._file_options,
         )
 
     def subset(self, indices: Sequence[int]) -> "ImageSequence":
@@ -85,6 +93,7 @@ class ImageSequence:
             self._image_shape,
             [self._original_indices[index] for index in indices],
             self._min_decode_size,
+            self._file_options,
         )
 
     def original_index(self, index: int) -> int:
@@ -105,6 +114,7 @@ class ImageSequence:
             self._image_shape,
             self._original_indices,
             self._min_decode_size,
+            self._file_options,
         )
 
     def with_min_decode_size(self, min_decode_size: int | None) -> "ImageSequence":
@@ -115,6 +125,7 @@ class ImageSequence:
             self._image_shape,
             self._original_indices,
             min_decode_size,
+            self._file_options,
         )
 
     def decode_fingerprint(self) -> dict[str, str]:
@@ -141,6 +152,7 @@ class ImageSequence:
             index=self._original_indices[index],
             pixel_range=self._pixel_range,
             min_decode_size=self._min_decode_size,
+            file_options=self._file_options,
         )
 
     def _image(self, index: int) -> Any:

@@ -35,6 +35,7 @@ from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 
 from sktl._images.decode import as_array, describe
+from sktl._images.file_formats import FileOptions
 from sktl._images.pixel_values import (
     PixelRange,
     check_pixel_range,
@@ -44,6 +45,7 @@ from sktl._images.sequence import ImageSequence
 
 ImageShape = tuple[int, int] | tuple[int, int, int] | Literal["auto"]
 
+_DEFAULT_OPTIONS = FileOptions()
 _SINGLE_IMAGE_TYPES = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 _FILE_OR_PIL_TYPES = (str, bytes, os.PathLike, Image.Image)
 _CHANNELS = (1, 3, 4)
@@ -59,6 +61,7 @@ def validate_images(
     reset: bool,
     image_shape: ImageShape = "auto",
     pixel_range: PixelRange = "auto",
+    file_options: FileOptions = _DEFAULT_OPTIONS,
 ) -> ImageSequence:
     """Validate X and convert it to a lazy sequence of images.
 
@@ -82,6 +85,8 @@ def validate_images(
         Values of black and white in arrays. "auto": the full range of an integer
         dtype, and (0, 1) for floats, whatever the values are. Booleans are black and
         white. Values outside the range are clipped, with one warning.
+    file_options : FileOptions, optional
+        Formats and sizes of the files and bytes that are decoded.
 
     Returns
     -------
@@ -106,7 +111,7 @@ def validate_images(
             validate_data(estimator, X, reset=reset, skip_check_array=True)
         elif reset:
             _delete_feature_attributes(estimator)
-        return ImageSequence(column, pixel_range)
+        return ImageSequence(column, pixel_range, file_options=file_options)
     if getattr(X, "shape", None) == (0,):
         # check_array would report the number of dimensions instead.
         raise ValueError(

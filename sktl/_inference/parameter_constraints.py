@@ -18,6 +18,8 @@ SHARED_CONSTRAINTS: dict[str, list[Any]] = {
     "image_shape": [StrOptions({"auto"}), tuple, list],
     "pixel_range": [StrOptions({"auto"}), tuple, list],
     "reducing_gap": [Interval(Real, 1, None, closed="left"), None],
+    "max_image_pixels": [Interval(Integral, 1, None, closed="left")],
+    "extra_formats": [tuple, list],
     "batch_size": [Interval(Integral, 1, None, closed="left")],
     "device": [str, torch.device],
     "precision": [StrOptions({*PRECISIONS, "auto"})],

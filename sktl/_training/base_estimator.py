@@ -5,6 +5,7 @@ import functools
 import os
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from sktl._images.file_formats import FileOptions
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._training.fit import fit_model
@@ -40,6 +42,8 @@ class BaseFineTunedCNN(BaseEstimator):
     image_shape: Any
     pixel_range: Any
     reducing_gap: float | None
+    max_image_pixels: int
+    extra_formats: Sequence[str]
     warm_start: bool
 
     @abstractmethod
@@ -237,4 +241,5 @@ class BaseFineTunedCNN(BaseEstimator):
             reset=reset,
             image_shape=self.image_shape,
             pixel_range=self.pixel_range,
+            file_options=FileOptions.from_estimator(self),
         )

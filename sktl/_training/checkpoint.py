@@ -26,7 +26,16 @@ from sktl._utils.tensor_file import read_tensors, write_tensors
 _FORMAT = "sktl training checkpoint, version 2"
 _NAME = "fine_tuning"
 # Parameters that do not change the result.
-_IGNORED = {"callbacks", "checkpoint", "memory", "n_jobs", "verbose", "weights"}
+_IGNORED = {
+    "callbacks",
+    "checkpoint",
+    "extra_formats",
+    "max_image_pixels",
+    "memory",
+    "n_jobs",
+    "verbose",
+    "weights",
+}
 _WEIGHTS, _BEST, _INITIAL, _OPTIMIZER = "weights.", "best.", "initial.", "optimizer."
 
 

@@ -14,6 +14,8 @@ INVALID = {
     "image_shape": "square",
     "pixel_range": "uint8",
     "reducing_gap": 0.5,
+    "max_image_pixels": 0,
+    "extra_formats": "TGA",
     "batch_size": 0,
     "device": 0,
     "precision": "int8",

@@ -79,7 +79,6 @@ def test_unreadable_file_is_named_in_every_estimator(
         assert FeatureStore(store).info()["rows"] == len(paths)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_image_too_large_raises_where_pillow_warns():
     with pytest.raises(ValueError, match="10000 x 10000 pixels; files of more than"):
         PretrainedFeatures("tiny").transform([bomb()])

@@ -430,6 +430,8 @@ COMMON = {
     "image_size": [None, 20],
     "pixel_range": ["auto", (0, 255), [-20, 300]],
     "reducing_gap": [None, 2, 3.5],
+    "max_image_pixels": [10**6, np.int64(10**9)],
+    "extra_formats": [(), ["TGA"], ("JPEG2000", "tga")],
     "batch_size": [1, 4, 32, np.int64(5)],
     "device": ["auto", "cpu", torch.device("cpu")],
     "n_jobs": [None, 1, 2],
