@@ -69,8 +69,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     augmentation : {"flip", "standard", "trivial"}, callable or None, default=None
         Data augmentation applied during training. ``"flip"``: horizontal flips.
         ``"standard"``: random crops of 35 to 100 % of the area, flips, color jitter.
-        ``"trivial"``: crops, flips and TrivialAugment [2]_. A callable maps a PIL image
-        to another one.
+        ``"trivial"``: crops, flips and TrivialAugment [2]_. The crops are taken from
+        the squashed or padded image, if `resize` is one of these modes. A callable maps
+        a PIL image to another one.
     augmentation_views : int or None, default=None
         Number of fixed augmented views per image; one is sampled per epoch. The frozen
         stages then compute each view only once. None: new random views in each epoch.
@@ -104,8 +105,14 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Copies of them are called during training. KeyboardInterrupt raised by one, as
         by skorch's EarlyStopping, ends `fit` with it: use `early_stopping`.
     image_size : int or None, default=None
-        Side in pixels to which images are resized and cropped. None: the size that the
-        weights were trained with.
+        Side in pixels of the square image that the network gets. None: the size that
+        the weights were trained with.
+    resize : {"crop", "squash", "pad"} or None, default=None
+        How an image becomes square. ``"crop"``: by its center; the ends of long images
+        are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
+        filling the space beside it with the mean color of the weights' training data.
+        None: as the weights were trained, which is ``"crop"`` unless a registered
+        backbone has another mode.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
         For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
         else with three (last); else, with a warning, a strip one pixel high.
@@ -293,6 +300,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Any] | None = None,
         image_size: int | None = None,
+        resize: str | None = None,
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
         reducing_gap: float | None = None,
@@ -332,6 +340,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         self.checkpoint = checkpoint
         self.callbacks = callbacks
         self.image_size = image_size
+        self.resize = resize
         self.image_shape = image_shape
         self.pixel_range = pixel_range
         self.reducing_gap = reducing_gap

@@ -51,8 +51,14 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         Maps names of categories to labels. The probabilities of categories with the
         same label are summed; categories that are not in the dict are ignored.
     image_size : int or None, default=None
-        Side in pixels to which images are resized and cropped. None: the size that the
-        weights were trained with.
+        Side in pixels of the square image that the network gets. None: the size that
+        the weights were trained with.
+    resize : {"crop", "squash", "pad"} or None, default=None
+        How an image becomes square. ``"crop"``: by its center; the ends of long images
+        are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
+        filling the space beside it with the mean color of the weights' training data.
+        None: as the weights were trained, which is ``"crop"`` unless a registered
+        backbone has another mode.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
         For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
         else with three (last); else, with a warning, a strip one pixel high.
@@ -155,6 +161,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         weights: str | os.PathLike[str] | None = "DEFAULT",
         label_map: dict[str, Any] | None = None,
         image_size: int | None = None,
+        resize: str | None = None,
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
         reducing_gap: float | None = None,
@@ -172,6 +179,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self.weights = weights
         self.label_map = label_map
         self.image_size = image_size
+        self.resize = resize
         self.image_shape = image_shape
         self.pixel_range = pixel_range
         self.reducing_gap = reducing_gap
@@ -372,7 +380,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         self, backbone: Backbone, images: ImageSequence
     ) -> NDArray[np.float64]:
         """Run the network; return ``(n_samples, n_categories)`` in its own order."""
-        preprocessing = backbone.preprocessing_at(self.image_size)
+        preprocessing = backbone.preprocessing_at(self.image_size, self.resize)
         spec = ModelSpec(
             BackboneSpec.to(backbone, self.weights),
             (),

@@ -70,8 +70,14 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         k, by averages over a k x k grid, which preserve the spatial layout. No effect
         on a layer without positions, such as the penultimate layer of most networks.
     image_size : int or None, default=None
-        Side in pixels to which images are resized and cropped. None: the size that the
-        weights were trained with.
+        Side in pixels of the square image that the network gets. None: the size that
+        the weights were trained with.
+    resize : {"crop", "squash", "pad"} or None, default=None
+        How an image becomes square. ``"crop"``: by its center; the ends of long images
+        are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
+        filling the space beside it with the mean color of the weights' training data.
+        None: as the weights were trained, which is ``"crop"`` unless a registered
+        backbone has another mode.
     image_shape : "auto", (h, w) or (h, w, c), default="auto"
         For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
         else with three (last); else, with a warning, a strip one pixel high.
@@ -206,6 +212,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         layer: str | list[str] = "penultimate",
         pooling: str | int = "avg",
         image_size: int | None = None,
+        resize: str | None = None,
         image_shape: ImageShape = "auto",
         pixel_range: PixelRange = "auto",
         reducing_gap: float | None = None,
@@ -224,6 +231,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self.layer = layer
         self.pooling = pooling
         self.image_size = image_size
+        self.resize = resize
         self.image_shape = image_shape
         self.pixel_range = pixel_range
         self.reducing_gap = reducing_gap
@@ -302,7 +310,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         images = self._validate_images(X, reset=False)
         backbone = self._load_backbone()
         self._check_weights_unchanged(backbone)
-        preprocessing = backbone.preprocessing_at(self.image_size)
+        preprocessing = backbone.preprocessing_at(self.image_size, self.resize)
         spec = ModelSpec(
             BackboneSpec.to(backbone, self.weights),
             self._layers(),
@@ -413,5 +421,5 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
 
     def _compute_layer_widths(self, backbone: Backbone) -> tuple[int, ...]:
         """Return the number of columns of each layer; validates layers and pooling."""
-        preprocessing = backbone.preprocessing_at(self.image_size)
+        preprocessing = backbone.preprocessing_at(self.image_size, self.resize)
         return layer_widths(backbone, self._layers(), self._pooling(), preprocessing)

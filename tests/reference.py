@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
@@ -25,7 +25,23 @@ def normalized(images, preprocessing: Preprocessing) -> Tensor:
         std=preprocessing.std,
     )
     pil = [i if isinstance(i, Image.Image) else Image.fromarray(i) for i in images]
+    if preprocessing.resize != "crop":  # squares, which the transform does not change
+        transform.resize_size = [preprocessing.crop_size]
+        pil = [whole_in_square(image, preprocessing) for image in pil]
     return torch.stack([transform(image) for image in pil])
+
+
+def whole_in_square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Squash or pad an image by Pillow."""
+    side = preprocessing.crop_size
+    resample = Image.Resampling[preprocessing.interpolation.upper()]
+    if preprocessing.resize == "squash":
+        return image.resize((side, side), resample)
+    part = ImageOps.contain(image, (side, side), resample)
+    color = tuple(min(max(round(255 * mean), 0), 255) for mean in preprocessing.mean)
+    left, top = (side - part.width) // 2, (side - part.height) // 2
+    border = (left, top, side - part.width - left, side - part.height - top)
+    return ImageOps.expand(part, border, color)
 
 
 def has_native_bfloat16() -> bool:

@@ -62,8 +62,11 @@ def test_epoch_0_is_the_logistic_regression_on_frozen_features(images, y):
     assert [row["epoch"] for row in classifier.history_] == [0]
 
 
-def test_predictions_equal_the_module_in_plain_pytorch(images, y):
-    classifier = make_classifier().fit(images, y)
+@pytest.mark.parametrize("resize", [None, "crop", "squash", "pad"])
+def test_predictions_equal_the_module_in_plain_pytorch(images, y, resize):
+    images = images[:, :, :12]  # 24 x 12 pixels
+    classifier = make_classifier(resize=resize).fit(images, y)
+    assert classifier.preprocessing_.resize == (resize or "crop")
     assert not classifier.module_.training
     with torch.inference_mode():
         logits = classifier.module_(normalized(images, classifier.preprocessing_))

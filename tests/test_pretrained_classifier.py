@@ -60,6 +60,18 @@ def test_classes_are_sorted_and_columns_permuted(images, raw):
     np.testing.assert_array_equal(mine.predict(images), own[raw.argmax(1)])
 
 
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_resize(images, resize):
+    images = images[:, :12]
+    backbone = load_backbone("named")
+    x = normalized(images, backbone.preprocessing_at(None, resize))
+    with torch.inference_mode():
+        expected = backbone.network(x).softmax(1).numpy()
+    mine = PretrainedClassifier("named", resize=resize).fit(images)
+    proba = mine.predict_proba(images)
+    np.testing.assert_allclose(proba, expected[:, [1, 3, 2, 4, 0]], atol=1e-5)
+
+
 def test_scorers_agree_with_the_network_in_its_own_order(images, raw, y):
     mine = PretrainedClassifier("named").fit(images)
     own = np.array(["zebra", "ant", "crane (2)", "bee", "crane (4)"])

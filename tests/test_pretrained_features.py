@@ -11,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import TinyNet
 from PIL import Image
-from reference import needs_native_bfloat16
+from reference import needs_native_bfloat16, normalized
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer
@@ -25,6 +26,7 @@ from torch import nn
 from torchvision import models
 
 from sktl import Preprocessing, PretrainedFeatures, register_backbone
+from sktl._backbones.registry import load_backbone
 
 
 @pytest.fixture
@@ -306,6 +308,51 @@ def test_images_too_small_for_a_registered_network(paths):
     register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
     with pytest.raises(ValueError, match=r"does not support images of 32 x 32"):
         PretrainedFeatures("own", image_size=32).fit(paths)
+
+
+@pytest.fixture
+def long_images():
+    """Return images of 4:1 whose two classes differ only at the left end."""
+    pixels = np.random.default_rng(0).integers(90, 110, (20, 24, 96, 3), np.uint8)
+    pixels[10:, 4:20, 2:18] = 255
+    return pixels
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_whole_long_images_in_every_form(long_images, resize, tmp_path):
+    pixels = long_images[12]
+    Image.fromarray(pixels).save(path := tmp_path / "image.png")
+    forms = [pixels, torch.from_numpy(pixels), Image.open(path), path]
+    forms.append(path.read_bytes())
+    mine = PretrainedFeatures(
+        "resnet_mini", layer="stage1", resize=resize, engine="torch"
+    )
+    rows = mine.transform(forms)
+    np.testing.assert_array_equal(rows, rows[[0]].repeat(5, axis=0))
+    backbone = load_backbone("resnet_mini")
+    x = normalized([pixels], backbone.preprocessing_at(None, resize))
+    with torch.inference_mode():
+        expected = backbone.stages["stage1"](backbone.stages["stem"](x)).mean((2, 3))
+    np.testing.assert_allclose(rows[:1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_grid_search_over_resize(long_images):
+    y = np.repeat(["plain", "marked"], 10)
+    model = make_pipeline(PretrainedFeatures("tiny"), LogisticRegression())
+    grid = {"pretrainedfeatures__resize": [None, "crop", "squash", "pad"]}
+    scores = GridSearchCV(model, grid, cv=2).fit(long_images, y).cv_results_
+    own, crop, squash, pad = scores["mean_test_score"]
+    assert own == crop < 0.9
+    assert squash == pad == 1
+
+
+def test_registered_backbone_has_a_resize_mode_of_its_own(long_images):
+    size = Preprocessing(16, 16, resize="squash")
+    register_backbone("tiny squashed", TinyNet, preprocessing=size)
+    for resize, same in ((None, "squash"), ("crop", None), ("pad", "pad")):
+        mine = PretrainedFeatures("tiny squashed", resize=resize)
+        expected = PretrainedFeatures("tiny", resize=same).transform(long_images)
+        np.testing.assert_array_equal(mine.transform(long_images), expected)
 
 
 # Real photographs and real weights.

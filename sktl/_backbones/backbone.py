@@ -6,6 +6,7 @@ categories, so these always match.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from threading import RLock
 from typing import Any, Self
@@ -158,18 +159,22 @@ class Backbone:
         """The module named `penultimate`: an ``nn.Linear`` or an ``nn.Conv2d``."""
         return self.network.get_submodule(self.penultimate)
 
-    def preprocessing_at(self, image_size: int | None) -> Preprocessing:
-        """Return the preprocessing for another image size.
+    def preprocessing_at(
+        self, image_size: int | None, resize: str | None = None
+    ) -> Preprocessing:
+        """Return the preprocessing for another image size or resize mode.
 
         Parameters
         ----------
         image_size : int or None
             Side in pixels to resize and crop to, or None for that of the weights.
+        resize : str or None
+            As in `Preprocessing`, or None for that of the weights.
 
         Returns
         -------
         Preprocessing
-            With that size.
+            With that size and mode.
 
         Raises
         ------
@@ -177,6 +182,8 @@ class Backbone:
             If the network does not support images of that size.
         """
         own = self.preprocessing
+        if resize is not None:
+            own = replace(own, resize=resize)
         if image_size is None:
             return own
         is_fixed = self.definition.has_fixed_image_size

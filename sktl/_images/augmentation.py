@@ -9,6 +9,7 @@ therefore does not depend on the number of threads.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
 from sktl._images.file_formats import MAX_PIXELS
-from sktl._images.preprocessing import Preprocessing
+from sktl._images.preprocessing import MAX_SIZE, Preprocessing
 
 AUGMENTATIONS = {"flip", "standard", "trivial"}
 
@@ -67,7 +68,9 @@ def augmentation_for(
         callable maps the whole image, a PIL image, to another one, which is then
         preprocessed. None: no augmentation.
     preprocessing : Preprocessing
-        Size and interpolation of the output.
+        Size, interpolation and resize mode of the output. With the modes "squash" and
+        "pad", random crops are taken from the squashed or padded image: crops of about
+        equal width and height of a long image itself would never show both of its ends.
 
     Returns
     -------
@@ -114,7 +117,9 @@ def augmentation_for(
         ]
     )
     return Augmentation(
-        _load, lambda image: np.array(transform(image), dtype=np.uint8), False
+        partial(_load_to_crop, preprocessing=preprocessing),
+        lambda image: np.array(transform(image), dtype=np.uint8),
+        False,
     )
 
 
@@ -144,6 +149,16 @@ def _random_resized_crop(
 def _load(image: Image.Image) -> Image.Image:
     image.load()  # otherwise Pillow may decode lazily, in the training thread
     return image
+
+
+def _load_to_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """Return the image of which random crops are taken."""
+    if preprocessing.resize == "crop":
+        return _load(image)
+    # Of twice the size of the output, so that no crop is enlarged: with 35 % of the
+    # area and an aspect ratio of 3/4, it has 51 % of the width.
+    side = min(2 * preprocessing.crop_size, MAX_SIZE)
+    return Image.fromarray(preprocessing.with_image_size(side)(image))
 
 
 def _random_flip(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

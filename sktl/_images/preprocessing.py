@@ -1,7 +1,7 @@
 """Preprocessing of decoded images: resize, center crop and normalization."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,21 +15,23 @@ from torchvision.transforms import functional as tvf
 # Images with a larger aspect ratio are resized and cropped in one step: resized to a
 # shorter side of 256, an image of 1 x 20000 pixels would take 4 GB.
 _MAX_ASPECT_RATIO = 32
-# In pixels; a square of this size is larger than any image that is read from a file.
-_MAX_SIZE = 10_000
+#: In pixels; a square of this size is larger than any image that is read from a file.
+MAX_SIZE = 10_000
+#: How an image of any aspect ratio becomes square.
+RESIZE_MODES = ("crop", "squash", "pad")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preprocessing:
     """Preprocessing of images for a network: resize, center crop and normalize.
 
     Parameters
     ----------
     resize_size : int
-        Size in pixels to which the shorter side is resized.
+        Size in pixels to which the shorter side is resized, if `resize` is ``"crop"``.
 
     crop_size : int
-        Side in pixels of the square center crop.
+        Side in pixels of the square that the network gets.
 
     interpolation : str, default="bilinear"
         Value of ``torchvision.transforms.InterpolationMode``, such as ``"bicubic"``.
@@ -40,11 +42,18 @@ class Preprocessing:
         deviation. Calling a `Preprocessing` does not normalize: it returns uint8
         pixels, which are normalized together with the forward pass.
 
+    resize : {"crop", "squash", "pad"}, default="crop"
+        How an image becomes square. ``"crop"``: resize its shorter side to
+        `resize_size` and crop the center, as torchvision does. ``"squash"``: resize it
+        to the square, whatever its aspect ratio. ``"pad"``: resize its longer side to
+        `crop_size` and fill the rest with `mean`, rounded to 8 bits, which is 0 after
+        normalization, up to this rounding.
+
     Raises
     ------
     ValueError
-        If a size is below 1 or above 10000, the interpolation is unknown, or mean and
-        std are not three finite numbers each, with positive std.
+        If a size is below 1 or above 10000, the interpolation or `resize` is unknown,
+        or mean and std are not three finite numbers each, with positive std.
     """
 
     resize_size: int
@@ -52,19 +61,25 @@ class Preprocessing:
     interpolation: str = "bilinear"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    resize: str = "crop"
 
     def __post_init__(self) -> None:
         for name in ("resize_size", "crop_size"):
-            if not 1 <= getattr(self, name) <= _MAX_SIZE:
+            if not 1 <= getattr(self, name) <= MAX_SIZE:
                 raise ValueError(
-                    f"{name} must be at least 1 and at most {_MAX_SIZE}. Got {self!r}."
+                    f"{name} must be at least 1 and at most {MAX_SIZE}. Got {self!r}."
                 )
         modes = [mode.value for mode in InterpolationMode]
         if self.interpolation not in modes:
             raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
-        # Python integers, so that the repr does not depend on the integer type.
+        if self.resize not in RESIZE_MODES:
+            raise ValueError(
+                f"resize must be one of {list(RESIZE_MODES)}. Got {self!r}."
+            )
+        # Python's types, so that the repr does not depend on the type of the input.
         for name in ("resize_size", "crop_size"):
             object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, "resize", str(self.resize))
         # Tuples of floats, which are hashable and compare equal to other sequences.
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
@@ -78,6 +93,18 @@ class Preprocessing:
                 "mean and std must have one finite number for each of red, green and "
                 f"blue, and std must be positive. Got {self!r}."
             )
+
+    def __repr__(self) -> str:
+        """Return the fields; it is a part of cache keys.
+
+        `resize` is left out if it is "crop", so that the rows that were cached before
+        the field existed are found.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.resize == "crop":
+            del values["resize"]
+        arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
+        return f"{type(self).__name__}({arguments})"
 
     @classmethod
     def from_torchvision(cls, preset: Any) -> Self:
@@ -132,8 +159,8 @@ class Preprocessing:
         Parameters
         ----------
         reducing_gap : float or None
-            Minimum ratio of the decoded size to ``resize_size``. None: images are
-            decoded at full size.
+            Minimum ratio of the decoded size to the size after resizing. None: images
+            are decoded at full size.
 
         Returns
         -------
@@ -142,10 +169,12 @@ class Preprocessing:
         """
         if reducing_gap is None:
             return None
-        return math.ceil(reducing_gap * self.resize_size)
+        # With "pad", the shorter side becomes smaller still: this is a safe bound.
+        size = self.resize_size if self.resize == "crop" else self.crop_size
+        return math.ceil(reducing_gap * size)
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize an image and crop its center.
+        """Make an image square, of the size that the network gets.
 
         Parameters
         ----------
@@ -156,15 +185,36 @@ class Preprocessing:
         -------
         ndarray of shape (crop_size, crop_size, 3), uint8
             The same pixels as those of torchvision's transforms; for aspect ratios
-            above 32, up to rounding of intermediate results. A crop larger than the
-            resized image is padded with black.
+            above 32, up to rounding of intermediate results. With ``resize="crop"``, a
+            crop larger than the resized image is padded with black.
         """
+        if self.resize != "crop":
+            return self._resize_whole(image)
         mode = InterpolationMode(self.interpolation)
         if max(image.size) <= _MAX_ASPECT_RATIO * min(image.size):
             image = tvf.resize(image, [self.resize_size], mode)
         else:
             image = self._resize_center(image)
         return np.array(tvf.center_crop(image, [self.crop_size]), dtype=np.uint8)
+
+    def _resize_whole(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resize a whole image to the square, or pad it to the square."""
+        side, mode = self.crop_size, InterpolationMode(self.interpolation)
+        width, height = side, side
+        if self.resize == "pad":
+            longest = max(image.size)
+            width, height = (max(1, round(side * n / longest)) for n in image.size)
+        if image.height > _MAX_ASPECT_RATIO * image.width:
+            # Pillow resizes rows first: one of 1 x 80 million pixels would take 70 GB.
+            image = tvf.resize(image, [height, image.width], mode)
+        resized = tvf.resize(image, [height, width], mode)  # unchanged if it fits
+        square = Image.new("RGB", (side, side), self._mean_color())
+        square.paste(resized, ((side - width) // 2, (side - height) // 2))
+        return np.array(square, dtype=np.uint8)
+
+    def _mean_color(self) -> tuple[int, ...]:
+        """Return the mean as a pixel, clipped to the values that a pixel can have."""
+        return tuple(min(max(round(255 * value), 0), 255) for value in self.mean)
 
     def _resize_center(self, image: Image.Image) -> Image.Image:
         """Resize only the part of an image that the center crop keeps."""

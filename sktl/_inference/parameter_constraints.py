@@ -7,6 +7,7 @@ from typing import Any
 import joblib
 import torch
 
+from sktl._images.preprocessing import RESIZE_MODES
 from sktl._inference.execution import ENGINES, PRECISIONS
 from sktl._store.feature_store import FeatureStore
 from sktl._utils.sklearn_compat import Interval, StrOptions
@@ -15,6 +16,7 @@ SHARED_CONSTRAINTS: dict[str, list[Any]] = {
     "backbone": [str],
     "weights": [str, os.PathLike, None],
     "image_size": [Interval(Integral, 1, None, closed="left"), None],
+    "resize": [StrOptions(set(RESIZE_MODES)), None],
     "image_shape": [StrOptions({"auto"}), tuple, list],
     "pixel_range": [StrOptions({"auto"}), tuple, list],
     "reducing_gap": [Interval(Real, 1, None, closed="left"), None],

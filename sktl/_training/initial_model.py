@@ -28,7 +28,7 @@ class ModelConfig:
 
     Attributes
     ----------
-    backbone, weights, image_size, hidden_layer_sizes, dropout
+    backbone, weights, image_size, resize, hidden_layer_sizes, dropout
         As in `FineTunedCNNClassifier`, in plain types: `weights` as str and
         `hidden_layer_sizes` as a tuple.
     """
@@ -36,17 +36,19 @@ class ModelConfig:
     backbone: str
     weights: str
     image_size: int | None
+    resize: str | None
     hidden_layer_sizes: tuple[int, ...]
     dropout: float
 
     @classmethod
     def from_estimator(cls, estimator: Any) -> Self:
         """Return the config of an estimator; raise a ValueError if it is invalid."""
-        size = estimator.image_size
+        size, resize = estimator.image_size, estimator.resize
         return cls(
             estimator.backbone,
             str(estimator.weights),
             None if size is None else int(size),
+            None if resize is None else str(resize),
             _hidden_layer_sizes(estimator.hidden_layer_sizes),
             float(estimator.dropout),
         )
@@ -195,7 +197,7 @@ class InitialModel:
         spec = BackboneSpec.to(backbone, weights, weights_seed)
         return cls(
             network,
-            backbone.preprocessing_at(config.image_size),
+            backbone.preprocessing_at(config.image_size, config.resize),
             config,
             backbone.digest,
             PretrainedPrefix(len(network) - 1, spec),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.weights import load_weights_into, skip_weight_allocation
-from sktl._images.preprocessing import Preprocessing
+from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest, replace_head
@@ -214,9 +214,13 @@ def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> Fitte
 
 
 def _parse_config(document: dict[str, Any]) -> ModelConfig:
-    size = document.get("image_size")
+    size, resize = document.get("image_size"), document.get("resize")
     widths = _get(document, "hidden_layer_sizes", list)
     _require(size is None or type(size) is int, "its image_size must be an int or None")
+    _require(
+        resize is None or resize in RESIZE_MODES,
+        f"its resize must be None or one of {list(RESIZE_MODES)}",
+    )
     _require(
         all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
         f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
@@ -227,6 +231,7 @@ def _parse_config(document: dict[str, Any]) -> ModelConfig:
         _get(document, "backbone", str),
         _get(document, "weights", str),
         size,
+        resize,
         tuple(widths),
         float(dropout),
     )
@@ -245,6 +250,7 @@ def _parse_preprocessing(document: dict[str, Any]) -> Preprocessing:
         _get(document, "interpolation", str),
         tuple(mean),
         tuple(std),
+        _get(document, "resize", str),
     )
 
 

@@ -32,6 +32,15 @@ def test_images_may_have_another_size_within_limits() -> None:
         backbone.preprocessing_at(16)
 
 
+def test_images_may_become_square_in_another_way() -> None:
+    backbone = load_backbone("squeezenet1_1", None)
+    assert backbone.preprocessing_at(None, "crop") == Preprocessing(256, 224)
+    squashed = Preprocessing(256, 224, resize="squash")
+    assert backbone.preprocessing_at(None, "squash") == squashed
+    padded = Preprocessing(64, 64, resize="pad")
+    assert backbone.preprocessing_at(64, "pad") == padded
+
+
 def test_stages_of_a_copy_are_modules_of_its_network() -> None:
     shared = load_backbone("resnet_mini")
     private = copy.deepcopy(shared)

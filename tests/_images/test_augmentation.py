@@ -1,5 +1,7 @@
 """Named augmentations equal torchvision's, drawn from torch's generator."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -67,6 +69,42 @@ def test_named_augmentations_equal_torchvision(image, name, seed):
     )(image)
     expected = color_transform(transforms.RandomHorizontalFlip()(expected))
     np.testing.assert_array_equal(augment(name, image, seed), np.array(expected))
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("name", ["standard", "trivial"])
+def test_crops_are_taken_from_the_whole_image(image, name, resize):
+    image = image.resize((200, 20))
+    torch.manual_seed(3)
+    square = Preprocessing(32, 32, "bicubic", resize=resize)(image)
+    expected = transforms.RandomResizedCrop(
+        16, (0.35, 1.0), interpolation=InterpolationMode.BICUBIC
+    )(Image.fromarray(square))
+    expected = transforms.RandomHorizontalFlip()(expected)
+    augmentation = augmentation_for(name, replace(AT_16, resize=resize))
+    if name == "standard":
+        expected = transforms.ColorJitter(0.2, 0.2, 0.2)(expected)
+    else:
+        expected = transforms.TrivialAugmentWide()(expected)
+    torch.manual_seed(3)
+    got = augmentation.random(augmentation.deterministic(image))
+    np.testing.assert_array_equal(got, np.asarray(expected))
+
+
+@pytest.mark.parametrize("augmentation", ALL_AUGMENTATIONS)
+@pytest.mark.parametrize(("resize", "share"), [("squash", 0.5), ("pad", 0.5)])
+def test_augmentation_shows_the_ends_of_long_images(augmentation, resize, share):
+    pixels = np.zeros((20, 200, 3), np.uint8)
+    pixels[:, :20] = 0, 255, 0
+    image = Image.fromarray(pixels)
+    augmentation = augmentation_for(augmentation, replace(AT_16, resize=resize))
+    transformed = augmentation.deterministic(image)
+    n_shown = 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        red, green, blue = augmentation.random(transformed).astype(int).T
+        n_shown += (green > np.maximum(red, blue) + 60).any()
+    assert n_shown > share * 60
 
 
 @pytest.mark.parametrize("augmentation", ALL_AUGMENTATIONS)

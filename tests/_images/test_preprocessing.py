@@ -5,12 +5,16 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from reference import whole_in_square
 from torchvision import models
 from torchvision.transforms import functional as tvf
 from torchvision.transforms._presets import ImageClassification
 
-from sktl._images.preprocessing import Preprocessing
+from sktl._images.preprocessing import RESIZE_MODES, Normalization, Preprocessing
+
+RESIZE = tvf.resize
 
 
 def random_image(width: int, height: int, low: int = 0, high: int = 256) -> Image.Image:
@@ -74,11 +78,82 @@ def test_extremely_elongated_image() -> None:
     assert (got == (10, 20, 30)).all()
 
 
+SIZES = [(1, 1), (7, 5), (64, 64), (100, 75), (333, 40), (40, 333), (31, 1), (2, 60)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+def test_whole_images_equal_pillow(
+    size: tuple[int, int], interpolation: str, resize: str
+) -> None:
+    mean = (0.2, 0.5, 1.01)  # the last one is clipped
+    preprocessing = Preprocessing(50, 28, interpolation, mean, resize=resize)
+    image = random_image(*size)
+    expected = np.asarray(whole_in_square(image, preprocessing))
+    np.testing.assert_array_equal(preprocessing(image), expected)
+    if resize == "squash":
+        mode = tvf.InterpolationMode(interpolation)
+        np.testing.assert_array_equal(tvf.resize(image, [28, 28], mode), expected)
+
+
+def test_padding_is_zero_after_normalization() -> None:
+    preprocessing = Preprocessing(64, 56, resize="pad")
+    pixels = torch.from_numpy(preprocessing(random_image(90, 30))[None])
+    padding = Normalization(preprocessing)(pixels)[0, :, [0, 18, 37, 55]]
+    rounding = 0.5 / 255 / 0.225
+    assert padding[:, [0, 3]].abs().max() <= rounding
+    assert padding[:, [1, 2]].abs().min(2).values.max() > rounding
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("size", [(3, 1000), (1000, 3), (1, 60_000), (60_000, 1)])
+def test_whole_image_of_extreme_aspect_ratio(
+    resize: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = random_image(*size, low=64, high=192)
+    sizes = []
+    monkeypatch.setattr(
+        "torchvision.transforms.functional.resize",
+        lambda *arguments: sizes.append(RESIZE(*arguments).size) or RESIZE(*arguments),
+    )
+    got = Preprocessing(24, 20, "bicubic", resize=resize)(image)
+    thin = 20 if resize == "squash" else 1
+    shape = (20, thin) if size[0] < size[1] else (thin, 20)
+    expected = np.asarray(RESIZE(image, list(shape), tvf.InterpolationMode.BICUBIC))
+    rows, columns = ((20 - n) // 2 for n in shape)
+    inner = got[rows : rows + shape[0], columns : columns + shape[1]]
+    assert np.abs(inner - expected.astype(int)).max() <= 1
+    # The longer side is reduced first: otherwise Pillow needs it at 20 times the width.
+    assert sizes[0][size[1] > size[0]] == 20
+
+
 def test_pixels_are_writable_and_not_shared() -> None:
     image = random_image(8, 8)
     before = np.array(image)
-    Preprocessing(8, 8)(image)[:] = 0
-    np.testing.assert_array_equal(np.array(image), before)
+    for mode in RESIZE_MODES:
+        Preprocessing(8, 8, resize=mode)(image)[:] = 0
+        np.testing.assert_array_equal(np.array(image), before)
+
+
+@pytest.mark.parametrize(
+    ("resize", "size"), [("crop", 384), ("squash", 336), ("pad", 336)]
+)
+def test_min_decode_size_is_that_of_the_resized_image(resize: str, size: int) -> None:
+    preprocessing = Preprocessing(256, 224, resize=resize)
+    assert preprocessing.min_decode_size(1.5) == size
+    assert preprocessing.min_decode_size(None) is None
+
+
+def test_repr_of_the_default_mode_is_that_of_older_cache_keys() -> None:
+    fields = "resize_size=256, crop_size=224, interpolation='bicubic', "
+    fields += "mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)"
+    default = Preprocessing(256, 224, "bicubic")
+    assert repr(default) == f"Preprocessing({fields})"
+    assert repr(default.with_image_size(8)) != repr(default)
+    padded = Preprocessing(256, 224, "bicubic", resize="pad")
+    assert repr(padded) == f"Preprocessing({fields}, resize='pad')"
+    assert eval(repr(padded)) == padded != default == eval(repr(default))
 
 
 def test_from_torchvision() -> None:
@@ -107,6 +182,7 @@ def test_equality_and_immutability() -> None:
         ({"crop_size": 10_001}, "crop_size must be at least 1 and at most 10000"),
         ({"resize_size": float("inf")}, "resize_size must be at least 1 and at most"),
         ({"mean": (0.5, 0.5, float("nan"))}, "one finite number"),
+        ({"resize": "stretch"}, r"resize must be one of \['crop', 'squash', 'pad'\]"),
         ({"interpolation": "cubic"}, "interpolation must be one of .*bicubic"),
         ({"mean": (0.5,)}, "one finite number for each of red, green and blue"),
         ({"std": (1.0, 1.0, 0.0)}, "std must be positive"),

@@ -213,6 +213,8 @@ def test_a_cache_hit_decodes_nothing(counting, paths, monkeypatch):
         {"layer": "stage1"},
         {"pooling": "max"},
         {"image_size": 24},
+        {"resize": "squash"},
+        {"resize": "pad"},
         {"precision": "bfloat16"},
         {"weights": None},
         {"pixel_range": (0, 300)},

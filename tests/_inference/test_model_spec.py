@@ -61,6 +61,8 @@ def test_every_setting_is_part_of_the_namespace():
         model_spec(("stem", "stage1")),
         model_spec(("stem",), "max"),
         model_spec(("stem",), preprocessing=BACKBONE.preprocessing.with_image_size(24)),
+        model_spec(("stem",), preprocessing=BACKBONE.preprocessing_at(None, "squash")),
+        model_spec(("stem",), preprocessing=BACKBONE.preprocessing_at(None, "pad")),
         replace(spec, execution=replace(EXECUTION, precision="bfloat16")),
         replace(spec, execution=replace(EXECUTION, engine="openvino")),
         replace(spec, backbone=replace(spec.backbone, digest="0" * 64)),
@@ -70,3 +72,7 @@ def test_every_setting_is_part_of_the_namespace():
     assert len(namespaces) == len(others)
     same = replace(spec, execution=replace(EXECUTION, batch_size=1, n_jobs=2))
     assert same.namespace() == spec.namespace()
+    cropped = model_spec(
+        ("stem",), preprocessing=BACKBONE.preprocessing_at(None, "crop")
+    )
+    assert cropped.namespace() == spec.namespace()

@@ -11,6 +11,7 @@ INVALID = {
     "backbone": None,
     "weights": 3,
     "image_size": 0,
+    "resize": "stretch",
     "image_shape": "square",
     "pixel_range": "uint8",
     "reducing_gap": 0.5,

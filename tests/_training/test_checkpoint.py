@@ -120,6 +120,7 @@ def test_completed_run_is_only_read(images, estimator, file, monkeypatch):
         {"early_stopping": True},
         {"batch_size": 8},
         {"image_size": 24},
+        {"resize": "pad"},
         {"random_state": 1},
         {"precision": "bfloat16"},
         {"head_init": "random"},

@@ -106,7 +106,9 @@ def test_hidden_layer_sizes_of_any_type(sizes, widths):
     model = make_model(hidden_layer_sizes=sizes, dropout=np.float32(0.5))
     linear = [m for m in model.network[-1].modules() if isinstance(m, nn.Linear)]
     assert [module.out_features for module in linear] == [*widths, 3]
-    assert model.config == ModelConfig("tiny", "DEFAULT", None, tuple(widths), 0.5)
+    assert model.config == ModelConfig(
+        "tiny", "DEFAULT", None, None, tuple(widths), 0.5
+    )
     assert all(type(width) is int for width in model.config.hidden_layer_sizes)
 
 
@@ -118,6 +120,12 @@ def test_invalid_hidden_layer_sizes(sizes):
 
 def test_image_size():
     assert make_model(image_size=24).preprocessing == Preprocessing(24, 24)
+
+
+def test_resize():
+    model = make_model(image_size=24, resize=np.str_("pad"))
+    assert model.preprocessing == Preprocessing(24, 24, resize="pad")
+    assert type(model.config.resize) is str
 
 
 def test_weights_from_a_file(tmp_path):
@@ -157,7 +165,7 @@ def test_model_from_fitted_continues_with_the_same_settings(fitted):
     model = InitialModel.from_fitted(fitted._fitted_model, config)
     assert model.stages == ["stem", "stage1"]
     assert model.preprocessing == Preprocessing(20, 20)
-    assert model.config == ModelConfig("tiny", "DEFAULT", 20, (4,), 0.0)
+    assert model.config == ModelConfig("tiny", "DEFAULT", 20, None, (4,), 0.0)
     assert model.digest == network_digest(fitted.module_)
     spec = BackboneSpec.to(load_backbone("tiny"), "DEFAULT")
     assert model.pretrained == PretrainedPrefix(0, spec)  # all parts were trained
@@ -169,6 +177,7 @@ def test_model_from_fitted_continues_with_the_same_settings(fitted):
         ("backbone", "resnet18"),
         ("weights", None),
         ("image_size", 24),
+        ("resize", "pad"),
         ("hidden_layer_sizes", (5,)),
         ("dropout", 0.5),
     ],

@@ -428,6 +428,7 @@ def test_labels_of_other_objects_raise(y):
 
 COMMON = {
     "image_size": [None, 20],
+    "resize": [None, "crop", "squash", "pad"],
     "pixel_range": ["auto", (0, 255), [-20, 300]],
     "reducing_gap": [None, 2, 3.5],
     "max_image_pixels": [10**6, np.int64(10**9)],
