@@ -14,8 +14,8 @@ from sklearn.utils import Tags
 
 from sktl._images.augmentation import AUGMENTATIONS
 from sktl._images.file_formats import MAX_PIXELS
+from sktl._images.flattened import ImageShape
 from sktl._images.pixel_values import PixelRange
-from sktl._images.validation import ImageShape
 from sktl._inference.feature_cache import Memory
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.base_estimator import BaseFineTunedCNN
@@ -113,9 +113,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         filling the space beside it with the mean color of the weights' training data.
         None: as the weights were trained, which is ``"crop"`` unless a registered
         backbone has another mode.
-    image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
-        else with three (last); else, with a warning, a strip one pixel high.
+    image_shape : "auto", (h, w), (h, w, c) or (c, h, w), default="auto"
+        For 2-D `X`, shape of a flattened image. Channels come last if the last number
+        is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a
+        warning, a square with three channels (last), or a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input. ``"auto"`` depends on the dtype only:
         the full range of integers, (0, 1) for floats. Values outside the range are

@@ -18,9 +18,10 @@ from sktl._backbones.backbone import Backbone
 from sktl._backbones.feature_extractor import layer_widths
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.file_formats import MAX_PIXELS, FileOptions
+from sktl._images.flattened import ImageShape
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
-from sktl._images.validation import ImageShape, copy_feature_metadata, validate_images
+from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
@@ -78,9 +79,10 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         filling the space beside it with the mean color of the weights' training data.
         None: as the weights were trained, which is ``"crop"`` unless a registered
         backbone has another mode.
-    image_shape : "auto", (h, w) or (h, w, c), default="auto"
-        For 2-D `X`, shape of a flattened image. ``"auto"``: a square with one channel,
-        else with three (last); else, with a warning, a strip one pixel high.
+    image_shape : "auto", (h, w), (h, w, c) or (c, h, w), default="auto"
+        For 2-D `X`, shape of a flattened image. Channels come last if the last number
+        is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a
+        warning, a square with three channels (last), or a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
         Values of black and white in array input. ``"auto"`` depends on the dtype only:
         the full range of integers, (0, 1) for floats. Values outside the range are

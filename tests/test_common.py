@@ -60,6 +60,7 @@ ADDITIONAL_CHECKS = [
 # The warnings about that are correct, and not what is checked there.
 IGNORED_WARNINGS = [
     "ignore:X has .* neither a square grey nor a square RGB image:UserWarning",
+    "ignore:X has .* used as an RGB image of .* the channels last:UserWarning",
     "ignore:.* values outside pixel_range=.* are clipped:UserWarning",
     "ignore:.* maps the full range of the dtype:UserWarning",
     # Some checks fit on a frame and transform an array, or the reverse.

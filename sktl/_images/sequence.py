@@ -9,6 +9,7 @@ from PIL import Image
 
 from sktl._images.decode import as_array, decode
 from sktl._images.file_formats import FileOptions
+from sktl._images.flattened import unflatten
 from sktl._images.hashing import content_hashes, decode_and_hash
 from sktl._images.pixel_values import PixelRange
 
@@ -33,7 +34,7 @@ class ImageSequence:
     pixel_range : tuple of two floats or "auto"
         Values of black and white in arrays; see `sktl._images.pixel_values.to_uint8`.
     image_shape : tuple of ints, optional
-        Shape of the images if they are flattened.
+        Shape of the images if they are flattened, from `infer_flattened_shape`.
     original_indices : sequence of int, optional
         Index in X of each image, for error messages. None counts from 0.
     min_decode_size : int, optional
@@ -158,7 +159,7 @@ class ImageSequence:
     def _image(self, index: int) -> Any:
         image = self._images[index]
         if self._image_shape is not None:
-            image = image.reshape(self._image_shape)  # (n_features,) -> (h, w[, c])
+            image = unflatten(image, self._image_shape)  # (n_features,) -> (h, w[, c])
         return image
 
 

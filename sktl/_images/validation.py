@@ -18,14 +18,12 @@ elements and not by its number of dimensions alone, so that a vector of numbers 
 raises scikit-learn's error.
 """
 
-import math
 import os
 import re
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from numbers import Integral, Number
-from typing import Any, Literal
+from numbers import Number
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +34,12 @@ from sklearn.utils.validation import validate_data
 
 from sktl._images.decode import as_array, describe
 from sktl._images.file_formats import FileOptions
+from sktl._images.flattened import (
+    CHANNELS,
+    ImageShape,
+    check_image_shape,
+    infer_flattened_shape,
+)
 from sktl._images.pixel_values import (
     PixelRange,
     check_pixel_range,
@@ -43,12 +47,9 @@ from sktl._images.pixel_values import (
 )
 from sktl._images.sequence import ImageSequence
 
-ImageShape = tuple[int, int] | tuple[int, int, int] | Literal["auto"]
-
 _DEFAULT_OPTIONS = FileOptions()
 _SINGLE_IMAGE_TYPES = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 _FILE_OR_PIL_TYPES = (str, bytes, os.PathLike, Image.Image)
-_CHANNELS = (1, 3, 4)
 _FEATURE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
 # At least two letters: a single one is a drive of Windows.
 _URL = re.compile(r"([a-z][a-z0-9+.-]+://|data:)", re.IGNORECASE)
@@ -78,9 +79,7 @@ def validate_images(
     reset : bool
         Whether to set these attributes (in ``fit``) or to check them (elsewhere).
     image_shape : tuple of two or three ints, or "auto"
-        For 2-D input, the shape (height, width) or (height, width, channels) of the
-        flattened images. "auto": a square grey image; otherwise a square RGB image,
-        channels last; otherwise one row of grey pixels, with a warning.
+        For 2-D input, shape of the flattened images; see `infer_flattened_shape`.
     pixel_range : tuple of two floats or "auto"
         Values of black and white in arrays. "auto": the full range of an integer
         dtype, and (0, 1) for floats, whatever the values are. Booleans are black and
@@ -101,7 +100,7 @@ def validate_images(
         If X or one of its elements is not a supported image. Arrays of up to two
         dimensions are checked by scikit-learn and raise its errors.
     """
-    _check_image_shape(image_shape)
+    check_image_shape(image_shape)
     check_pixel_range(pixel_range)
     X = _convert_array_likes(X)
     column = _get_image_column(X)
@@ -135,7 +134,7 @@ def validate_images(
             _delete_feature_attributes(estimator)
     else:
         X = validate_data(estimator, _convert_nullable_integers(X), reset=reset)
-        flattened_shape = _infer_flattened_shape(X.shape[1], image_shape)
+        flattened_shape = infer_flattened_shape(X.shape[1], image_shape)
     check_pixel_values([("X", X)], pixel_range)
     return ImageSequence(X, pixel_range, flattened_shape)
 
@@ -150,23 +149,6 @@ def _convert_nullable_integers(X: Any) -> Any:
     types = {name: getattr(t, "numpy_dtype", t) for name, t in X.dtypes.items()}
     kinds = {getattr(t, "kind", "O") for t in types.values()}
     return X.astype(types) if kinds <= {"i", "u"} and not X.isna().any(axis=None) else X
-
-
-def _check_image_shape(image_shape: object) -> None:
-    """Raise ValueError if `image_shape` is not "auto" or the shape of an image."""
-    if isinstance(image_shape, str) and image_shape == "auto":
-        return
-    if (
-        isinstance(image_shape, tuple | list)
-        and len(image_shape) in (2, 3)
-        and all(isinstance(side, Integral) and int(side) > 0 for side in image_shape)
-        and (len(image_shape) == 2 or image_shape[2] in _CHANNELS)
-    ):
-        return
-    raise ValueError(
-        "image_shape must be 'auto', (height, width) or (height, width, channels) in "
-        f"pixels, with 1, 3 or 4 channels. Got {image_shape!r}."
-    )
 
 
 def _convert_array_likes(X: Any) -> Any:
@@ -290,10 +272,10 @@ def _check_image_array_shape(shape: tuple[int, ...], index: int) -> None:
     """Raise ValueError if an element of X does not have the shape of one image."""
     if 0 in shape:
         raise ValueError(f"X[{index}] has no pixels: its shape is {shape}. Remove it.")
-    if len(shape) == 2 or (len(shape) == 3 and shape[2] in _CHANNELS):
+    if len(shape) == 2 or (len(shape) == 3 and shape[2] in CHANNELS):
         return
     advice = ""
-    if len(shape) == 3 and shape[0] in _CHANNELS:
+    if len(shape) == 3 and shape[0] in CHANNELS:
         advice = (
             " Its channels seem to come first: pass array.transpose(1, 2, 0) or "
             "tensor.permute(1, 2, 0)."
@@ -314,10 +296,10 @@ def _check_stack_shape(shape: tuple[int, ...]) -> None:
         )
     if 0 in shape[1:]:
         raise ValueError(f"X has shape {shape}; its images have no pixels.")
-    if len(shape) == 3 or (len(shape) == 4 and shape[3] in _CHANNELS):
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] in CHANNELS):
         return
     advice = ""
-    if len(shape) == 4 and shape[1] in _CHANNELS:
+    if len(shape) == 4 and shape[1] in CHANNELS:
         advice = (
             " Its channels seem to come first: pass X.transpose(0, 2, 3, 1) or, for a "
             "torch tensor, X.permute(0, 2, 3, 1)."
@@ -327,33 +309,6 @@ def _check_stack_shape(shape: tuple[int, ...]) -> None:
         "width) or (n_samples, height, width, channels) with 1, 3 or 4 channels, "
         f"channels last.{advice}"
     )
-
-
-def _infer_flattened_shape(n_features: int, image_shape: ImageShape) -> tuple[int, ...]:
-    """Return the shape of an image that is flattened to n_features numbers."""
-    if image_shape != "auto":
-        if math.prod(image_shape) != n_features:
-            product = " x ".join(str(side) for side in image_shape)
-            raise ValueError(
-                f"X has {n_features} features, but image_shape={image_shape} requires "
-                f"{product} = {math.prod(image_shape)}. Set image_shape to the shape "
-                "of the images before they were flattened."
-            )
-        return tuple(image_shape)
-    side = math.isqrt(n_features)
-    if side**2 == n_features:
-        return side, side
-    side = math.isqrt(n_features // 3)
-    if 3 * side**2 == n_features:
-        return side, side, 3
-    warnings.warn(
-        f"X has {n_features} features, which is neither a square grey nor a square RGB "
-        "image; each row of X is used as an image one pixel high. Set "
-        "image_shape=(height, width) or (height, width, channels).",
-        UserWarning,
-        stacklevel=3,
-    )
-    return 1, n_features
 
 
 def copy_feature_metadata(estimator: BaseEstimator, checked: BaseEstimator) -> None:

@@ -1,5 +1,6 @@
 """Each supported form of X is decoded to the same pixels; unsupported forms raise."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -30,6 +31,9 @@ from sklearn.compose import ColumnTransformer
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from sktl._images.validation import validate_images
+
+
+BYTES = {"pixel_range": (0, 255)}
 
 
 @pytest.fixture
@@ -239,15 +243,38 @@ def test_image_shape() -> None:
         pixel_range=(0, 255),
     )
     check_images(GREY[:, :5].reshape(3, 25), repeat_grey(GREY[:, :5]))
-    check_images(STACK[:, :5].reshape(3, 75), STACK[:, :5])
     check_images(pd.DataFrame(GREY[:, :5].reshape(3, 25)), repeat_grey(GREY[:, :5]))
     check_images(np.uint8([[7], [9]]), [[[[7] * 3]], [[[9] * 3]]])
     check_images(np.uint8([[1, 2, 3]]), [[[[1, 2, 3]]]])
 
 
+def test_rows_of_square_colour_images_warn_of_their_layout() -> None:
+    rows = STACK[:, :5].reshape(3, 75)
+    message = r"75 features.*of 5 x 5 pixels with the channels last.*\(3, 5, 5\) if all"
+    with pytest.warns(UserWarning, match=message) as w:
+        images = decode_all(MeanColour().validate(rows))
+    assert len(w) == 1
+    np.testing.assert_array_equal(images, STACK[:, :5])
+    check_images(rows, STACK[:, :5], image_shape=(5, 5, 3))  # without a warning
+
+
+@pytest.mark.parametrize("n_channels", [1, 3, 4])
+def test_rows_with_the_channels_first(n_channels: int) -> None:
+    stack = np.concatenate([STACK, np.full_like(STACK[..., :1], 255)], axis=3)
+    stack = stack[..., -n_channels:]
+    rows = torch.from_numpy(stack).permute(0, 3, 1, 2).flatten(1)
+    expected = decode_all(MeanColour().validate(stack))
+    check_images(rows, expected, image_shape=(n_channels, 6, 5))
+    check_images(rows.tolist(), expected, image_shape=[n_channels, 6, 5], **BYTES)
+    images = MeanColour(image_shape=(n_channels, 6, 5)).validate(rows)
+    assert images.content_hashes() == MeanColour().validate(stack).content_hashes()
+    portable = pickle.loads(pickle.dumps(images.subset([2, 0]).portable()))
+    np.testing.assert_array_equal(decode_all(portable), [expected[2], expected[0]])
+
+
 def test_image_one_pixel_high_warns() -> None:
     with pytest.warns(
-        UserWarning, match="30 features.* one pixel high. Set image_sh"
+        UserWarning, match=r"30 features.* one pixel high. Set image_sh.*\(channels, "
     ) as w:
         images = MeanColour().validate(GREY.reshape(3, 30))
     assert len(w) == 1
@@ -258,10 +285,14 @@ def test_image_shape_of_wrong_size_raises() -> None:
     message = r"30 features, but image_shape=\(6, 5, 3\) requires 6 x 5 x 3 = 90"
     with pytest.raises(ValueError, match=message):
         MeanColour(image_shape=(6, 5, 3)).fit(GREY.reshape(3, 30))
+    message = r"30 features, but image_shape=\(3, 6, 5\) requires 3 x 6 x 5 = 90"
+    with pytest.raises(ValueError, match=message):
+        MeanColour(image_shape=(3, 6, 5)).fit(GREY.reshape(3, 30))
 
 
 @pytest.mark.parametrize(
-    "image_shape", ["square", (6,), (6, 5, 2), (0, 5), (6.0, 5), 30, None, (1, 6, 5, 1)]
+    "image_shape",
+    ["square", (6,), (6, 5, 2), (2, 6, 5), (0, 5), (6.0, 5), 30, None, (1, 6, 5, 1)],
 )
 def test_invalid_image_shape_raises(image_shape: object, paths: list[str]) -> None:
     with pytest.raises(ValueError, match=r"image_shape must be 'auto', \(height"):
