@@ -32,6 +32,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_array
 from sklearn.utils.validation import validate_data
 
+from sktl._images.alpha import is_nowhere_opaque, warn_of_alpha
 from sktl._images.decode import as_array, describe
 from sktl._images.file_formats import FileOptions
 from sktl._images.flattened import (
@@ -39,6 +40,7 @@ from sktl._images.flattened import (
     ImageShape,
     check_image_shape,
     infer_flattened_shape,
+    unflatten,
 )
 from sktl._images.pixel_values import (
     PixelRange,
@@ -105,7 +107,7 @@ def validate_images(
     X = _convert_array_likes(X)
     column = _get_image_column(X)
     if column is not None:
-        check_pixel_values(_check_elements(column), pixel_range)
+        check_pixel_values(_check_elements(column, pixel_range), pixel_range)
         if _is_dataframe(X) and (reset or hasattr(estimator, "n_features_in_")):
             validate_data(estimator, X, reset=reset, skip_check_array=True)
         elif reset:
@@ -136,6 +138,11 @@ def validate_images(
         X = validate_data(estimator, _convert_nullable_integers(X), reset=reset)
         flattened_shape = infer_flattened_shape(X.shape[1], image_shape)
     check_pixel_values([("X", X)], pixel_range)
+    stack = X if flattened_shape is None else unflatten(X, flattened_shape)
+    for index, pixels in enumerate(stack):
+        if is_nowhere_opaque(pixels, pixel_range):
+            warn_of_alpha(f"X[{index}]")
+            break  # warn only once
     return ImageSequence(X, pixel_range, flattened_shape)
 
 
@@ -229,8 +236,11 @@ def _is_numeric(element: Any) -> bool:
     return hasattr(element, "__array__") and getattr(element, "ndim", 1) < 2
 
 
-def _check_elements(images: Iterable[Any]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _check_elements(
+    images: Iterable[Any], pixel_range: PixelRange
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Check each image without opening files, and yield those that are arrays."""
+    without_opaque_pixel = ""
     for index, image in enumerate(images):
         if isinstance(image, str) and image:  # the most frequent case
             if ":" not in image or not _URL.match(image):
@@ -255,6 +265,10 @@ def _check_elements(images: Iterable[Any]) -> Iterator[tuple[str, npt.NDArray[An
         pixels = as_array(image, f"X[{index}]")
         _check_image_array_shape(pixels.shape, index)
         yield f"X[{index}]", pixels
+        if not without_opaque_pixel and is_nowhere_opaque(pixels, pixel_range):
+            without_opaque_pixel = f"X[{index}]"
+    if without_opaque_pixel:
+        warn_of_alpha(without_opaque_pixel)
 
 
 def _is_missing(image: Any) -> bool:
