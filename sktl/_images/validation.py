@@ -21,7 +21,7 @@ raises scikit-learn's error.
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Number
 from typing import Any
 
@@ -48,6 +48,7 @@ from sktl._images.pixel_values import (
     check_pixel_values,
 )
 from sktl._images.sequence import ImageSequence
+from sktl._images.unsupported import check_container, check_element
 
 _DEFAULT_OPTIONS = FileOptions()
 _SINGLE_IMAGE_TYPES = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
@@ -97,7 +98,8 @@ def validate_images(
     Raises
     ------
     TypeError
-        If X is a single image, a mapping, a set or an iterator.
+        If X is a single image, a mapping, a set, an iterator or a dataset of torch, or
+        if X or one of its elements is an open file.
     ValueError
         If X or one of its elements is not a supported image. Arrays of up to two
         dimensions are checked by scikit-learn and raise its errors.
@@ -166,19 +168,15 @@ def _convert_array_likes(X: Any) -> Any:
             got = f"the folder {os.fspath(X)!r}"
             advice = "load_files(X, load_content=False).filenames of sklearn.datasets"
         raise TypeError(f"X must be a sequence of images. Got {got}. Pass {advice}.")
-    # A sparse matrix in DOK format is a mapping too; scikit-learn raises a better
-    # error.
-    if isinstance(X, Mapping | Set | Iterator) and not hasattr(X, "shape"):
-        raise TypeError(
-            "X must be a sequence of images with an order and a length. Got "
-            f"{type(X).__name__}. Pass a list, e.g. list(X) or list(X.values())."
-        )
     if _is_dataframe(X) or _is_series(X):
         return X
+    if hasattr(X, "__array__") and not isinstance(X, Sequence):
+        return as_array(X, "X")
+    if hasattr(X, "shape"):
+        return X  # a sparse matrix, for example: scikit-learn raises the error
+    X = check_container(X)
     if isinstance(X, Sequence):
         return X if _contains_images(X) else as_array(X, "X")
-    if hasattr(X, "__array__"):
-        return as_array(X, "X")
     return X  # unsupported: scikit-learn raises the error
 
 
@@ -256,6 +254,7 @@ def _check_elements(
             )
         if isinstance(image, _FILE_OR_PIL_TYPES):
             continue
+        check_element(image, index)
         if not hasattr(image, "__array__") or isinstance(image, np.generic):
             raise ValueError(
                 f"X[{index}] is of type {type(image).__name__}, not an image. Pass a "

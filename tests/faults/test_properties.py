@@ -107,7 +107,8 @@ def make_image(seed, height, width, n_channels, dtype):
     shape = (height, width, n_channels) if n_channels else (height, width)
     unit = np.random.default_rng(seed).random(shape)
     unit[..., 3:] = unit[..., 3:] > 0.5
-    unit[height // 2, width // 2, 3:] = 1
+    if n_channels == 4:
+        unit[height // 2, width // 2, 3] = 1
     white = {"b": 1, "f": 1}.get(np.dtype(dtype).kind) or np.iinfo(dtype).max
     pixels = (np.rint(unit * white) if np.dtype(dtype).kind in "bu" else unit).astype(
         dtype
