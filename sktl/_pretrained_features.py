@@ -155,7 +155,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     polars) in which each element is a path (`str` or path-like), `bytes` (the content
     of a file), a PIL image, or an array or tensor of shape (h, w) or (h, w, c); or one
     array of shape (n_samples, h, w), (n_samples, h, w, c) or (n_samples, n_features).
-    Channels come last; there are 1, 3 or 4 of them. Images may differ in size.
+    Channels come last; there are 1, 3 or 4 of them, and the fourth one is transparency
+    (on white). Images may differ in size. Datasets of torch and open files are refused.
 
     Images are resized, cropped and normalized as the weights require, so that the
     features equal those of torchvision's network on ``weights.transforms()``. The same
@@ -269,7 +270,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             If a parameter or `X` is invalid, or the weights do not belong to the
             backbone. Image files are not read yet.
         TypeError
-            If `X` is a single image, or has no order.
+            If `X` is a single image, a dataset of torch or an open file, or has no
+            order.
         ConnectionError
             If weights must be downloaded and there is no connection.
         """
@@ -302,7 +304,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
             If an image cannot be read (names the row, the path and the reason), or the
             weights changed since `fit`.
         TypeError
-            If `X` is a single image, or has no order.
+            If `X` is a single image, a dataset of torch or an open file, or has no
+            order.
         ConnectionError
             If weights must be downloaded and there is no connection.
         MemoryError
