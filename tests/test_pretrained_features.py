@@ -201,10 +201,10 @@ def test_a_warm_cache_needs_no_network_in_a_new_process(paths, tmp_path, layer):
 
 
 def test_a_failed_fit_leaves_the_estimator_unchanged(images):
-    mine = PretrainedFeatures("tiny").fit(images.reshape(len(images), -1)[:, :768])
+    mine = PretrainedFeatures("tiny").fit(images.reshape(len(images), -1)[:, :256])
     state = dict(vars(mine))
     with pytest.raises(ValueError, match="'device' parameter"):
-        mine.set_params(device="gpu").fit(images.reshape(len(images), -1)[:, :48])
+        mine.set_params(device="gpu").fit(images.reshape(len(images), -1)[:, :64])
     assert vars(mine.set_params(device="auto")) == state
 
 

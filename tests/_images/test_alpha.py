@@ -20,23 +20,23 @@ def bands(dtype="u1", largest=11):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pixel_range", "opaque"),
+    ("dtype", "pixel_range", "opaque", "translucent"),
     [
-        ("u1", "auto", 255),
-        ("u2", "auto", 65_500),  # rounds to 255
-        ("u2", (0, 4095), 4095),
-        ("u2", (0, 4095), 65_535),
-        ("i2", "auto", 32_767),
-        ("f4", "auto", 0.999),
-        ("f8", (-1, 1), 1),
-        ("?", "auto", True),
+        ("u1", "auto", 255, 254),
+        ("u2", "auto", 65_500, 65_000),  # rounded to 255 and 253
+        ("u2", (0, 4095), 4095, 4000),
+        ("u2", (0, 4095), 65_535, 4000),
+        ("i2", "auto", 32_767, 32_000),
+        ("f4", "auto", 0.999, 0.99),
+        ("f8", (-1, 1), 1, 0.9),
+        ("?", "auto", True, False),
     ],
 )
-def test_is_nowhere_opaque(dtype, pixel_range, opaque):
+def test_is_nowhere_opaque(dtype, pixel_range, opaque, translucent):
     pixels = np.zeros((6, 5, 4), dtype)
     pixels[..., :3] = opaque
     assert is_nowhere_opaque(pixels, pixel_range)
-    pixels[..., 3] = opaque * 0.9 if dtype != "?" else False
+    pixels[..., 3] = translucent
     assert is_nowhere_opaque(pixels, pixel_range)
     for row, column in ((3, 0), (0, 4), (5, 2)):
         some = pixels.copy()

@@ -88,7 +88,7 @@ def test_advice_for_datasets_is_right(folder):
 @pytest.mark.parametrize(
     "pair",
     [
-        lambda path: (Image.open(path), 0),
+        lambda path: (Image.fromarray(STACK[0]), 0),
         lambda path: (str(path), 0),
         lambda path: (0, path),
         lambda path: (path.read_bytes(), "ant"),

@@ -130,7 +130,7 @@ class Interrupt(Callback):
 @pytest.mark.parametrize("shape", ["images", "rows"])
 def test_interrupted_estimator_is_not_fitted(tmp_path, shape):
     X, y = load_data()
-    X = X if shape == "images" else X.reshape(len(X), -1)
+    X = X if shape == "images" else X[..., 0].reshape(len(X), -1)
     estimator = make_classifier(tmp_path, "sgd", callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         estimator.fit(X, y)

@@ -75,7 +75,8 @@ def test_image_sizes_other_than_in_fit(estimator):
     fitted = clone(estimator).fit(STACK, Y)
     others = [np.kron(p, np.ones((k, 2, 1), np.uint8)) for k, p in enumerate(STACK, 1)]
     assert output_of(fitted, others).shape[0] == 12
-    flat = clone(estimator).fit(STACK.reshape(12, -1), Y)
+    flat = clone(estimator).set_params(image_shape=STACK.shape[1:])
+    flat.fit(STACK.reshape(12, -1), Y)
     np.testing.assert_array_equal(
         output_of(flat, STACK.reshape(12, -1)), output_of(fitted, STACK)
     )
@@ -157,7 +158,7 @@ def test_failed_fit_leaves_the_fitted_model(estimator):
 
 @each_classifier
 def test_failed_fit_leaves_the_number_of_features(estimator):
-    flat, other = STACK.reshape(12, -1), STACK[:, :8, :8].reshape(12, -1)
+    flat, other = STACK[..., 0].reshape(12, -1), STACK[:, :8, :8, 0].reshape(12, -1)
     fitted = clone(estimator).fit(flat, Y)
     expected = fitted.predict_proba(flat)
     for X in (other, STACK):
