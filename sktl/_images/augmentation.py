@@ -20,7 +20,6 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
-from sktl._images.file_formats import MAX_PIXELS
 from sktl._images.preprocessing import MAX_SIZE, Preprocessing
 
 AUGMENTATIONS = {"flip", "standard", "trivial"}
@@ -134,9 +133,10 @@ def _random_resized_crop(
     )
 
     def crop_and_resize(image: Image.Image) -> Image.Image:
-        if image.width * image.height <= MAX_PIXELS:
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is None or image.width * image.height <= limit:
             return crop(image)
-        # Not Image.crop, which refuses sizes above the global limit of Pillow. This
+        # Not Image.crop, which refuses crops above the global limit of Pillow. This
         # transform selects the same pixels.
         top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
         box = (left, top, left + width, top + height)

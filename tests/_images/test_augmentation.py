@@ -57,6 +57,14 @@ def test_flip_mirrors_half_of_the_images(image):
     assert 30 <= n_mirrored <= 70
 
 
+def test_crop_of_an_image_above_the_limit_of_pillow(image, monkeypatch):
+    for seed in range(5):
+        expected = augment("standard", image, seed)
+        with monkeypatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+            np.testing.assert_array_equal(augment("standard", image, seed), expected)
+
+
 @pytest.mark.parametrize("name", ["standard", "trivial"])
 @pytest.mark.parametrize("seed", range(10))
 def test_named_augmentations_equal_torchvision(image, name, seed):

@@ -261,6 +261,17 @@ def test_limit_of_pillow_has_no_effect(limit, monkeypatch):
     assert limit == Image.MAX_IMAGE_PIXELS
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "P", "1"])
+def test_limit_of_pillow_has_no_effect_on_tiff_files(mode, compression, monkeypatch):
+    image = Image.fromarray(RGB).quantize() if mode == "P" else Image.fromarray(RGB)
+    image = image.convert(mode)
+    content = encode(image, "TIFF", compression=compression, tiffinfo={274: 6})
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    expected = np.rot90(np.asarray(image.convert("RGB")), -1)
+    np.testing.assert_array_equal(decode_pixels(content), expected)
+
+
 def test_limit_that_a_plugin_of_pillow_checks_is_named(monkeypatch):
     content = encode(RGB, "WEBP")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
