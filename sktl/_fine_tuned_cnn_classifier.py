@@ -118,9 +118,11 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a
         warning, a square with three channels (last), or a strip one pixel high.
     pixel_range : "auto" or (low, high), default="auto"
-        Values of black and white in array input. ``"auto"`` depends on the dtype only:
-        the full range of integers, (0, 1) for floats. Values outside the range are
-        clipped, with a warning.
+        Values of black and white in arrays, and in files of more than 8 bits per
+        channel, such as (0, 4095) for 12 bits stored in 16. ``"auto"``: in arrays, the
+        full range of integers, and (0, 1) for floats; in files, the range that the file
+        defines. Values outside the range are clipped. Warns if values of arrays are
+        clipped, and if those of integers reach less than an eighth of the range.
     reducing_gap : float or None, default=None
         Decode large JPEG files at 1/2, 1/4 or 1/8 of their size if at least this
         multiple of the required size remains: several times faster, with slightly

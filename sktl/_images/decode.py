@@ -14,26 +14,26 @@ mode of the image           conversion to RGB
 ``P``                       palette lookup
 ``CMYK``, ``YCbCr``,        Pillow's conversion; embedded colour profiles are
 ``HSV``, ``LAB``, ``RGBX``  not applied
-``I;16`` and its variants   16-bit grey: black is 0 and white 65535, or as given by
-                            an explicit ``pixel_range`` (e.g. 12 bits stored in 16)
+``I;16`` and its variants   16-bit grey: scaled to 8 bits by the values of black and
+                            white in `sktl._images.bit_depth`, or by an explicit
+                            ``pixel_range``
 ``I``, ``F``                32-bit integers and floats: scaled by an explicit
-                            ``pixel_range``; without one, only floats in [0, 1] are
-                            supported, and all other images raise
+                            ``pixel_range``; without one, only floats in [0, 1] and
+                            files of 16 bits are supported, and all other images
+                            raise
 ==========================  ====================================================
 
-``pixel_range`` applies to arrays and to the last two rows of the table; in files of 8
-bits per channel, black and white are fixed. The orientation in EXIF or XMP metadata is
-applied, see `sktl._images.orientation`. The first frame of an animation or of a file of
-several pages is used, and the current frame of a PIL image.
+The orientation in EXIF or XMP metadata is applied, see `sktl._images.orientation`. The
+first frame of an animation or of a file of several pages is used, and the current frame
+of a PIL image.
 
-Two limitations of Pillow remain. Colour images of 16 bits per channel are read with 8
+PIL images have two limitations of Pillow. Colour images of 16 bits per channel have 8
 bits. The transparent colour of a grey PNG of 2 or 4 bits, or of a colour PNG of 16 bits
 per channel, is compared with pixels that are already scaled to 8 bits, and therefore
 seldom matches.
 """
 
 import io
-import math
 import os
 import stat
 import threading
@@ -44,24 +44,37 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
+from sktl._images.bit_depth import (
+    BitDepth,
+    correct_tiles,
+    open_image,
+    read_bit_depth,
+)
+from sktl._images.deep_pixels import (
+    can_read_all_bits,
+    has_only_small_values,
+    needs_all_bits,
+    read_all_bits,
+)
+from sktl._images.depth_scaling import reduce_to_8_bits, scale_all_bits
 from sktl._images.file_formats import (
     FileOptions,
     allocate_pixels,
     count_pixels,
     explain_rejection,
     explain_size,
-    open_image_file,
 )
 from sktl._images.orientation import load_with_transposition
-from sktl._images.pixel_values import PixelRange, to_uint8
+from sktl._images.packed_tiff import unpack
+from sktl._images.pixel_values import PixelRange, WarnOnce, to_uint8
 from sktl._images.transparency import correct_transparency
 
 _DEFAULT_OPTIONS = FileOptions()
 
 _CONVERTIBLE_MODES = ("1", "L", "P", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 _ALPHA_MODES = ("LA", "La", "PA", "RGBA", "RGBa")
-_DEEP_GREY_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 # A PIL image opened from a file loads its pixels on first use, which modifies it; the
 # same image may be decoded by several threads.
@@ -76,6 +89,7 @@ def decode(
     content: bytes | None = None,
     min_decode_size: int | None = None,
     file_options: FileOptions = _DEFAULT_OPTIONS,
+    warn: WarnOnce | None = None,
 ) -> Image.Image:
     """Decode one image to upright RGB.
 
@@ -87,7 +101,8 @@ def decode(
     index : int
         Index of the image in X, for error messages.
     pixel_range : tuple of two floats or "auto"
-        Values of black and white; see `to_uint8`.
+        Values of black and white in arrays, and in files and PIL images of more than 8
+        bits per channel; see `to_uint8` and `sktl._images.bit_depth`.
     content : bytes, optional
         Content of the file at the path, if it has been read already.
     min_decode_size : int, optional
@@ -96,6 +111,8 @@ def decode(
         size.
     file_options : FileOptions, optional
         Formats and sizes of the files and bytes that are decoded.
+    warn : WarnOnce, optional
+        Warns of files of 16 bits whose values probably have fewer bits.
 
     Returns
     -------
@@ -116,15 +133,32 @@ def decode(
         with (
             open_regular_file(image, name) if content is None else io.BytesIO(content)
         ) as file:
-            pil_image = _read_file(file, name, extension, min_decode_size, file_options)
+            pil_image = _read_file(
+                file,
+                name,
+                extension,
+                pixel_range,
+                min_decode_size,
+                file_options,
+                warn,
+            )
     elif isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(
+                f"Image {name} has no pixels: its size is {image.size}. Remove it."
+            )
         with _PIL_LOCK, reraise_read_errors(name):
+            correct_tiles(image)
+            depth = read_bit_depth(image)
             pil_image = _apply_orientation(image)
             pil_image = pil_image.copy() if pil_image is image else pil_image
+        pil_image = reduce_to_8_bits(
+            pil_image, depth, name=name, pixel_range=pixel_range, warn=warn
+        )
     else:
         with reraise_read_errors(name):
             pil_image = _from_pixels(as_array(image, name), pixel_range)
-    return _to_rgb(pil_image, name, pixel_range)
+    return _to_rgb(pil_image, name)
 
 
 def describe(image: object, index: int) -> str:
@@ -236,33 +270,62 @@ def _read_file(
     file: IO[bytes],
     name: str,
     extension: str,
+    pixel_range: PixelRange,
     min_decode_size: int | None,
     options: FileOptions,
+    warn: WarnOnce | None,
 ) -> Image.Image:
-    """Read the first frame of an open file, upright and in its original mode."""
+    """Read the first frame of an open file, upright and with at most 8 bits."""
+    image, depth = _open_file(file, name, extension, options)
+    with reraise_read_errors(name):
+        size = image.size if depth.packed is None else depth.packed.size
+        if min_decode_size is not None:
+            image.draft(None, (min_decode_size, min_decode_size))
+        n_pixels = count_pixels(image, size, file, options)
+    if n_pixels > options.max_pixels:
+        raise ValueError(explain_size(image, size, n_pixels, name, options))
+    scaling: Any = {"name": name, "pixel_range": pixel_range, "warn": warn}
+    if not needs_all_bits(image, depth, pixel_range):
+        is_supported = can_read_all_bits(image)
+        with reraise_read_errors(name):
+            upright = _load(image, depth)
+        if not (is_supported and has_only_small_values(upright, depth)):
+            return reduce_to_8_bits(upright, depth, **scaling)
+    with reraise_read_errors(name):
+        mode, values, depth = read_all_bits(
+            file,
+            depth,
+            open_again=lambda: open_image(file, options)[0],
+            load=_apply_orientation,
+        )
+    transparent = image.info.get("transparency")
+    return scale_all_bits(mode, values, depth, transparent=transparent, **scaling)
+
+
+def _open_file(
+    file: IO[bytes], name: str, extension: str, options: FileOptions
+) -> tuple[ImageFile, BitDepth]:
+    """Open a file without loading its pixels."""
     with reraise_read_errors(name):
         is_empty = not file.read(1)
     if is_empty:
         raise ValueError(
             f"Cannot read image {name}: it is empty (0 bytes). Replace or remove it."
         )
-    rejection = None
     with reraise_read_errors(name):
         try:
-            image = open_image_file(file, options)
+            return open_image(file, options)
         except UnidentifiedImageError:
             rejection = explain_rejection(file, name, extension, options)
-    if rejection is not None:
-        raise ValueError(rejection)
-    with reraise_read_errors(name):
-        size = image.size
-        if min_decode_size is not None:
-            image.draft(None, (min_decode_size, min_decode_size))
-        n_pixels = count_pixels(image, size, file, options)
-    if n_pixels > options.max_pixels:
-        raise ValueError(explain_size(image, size, n_pixels, name, options))
-    with reraise_read_errors(name):
+    raise ValueError(rejection)
+
+
+def _load(image: ImageFile, depth: BitDepth) -> Image.Image:
+    """Load the pixels of a file, upright."""
+    if depth.packed is None:
         return _apply_orientation(image)
+    allocate_pixels(image)
+    return _apply_orientation(unpack(image, depth.packed))
 
 
 def _apply_orientation(image: Image.Image) -> Image.Image:
@@ -281,17 +344,10 @@ def _from_pixels(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> Image.Ima
     return Image.fromarray(np.ascontiguousarray(values))
 
 
-def _to_rgb(image: Image.Image, name: str, pixel_range: PixelRange) -> Image.Image:
-    """Convert an image to RGB according to the table at the top of this file."""
-    if 0 in image.size:
-        raise ValueError(
-            f"Image {name} has no pixels: its size is {image.size}. Remove it."
-        )
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    """Convert an image of 8 bits to RGB according to the table at the top."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode in _DEEP_GREY_MODES:
-        grey = _scale_deep_grey(image, name, pixel_range)
-        return Image.fromarray(grey).convert("RGB")
     with reraise_read_errors(name):
         if image.mode in _ALPHA_MODES or image.has_transparency_data:
             return _composite_on_white(image)
@@ -311,32 +367,3 @@ def _composite_on_white(image: Image.Image) -> Image.Image:
     white = Image.new("RGB", rgba.size, "white")
     white.paste(rgba, mask=rgba)
     return white
-
-
-def _scale_deep_grey(
-    image: Image.Image, name: str, pixel_range: PixelRange
-) -> npt.NDArray[np.uint8]:
-    """Scale a grey image of 16 or 32 bits to 8 bits, of shape (height, width)."""
-    values = np.asarray(image)
-    advice = "Set pixel_range=(black, white)."
-    if image.mode == "F":
-        min_value, max_value = float(values.min()), float(values.max())
-        if not math.isfinite(min_value + max_value):
-            raise ValueError(
-                f"Image {name} contains NaN or infinity. Replace or remove it."
-            )
-        if pixel_range == "auto" and (min_value < 0 or max_value > 1):
-            raise ValueError(
-                f"Image {name} contains floats from {min_value:g} to {max_value:g} "
-                "(mode 'F'); black and white are only known for floats in [0, 1]. "
-                f"{advice}"
-            )
-    elif image.mode == "I" and pixel_range == "auto":
-        raise ValueError(
-            f"Image {name} contains 32-bit integers (mode 'I'), for which black and "
-            f"white are unknown; its values range from {values.min()} to "
-            f"{values.max()}. {advice}"
-        )
-    grey = to_uint8(values, pixel_range)
-    transparent = image.info.get("transparency")
-    return grey if transparent is None else np.where(values == transparent, 255, grey)

@@ -357,7 +357,7 @@ def explain_size(
     details, advice = "", ""
     if image.size != size and n_pixels < size[0] * size[1]:
         details = f", decoded as {image.width} x {image.height}"
-    elif image.size != size:
+    elif image.size != size and image.format in ("JPEG", "MPO"):
         details = (
             ", all of which are stored to decode this progressive JPEG file at reduced "
             "size"

@@ -23,7 +23,7 @@ from sktl._images.decode import (
     reraise_read_errors,
 )
 from sktl._images.file_formats import FileOptions
-from sktl._images.pixel_values import PixelRange
+from sktl._images.pixel_values import PixelRange, WarnOnce
 
 _DEFAULT_OPTIONS = FileOptions()
 
@@ -95,6 +95,7 @@ def decode_and_hash(
     pixel_range: PixelRange,
     min_decode_size: int | None = None,
     file_options: FileOptions = _DEFAULT_OPTIONS,
+    warn: WarnOnce | None = None,
 ) -> tuple[bytes, Image.Image]:
     """Decode an image and return the hash of exactly the content that was decoded.
 
@@ -104,7 +105,7 @@ def decode_and_hash(
     ----------
     image, index, pixel_range
         As in `content_hash`.
-    min_decode_size, file_options : optional
+    min_decode_size, file_options, warn : optional
         As in `decode`; do not affect the hash.
 
     Returns
@@ -134,6 +135,7 @@ def decode_and_hash(
         content=content,
         min_decode_size=min_decode_size,
         file_options=file_options,
+        warn=warn,
     )
 
 

@@ -76,6 +76,54 @@ def to_uint8(
     return np.rint(scaled.clip(0, 255, out=scaled), out=scaled).astype(np.uint8)
 
 
+class WarnOnce:
+    """Issue at most one warning, for all images of a call and from any thread."""
+
+    def __init__(self) -> None:
+        self._remaining = [None]
+
+    def __call__(self, message: str) -> None:
+        """Issue a UserWarning, unless one has been issued."""
+        try:
+            self._remaining.pop()  # atomic, and can be pickled, unlike a lock
+        except IndexError:
+            return
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def low_contrast(name: str, max_value: int, limits: tuple[int, int]) -> str | None:
+    """Return a warning if values reach less than an eighth of the range of a dtype.
+
+    They probably have fewer bits than the dtype, such as 12 bits stored in 16. An image
+    that is black everywhere is not reported.
+
+    Parameters
+    ----------
+    name : str
+        Name of the image in the message.
+    max_value : int
+        Largest absolute value of the image.
+    limits : tuple of two ints
+        Smallest and largest value of the dtype, used as black and white.
+
+    Returns
+    -------
+    str or None
+    """
+    black, white = limits
+    if not 0 < 8 * max_value <= white:
+        return None
+    largest = "largest absolute value" if black < 0 else "largest value"
+    return (
+        f"The {largest} of {name} is {max_value}, less than an eighth of {white}, but "
+        f"pixel_range='auto' uses {limits}, the values of black and white of "
+        "the data type, so that the image has hardly any contrast. If its values have "
+        "fewer bits, set pixel_range=(black, white), e.g. "
+        f"(0, {2 ** max_value.bit_length() - 1}); pixel_range={limits} confirms the "
+        "range."
+    )
+
+
 def check_pixel_range(pixel_range: object) -> None:
     """Raise ValueError if `pixel_range` is neither "auto" nor an increasing pair."""
     if isinstance(pixel_range, str) and pixel_range == "auto":
@@ -93,12 +141,56 @@ def check_pixel_range(pixel_range: object) -> None:
     )
 
 
+class _IntegerContrast:
+    """Finds images of 8 or 16 bits with values below an eighth of their range.
+
+    Each image of 16 bits is reported, but images of 8 bits only if there are several
+    and all of them are so dark, since single dark images of 8 bits are common.
+    """
+
+    def __init__(self) -> None:
+        self._message_16: str | None = None
+        self._message_8: str | None = None
+        self._has_bright_8 = False
+        self._n_8 = 0
+
+    def add(self, name: str, images: npt.NDArray[Any], is_stack: bool) -> None:
+        """Check an image, or a stack of images along the first axis."""
+        dtype, limits = images.dtype, np.iinfo(images.dtype)
+        for index, image in enumerate(images if is_stack else images[np.newaxis]):
+            if self._has_bright_8 if dtype.itemsize == 1 else self._message_16:
+                return
+            self._n_8 += dtype.itemsize == 1
+            if image.ndim == 3 and image.shape[2] == 4:
+                image = image[:, :, :3]  # without alpha
+            max_value = int(image.max())
+            if dtype.kind == "i":
+                max_value = max(max_value, -int(image.min()))
+            image_name = f"{name}[{index}]" if is_stack else name
+            message = low_contrast(image_name, max_value, (limits.min, limits.max))
+            if dtype.itemsize == 2:
+                self._message_16 = message
+            elif message or max_value == 0:
+                self._message_8 = self._message_8 or message
+            else:
+                self._has_bright_8 = True
+
+    def message(self) -> str | None:
+        """Return a warning, if any."""
+        is_dark_8 = self._n_8 > 1 and not self._has_bright_8
+        return self._message_16 or (self._message_8 if is_dark_8 else None)
+
+
 def check_pixel_values(
-    arrays: Iterable[tuple[str, npt.NDArray[Any]]], pixel_range: PixelRange
+    arrays: Iterable[tuple[str, npt.NDArray[Any]]],
+    pixel_range: PixelRange,
+    *,
+    is_stack: bool = False,
 ) -> None:
     """Check the dtypes and values of arrays of pixels before any image is decoded.
 
-    Values are read only where necessary: for floats, and if `pixel_range` is explicit.
+    Integers of 8 bits with the range of their dtype are read only until one image is
+    bright, and wider integers than 16 bits not at all.
 
     Parameters
     ----------
@@ -106,6 +198,8 @@ def check_pixel_values(
         Arrays of pixels with their names in messages, such as ``"X[3]"``.
     pixel_range : tuple of two floats or "auto"
         Values of black and white; see `resolve_pixel_range`.
+    is_stack : bool, default=False
+        Whether each array contains several images, along its first axis.
 
     Raises
     ------
@@ -115,10 +209,12 @@ def check_pixel_values(
     Warns
     -----
     UserWarning
-        Once, if values are outside `pixel_range`. Once, if `pixel_range` is "auto" and
-        an array has an integer dtype of more than 16 bits.
+        Once, if values are outside `pixel_range`. If `pixel_range` is "auto": once, if
+        an array has an integer dtype of more than 16 bits, and once, if the values of
+        integers are far below their range.
     """
     wide_integers = clipped = ""
+    contrast = _IntegerContrast()
     for name, pixels in arrays:
         kind = pixels.dtype.kind
         if kind not in "biuf":
@@ -127,8 +223,10 @@ def check_pixel_values(
                 "or floats."
             )
         if kind == "b" or (kind in "iu" and pixel_range == "auto"):
-            if pixels.dtype.itemsize > 2 and not wide_integers:
-                wide_integers = f"{name} has dtype {pixels.dtype}"
+            if pixels.dtype.itemsize > 2:
+                wide_integers = wide_integers or f"{name} has dtype {pixels.dtype}"
+            elif kind != "b":
+                contrast.add(name, pixels, is_stack)
             continue
         min_value, max_value = float(pixels.min()), float(pixels.max())
         if not (math.isfinite(min_value) and math.isfinite(max_value)):
@@ -138,6 +236,8 @@ def check_pixel_values(
         black, white = resolve_pixel_range(pixels.dtype, pixel_range)
         if (min_value < black or max_value > white) and not clipped:
             clipped = f"{name} has values from {min_value:g} to {max_value:g}"
+    if message := contrast.message():
+        warnings.warn(message, UserWarning, stacklevel=3)
     if wide_integers:
         warnings.warn(
             f"{wide_integers}, and pixel_range='auto' maps the full range of the dtype "

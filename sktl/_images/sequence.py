@@ -11,13 +11,13 @@ from sktl._images.decode import as_array, decode
 from sktl._images.file_formats import FileOptions
 from sktl._images.flattened import unflatten
 from sktl._images.hashing import content_hashes, decode_and_hash
-from sktl._images.pixel_values import PixelRange
+from sktl._images.pixel_values import PixelRange, WarnOnce
 
 _DEFAULT_OPTIONS = FileOptions()
 
 #: Version of the decoder, part of the key of cached rows. To be increased by any change
 #: of the pixels that are decoded from the same content.
-DECODER_VERSION = 2
+DECODER_VERSION = 3
 
 
 class ImageSequence:
@@ -32,7 +32,7 @@ class ImageSequence:
         Images in the form the user passed them; any object with a length that can be
         indexed.
     pixel_range : tuple of two floats or "auto"
-        Values of black and white in arrays; see `sktl._images.pixel_values.to_uint8`.
+        Values of black and white; see `decode`.
     image_shape : tuple of ints, optional
         Shape of the images if they are flattened, from `infer_flattened_shape`.
     original_indices : sequence of int, optional
@@ -41,6 +41,8 @@ class ImageSequence:
         As in `decode`.
     file_options : FileOptions, optional
         As in `decode`.
+    warn : WarnOnce, optional
+        As in `decode`; shared by all sequences of the same call.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class ImageSequence:
         original_indices: Sequence[int] | None = None,
         min_decode_size: int | None = None,
         file_options: FileOptions = _DEFAULT_OPTIONS,
+        warn: WarnOnce | None = None,
     ) -> None:
         self._images = images
         self._pixel_range = pixel_range
@@ -60,6 +63,7 @@ class ImageSequence:
         self._original_indices = original_indices
         self._min_decode_size = min_decode_size
         self._file_options = file_options
+        self._warn = warn or WarnOnce()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -84,6 +88,7 @@ class ImageSequence:
             pixel_range=self._pixel_range,
             min_decode_size=self._min_decode_size,
             file_options=self._file_options,
+            warn=self._warn,
         )
 
     def subset(self, indices: Sequence[int]) -> "ImageSequence":
@@ -95,6 +100,7 @@ class ImageSequence:
             [self._original_indices[index] for index in indices],
             self._min_decode_size,
             self._file_options,
+            self._warn,
         )
 
     def original_index(self, index: int) -> int:
@@ -116,6 +122,7 @@ class ImageSequence:
             self._original_indices,
             self._min_decode_size,
             self._file_options,
+            self._warn,
         )
 
     def with_min_decode_size(self, min_decode_size: int | None) -> "ImageSequence":
@@ -127,6 +134,7 @@ class ImageSequence:
             self._original_indices,
             min_decode_size,
             self._file_options,
+            self._warn,
         )
 
     def decode_fingerprint(self) -> dict[str, str]:
@@ -154,6 +162,7 @@ class ImageSequence:
             pixel_range=self._pixel_range,
             min_decode_size=self._min_decode_size,
             file_options=self._file_options,
+            warn=self._warn,
         )
 
     def _image(self, index: int) -> Any:

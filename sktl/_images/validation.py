@@ -84,7 +84,8 @@ def validate_images(
     image_shape : tuple of two or three ints, or "auto"
         For 2-D input, shape of the flattened images; see `infer_flattened_shape`.
     pixel_range : tuple of two floats or "auto"
-        Values of black and white in arrays. "auto": the full range of an integer
+        Values of black and white in arrays, and in files of more than 8 bits per
+        channel. "auto": the range that a file defines, the full range of an integer
         dtype, and (0, 1) for floats, whatever the values are. Booleans are black and
         white. Values outside the range are clipped, with one warning.
     file_options : FileOptions, optional
@@ -139,7 +140,7 @@ def validate_images(
     else:
         X = validate_data(estimator, _convert_nullable_integers(X), reset=reset)
         flattened_shape = infer_flattened_shape(X.shape[1], image_shape)
-    check_pixel_values([("X", X)], pixel_range)
+    check_pixel_values([("X", X)], pixel_range, is_stack=True)
     stack = X if flattened_shape is None else unflatten(X, flattened_shape)
     for index, pixels in enumerate(stack):
         if is_nowhere_opaque(pixels, pixel_range):

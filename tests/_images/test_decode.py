@@ -549,6 +549,8 @@ def test_damaged_files_do_not_crash_the_process(tmp_path: Path) -> None:
         "WEBP",
         "TIFF deflate",
         "TIFF RGB",
+        "TIFF I;16B",
+        "PNG 48-bit RGB",
         "BMP RGB",
     ):
         paths.append(tmp_path / name)

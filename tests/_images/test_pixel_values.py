@@ -131,6 +131,58 @@ def test_values_outside_pixel_range_warn_once(X, pixel_range, message) -> None:
     assert "Set pixel_range=" in str(caught[0].message)
 
 
+DARK = RNG.integers(1, 4096, (3, 6, 5), dtype=np.uint16)
+BRIGHT = RNG.integers(0, 65536, (3, 6, 5), dtype=np.uint16)
+OPAQUE = np.full((3, 6, 5, 1), 65535, np.uint16)
+BLACK_8 = np.zeros((3, 6, 5), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (DARK, r"largest value of X\[0\] is \d+, .*65535, .*\(0, 4095\)"),
+        (list(DARK), r"largest value of X\[0\] is .*\(0, 4095\)"),
+        (
+            torch.from_numpy(DARK.astype(np.int16)),
+            r"absolute value of X\[0\] is ",
+        ),
+        (DARK.astype(np.int16) - 1000, r"largest absolute value of X\[0\] is "),
+        (np.concatenate([BRIGHT, DARK]), r"X\[3\] is "),
+        ([*BRIGHT, *DARK], r"X\[3\] is "),
+        (DARK.reshape(3, 30), r"X\[0\] is "),
+        (np.concatenate([DARK[..., np.newaxis]] * 3 + [OPAQUE], axis=3), r"X\[0\] is "),
+        (GREY >> 4, r"X\[0\] is 15, .* 255, .*\(0, 15\)"),
+        ([BLACK_8[0], *(GREY >> 7)], r"X\[1\] is 1, "),
+    ],
+)
+def test_values_far_below_the_range_warn_once(X, message) -> None:
+    image_shape = (6, 5) if len(X[0].shape) == 1 else "auto"
+    with pytest.warns(UserWarning, match=message) as caught:
+        images = MeanColour(image_shape=image_shape).validate(X)
+    decode_all(images)  # raises if it warns again
+    assert len(caught) == 1
+    MeanColour(image_shape=image_shape, pixel_range=(-(2**15), 2**16)).validate(X)
+
+
+@pytest.mark.parametrize(
+    "X",
+    [
+        BRIGHT,
+        np.full((1, 2, 2), 8192, np.uint16),  # an eighth
+        np.zeros((2, 6, 5), np.uint16),
+        np.concatenate([GREY >> 4, GREY]),  # single dark images of 8 bits are common
+        [*(GREY >> 4), *GREY],
+        np.full((2, 2, 2), 32, np.uint8),
+        np.full((1, 2, 2), 1, np.uint8),
+        BLACK_8,
+        DARK > 7,
+        np.float32(GREY) / 10_000,
+    ],
+)
+def test_other_values_do_not_warn(X) -> None:
+    MeanColour().validate(X)  # warnings are errors
+
+
 def test_values_outside_pixel_range_are_clipped() -> None:
     with pytest.warns(UserWarning, match="are clipped"):
         images = MeanColour().validate(np.float64([[[-5, 0, 0.2, 1, 99]]]))
