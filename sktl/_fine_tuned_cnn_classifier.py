@@ -39,8 +39,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
-        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
-        random weights, seeded by `random_state`, a baseline.
+        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
+        training scripts save it. No code in the file is executed. None: random weights,
+        seeded by `random_state`, a baseline. The head may be missing in the file.
     trainable : {"head", "all"}, int or str, default="all"
         What is trained: the head; all stages; an int n, the head and the last n stages;
         or the name of a stage, that stage and all above it. All other stages are
@@ -165,7 +166,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Decides the order of the images, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
-        If 1, show a progress bar for anything longer than a second.
+        If 1, show a progress bar for anything longer than a second, and print what was
+        removed from a weights file, such as a prefix of its names.
 
     Attributes
     ----------

@@ -47,7 +47,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
     weights : str or path-like, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
-        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed.
+        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
+        training scripts save it. No code in the file is executed.
     label_map : dict or None, default=None
         Maps names of categories to labels. The probabilities of categories with the
         same label are summed; categories that are not in the dict are ignored.
@@ -107,7 +108,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         image only once, even across folds, candidates, processes and sessions. Of a
         :obj:`joblib.Memory`, the location is used. None means no cache.
     verbose : int, default=0
-        If 1, show a progress bar for anything longer than a second.
+        If 1, show a progress bar for anything longer than a second, and print what was
+        removed from a weights file, such as a prefix of its names.
 
     Attributes
     ----------
@@ -405,7 +407,7 @@ def _category_names(backbone: Backbone, weights: object) -> list[str]:
         raise ValueError(
             "PretrainedClassifier requires weights with named categories. Got "
             f"weights={str(weights)!r} of {backbone.name!r}, which have none: they are "
-            "random, or their head is not the one of the named weights. Use "
+            "random, or their head is missing or not the one of the named weights. Use "
             "PretrainedFeatures, or register_backbone(..., categories=...)."
         )
     n_uses = Counter(backbone.categories)

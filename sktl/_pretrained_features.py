@@ -53,8 +53,9 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
-        (``.pth``, ``.pt`` or ``.safetensors``). No code in the file is executed. None:
-        random weights, the same in every call, a baseline.
+        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
+        training scripts save it. No code in the file is executed. None: random weights,
+        the same in every call, a baseline. The head may be missing in the file.
     layer : str or list of str, default="penultimate"
         Layer or layers whose activations are returned.
 
@@ -126,7 +127,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         image only once, even across folds, candidates, processes and sessions. Of a
         :obj:`joblib.Memory`, the location is used. None means no cache.
     verbose : int, default=0
-        If 1, show a progress bar for anything longer than a second.
+        If 1, show a progress bar for anything longer than a second, and print what was
+        removed from a weights file, such as a prefix of its names.
 
     Attributes
     ----------

@@ -23,6 +23,9 @@ from sklearn.utils.fixes import parse_version
 
 import sktl
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+from sktl._backbones import registry
+from sktl._inference import engines
+from sktl._utils.keyed_cache import KeyedCache
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
@@ -228,6 +231,56 @@ class TestImages:
     def test_no_rows_raise(self, estimator, X):
         with pytest.raises(ValueError, match=r"0 sample\(s\)|minimum of 1"):
             clone(estimator).fit(take(X, []), [])
+
+
+FINE_TUNED = {"max_epochs": 2, "random_state": 0, "engine": "torch", "batch_size": 8}
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        PretrainedFeatures("resnet_mini", layer=["stage2", "penultimate"]),
+        PretrainedFeatures("squeezenet1_1", weights=None, image_size=32),
+        PretrainedClassifier("resnet_mini"),
+        FineTunedCNNClassifier("tiny", **FINE_TUNED),
+        FineTunedCNNClassifier(
+            "tiny", head_init="random", augmentation="standard", **FINE_TUNED
+        ),
+        FineTunedCNNClassifier(
+            "tiny",
+            trainable="head",
+            hidden_layer_sizes=(4,),
+            dropout=0.5,
+            augmentation="flip",
+            augmentation_views=2,
+            **FINE_TUNED,
+        ),
+    ],
+)
+def test_default_data_type_of_torch_does_not_matter(
+    estimator, images, tmp_path, monkeypatch
+):
+    outputs, files = [], [tmp_path / "0", tmp_path / "1"]
+    try:
+        for dtype, file in zip([torch.float32, torch.float64], files, strict=True):
+            monkeypatch.setattr(registry, "backbones", KeyedCache(4))
+            monkeypatch.setattr(engines, "compiled_models", KeyedCache(4))
+            torch.set_default_dtype(dtype)
+            mine = fitted(estimator, images[:20])
+            outputs.append(output_of(mine, images[:20]))
+            if isinstance(mine, FineTunedCNNClassifier):
+                mine.save(file)
+                for path in (file, files[0]):
+                    loaded = type(mine).load(path)
+                    outputs.append(output_of(loaded, images[:20]))
+                    dtypes = {p.dtype for p in loaded.module_.parameters()}
+                    assert dtypes == {torch.float32}
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for output in outputs:
+        assert output.dtype == outputs[0].dtype
+        np.testing.assert_array_equal(output, outputs[0])
 
 
 @pytest.mark.parametrize("estimator", [PretrainedClassifier, PretrainedFeatures])

@@ -178,6 +178,19 @@ def test_pretraining_resumes_to_the_same_weights(
     assert torch.isfinite(torch.from_numpy(rows)).all()
 
 
+@pytest.mark.slow
+def test_the_throughput_benchmark_measures_all_methods(images, tmp_path):
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.jpg")
+    command = [sys.executable, EXAMPLES / "benchmarks" / "throughput.py"]
+    command += ["--data", tmp_path, "--backbone", "squeezenet1_1", "--images", "32"]
+    command += ["--rounds", "1", "--skip", "embetter", "img2vec", "vision", "openvino"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for method in ("network alone", "sktl"):
+        assert f"| {method}, torch float32 |" in out
+    assert "not measured" not in out
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("name", "needs"),

@@ -385,6 +385,26 @@ def test_invalid_image(paths, y, tmp_path):
             make_classifier(head_init=head_init).fit(rows, y)
 
 
+@pytest.mark.parametrize("head_init", ["linear_probe", "random"])
+def test_weights_without_a_head(images, y, tmp_path, head_init):
+    state = TinyNet().state_dict()
+    torch.save(state, tmp_path / "full.pth")
+    body = {f"backbone.{n}": v for n, v in state.items() if not n.startswith("head.")}
+    torch.save({"teacher": body, "epoch": 3}, tmp_path / "body.ckpt")
+    expected, got = (
+        make_classifier(weights=tmp_path / name, head_init=head_init).fit(images, y)
+        for name in ("full.pth", "body.ckpt")
+    )
+    np.testing.assert_array_equal(
+        got.predict_proba(images), expected.predict_proba(images)
+    )
+    got.save(tmp_path / "saved")
+    np.testing.assert_array_equal(
+        FineTunedCNNClassifier.load(tmp_path / "saved").predict_proba(images),
+        expected.predict_proba(images),
+    )
+
+
 @pytest.mark.slow
 class TestAntsAndBees:
     @pytest.fixture

@@ -212,3 +212,13 @@ def test_a_failed_fit_keeps_the_fitted_state(images, y, tmp_path):
     with pytest.raises(ValueError, match=r"X\[39\]"):
         mine.fit(bad, np.arange(40) % 5)
     np.testing.assert_array_equal(mine.predict(images), expected)
+
+
+def test_weights_without_a_head_raise(tmp_path, images):
+    state = load_backbone("resnet_mini").network.state_dict()
+    body = {name: v for name, v in state.items() if not name.startswith("head.")}
+    torch.save(body, tmp_path / "body.pth")
+    classifier = PretrainedClassifier("resnet_mini", weights=tmp_path / "body.pth")
+    for y in (None, [0, 1] * 20):
+        with pytest.raises(ValueError, match=r"named categories.*head is missing"):
+            classifier.fit(images, y)

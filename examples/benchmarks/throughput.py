@@ -57,9 +57,11 @@ from torchvision import models
 
 import sktl
 from sktl import PretrainedFeatures
-from sktl._backbones.registry import load_backbone
+from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.sequence import ImageSequence
 from sktl._inference import engines, execution
+from sktl._inference.execution import ExecutionConfig
+from sktl._inference.model_spec import ModelSpec
 from sktl._inference.parallel import map_in_threads
 
 BATCH_SIZE = 32
@@ -283,8 +285,15 @@ def network_alone(
     backbone: str, pixels: np.ndarray, engine: str, precision: str, batch_size: int
 ) -> Method:
     """Run the network of an engine on pixels ``(n, side, side, 3)``, uint8."""
+    loaded = load_backbone(backbone, None)
     transformer = ours(backbone, engine, precision)
-    network = transformer._network(load_backbone(backbone, None))
+    network = ModelSpec(
+        BackboneSpec.to(loaded, None),
+        ("penultimate",),
+        transformer.pooling,
+        loaded.preprocessing,
+        ExecutionConfig.from_estimator(transformer),
+    ).compile()
     batches = [
         pixels[start : start + batch_size]
         for start in range(0, len(pixels), batch_size)

@@ -6,7 +6,7 @@ categories, so these always match.
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import RLock
 from typing import Any, Self
@@ -16,9 +16,32 @@ from torch import nn
 from sktl._backbones.source import BackboneDefinition, NetworkStructure
 from sktl._backbones.stages import StagedModel, last_linear, split_into_stages
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default_if_needed
 
 # Resolutions are measured at this side at least, where rounding has little effect.
 _MIN_MEASURED_SIDE = 224
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedNetwork:
+    """A network with its weights.
+
+    Attributes
+    ----------
+    network : Module
+        The network, as in `Backbone`.
+    digest : str
+        Digest of the weights.
+    missing_head : tuple of str
+        Names of tensors of the head that the weights file lacks; their values are NaN.
+    removed : str
+        What was removed from the content of the file, empty if nothing was.
+    """
+
+    network: nn.Module
+    digest: str
+    missing_head: tuple[str, ...] = ()
+    removed: str = ""
 
 
 class Backbone:
@@ -38,7 +61,7 @@ class Backbone:
     definition : BackboneDefinition
         Source of the network.
     load : callable
-        Returns the network. Called once, when the network is first accessed.
+        Returns the `LoadedNetwork`. Called once, when it is first accessed.
 
     Attributes
     ----------
@@ -53,7 +76,7 @@ class Backbone:
         name: str,
         digest: str,
         definition: BackboneDefinition,
-        load: Callable[[], nn.Module],
+        load: Callable[[], LoadedNetwork],
     ) -> None:
         self.name = name
         self.digest = digest
@@ -61,13 +84,14 @@ class Backbone:
         self.preprocessing = definition.preprocessing
         self.min_size = definition.min_size
         self._load = load
-        self._network: nn.Module | None = None
+        self._loaded: LoadedNetwork | None = None
+        self._print_state = "never"  # or "when loaded", "done"
         self._lock = RLock()
 
     @property
     def is_loaded(self) -> bool:
         """Whether the network is in memory."""
-        return self._network is not None
+        return self._loaded is not None
 
     @property
     def network(self) -> nn.Module:
@@ -83,11 +107,33 @@ class Backbone:
         ValueError
             If the weights are invalid or do not match the network.
         """
-        if self._network is None:
+        return self._load_once().network
+
+    @property
+    def missing_head(self) -> tuple[str, ...]:
+        """Names of tensors of the head that the weights file lacks; loads the file."""
+        return self._load_once().missing_head
+
+    def print_removed(self) -> None:
+        """Print what was removed from the weights file, once, when it is read."""
+        with self._lock:
+            if self._print_state == "never":
+                self._print_state = "when loaded"
+            self._print_if_loaded()
+
+    def _load_once(self) -> LoadedNetwork:
+        if self._loaded is None:
             with self._lock:
-                if self._network is None:
-                    self._network = self._load()
-        return self._network
+                if self._loaded is None:
+                    self._loaded = self._load()
+                self._print_if_loaded()
+        return self._loaded
+
+    def _print_if_loaded(self) -> None:
+        if self._print_state == "when loaded" and self._loaded is not None:
+            self._print_state = "done"
+            if self._loaded.removed:
+                print(self._loaded.removed)
 
     @cached_property
     def structure(self) -> NetworkStructure:
@@ -100,14 +146,17 @@ class Backbone:
         if self.structure.reason_not_staged is not None:
             return None
         side = max(self.preprocessing.crop_size, _MIN_MEASURED_SIDE)
-        return split_into_stages(self.structure, side)
+        with float32_default_if_needed():
+            return split_into_stages(self.structure, side)
 
     @cached_property
     def categories(self) -> tuple[str, ...] | None:
         """Names of the outputs, or None if the weights have none."""
         names = self.definition.categories
+        if names is None or self.missing_head:
+            return None
         # The head of a fine-tuned network has another number of outputs.
-        return names if names is None or self._has_outputs(len(names)) else None
+        return names if self._has_outputs(len(names)) else None
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -205,7 +254,8 @@ class Backbone:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a backbone with a copy of the network, and stages of that copy."""
         network = copy.deepcopy(self.network, memo)
-        return type(self)(self.name, self.digest, self.definition, lambda: network)
+        loaded = replace(self._load_once(), network=network)
+        return type(self)(self.name, self.digest, self.definition, lambda: loaded)
 
     def _has_outputs(self, n_outputs: int) -> bool:
         name = last_linear(self.network, self.structure)

@@ -12,16 +12,18 @@ import difflib
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sktl._backbones.backbone import Backbone
+from sktl._backbones.layouts import is_channels_last
+from sktl._backbones.pooling import pool
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 
 PENULTIMATE = "penultimate"
@@ -29,6 +31,7 @@ PENULTIMATE = "penultimate"
 _MAX_WIDTHS = 256  # combinations of layers, pooling and image size, per backbone
 _widths: WeakKeyDictionary[Backbone, KeyedCache[Any, tuple[int, ...]]]
 _widths = WeakKeyDictionary()
+_layouts: WeakKeyDictionary[Backbone, dict[str, bool]] = WeakKeyDictionary()
 
 
 class FeatureExtractor(nn.Module):
@@ -45,10 +48,13 @@ class FeatureExtractor(nn.Module):
         ``"penultimate"``, names of stages, or names of modules. A name that a stage
         and a module have in common means the stage.
     pooling : {"avg", "max", "gem", "flatten"} or int
-        See `pool`.
+        See `sktl._backbones.pooling`.
     on_meta : bool, default=False
         Whether the copied parameters and buffers are on the meta device: they have
         shapes, but no values and no memory.
+    channels_last : mapping of str to bool, default=None
+        Whether activations with four axes are ``(n, h, w, c)``, for each layer. None:
+        as the source of the backbone says, or as it is measured.
 
     Attributes
     ----------
@@ -70,6 +76,7 @@ class FeatureExtractor(nn.Module):
         pooling: str | int,
         *,
         on_meta: bool = False,
+        channels_last: Mapping[str, bool] | None = None,
     ) -> None:
         super().__init__()
         self._layers = tuple(layers)
@@ -77,6 +84,7 @@ class FeatureExtractor(nn.Module):
         stages = backbone.staged_model.stages if backbone.staged_model else {}
         for layer in self._layers:
             _check_layer(layer, backbone, stages)
+        self._channels_last = channels_last or _channels_last(backbone, self._layers)
 
         memo = _meta_tensors(backbone.network) if on_meta else {}
         self._stages = [name for name in stages if name in self._layers]
@@ -101,15 +109,17 @@ class FeatureExtractor(nn.Module):
                 module = network.get_submodule(backbone.penultimate)
                 module.register_forward_pre_hook(self._record_input(layer))
             else:
-                channels_last = backbone.structure.is_channels_last(layer)
                 module = network.get_submodule(layer)
-                module.register_forward_hook(self._record_output(layer, channels_last))
+                module.register_forward_hook(self._record_output(layer))
+        if network is not None:
+            self._refuse_layers_above(network, backbone)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(n, 3, h, w)`` to features ``(n, n_features)``, float32."""
         n = x.shape[0]
         rows: dict[str, Tensor] = {}
         self._pass.rows, self._pass.shapes = rows, {}
+        self._pass.lacks_weights = ""
         for name, part in self._parts.items():
             x = part(x)
             if name in self._stages:
@@ -137,7 +147,27 @@ class FeatureExtractor(nn.Module):
         shapes: dict[str, tuple[int, ...]] = self._pass.shapes
         return shapes
 
+    def _refuse_layers_above(self, network: nn.Module, backbone: Backbone) -> None:
+        """Raise in the forward pass for layers that need weights that are missing."""
+        for name in backbone.missing_head:
+            reason = (
+                f"requires {name}, which is missing in the weights of "
+                f"{backbone.name!r}. Choose a stage or another layer below, or weights "
+                "with a head."
+            )
+
+            def hook(*arguments: object, reason: str = reason) -> None:
+                self._pass.lacks_weights = self._pass.lacks_weights or reason
+
+            module = network.get_submodule(name.rpartition(".")[0])
+            # After the hook of the penultimate layer, which records the input.
+            module.register_forward_pre_hook(hook)
+
     def _record(self, layer: str, x: Tensor) -> None:
+        if self._pass.lacks_weights:
+            raise ValueError(f"The layer {layer!r} {self._pass.lacks_weights}")
+        if x.ndim == 4 and self._channels_last[layer]:
+            x = x.permute(0, 3, 1, 2)  # (n, h, w, c) -> (n, c, h, w)
         self._pass.shapes[layer] = tuple(x.shape)
         self._pass.rows[layer] = pool(x, self._pooling, layer)
 
@@ -147,15 +177,13 @@ class FeatureExtractor(nn.Module):
 
         return hook
 
-    def _record_output(self, layer: str, channels_last: bool) -> Callable[..., None]:
+    def _record_output(self, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: object) -> None:
             if not isinstance(out, Tensor):
                 raise ValueError(
                     f"The module {layer!r} must return a tensor to have features. Got "
                     f"{type(out).__name__}. Choose a module inside or above it."
                 )
-            if channels_last and out.ndim == 4:
-                out = out.permute(0, 3, 1, 2)  # (n, h, w, c) -> (n, c, h, w)
             self._record(layer, out)
 
         return hook
@@ -210,8 +238,9 @@ def _measure_widths(
         on_meta = device == "meta"
         extractor = FeatureExtractor(backbone, layers, pooling, on_meta=on_meta).eval()
         # Two images, to find layers that do not return one row per image.
-        images = torch.zeros(2, 3, side, side, device=device)
-        with torch.inference_mode(), reraise_invalid_size(side):
+        images = torch.zeros(2, 3, side, side, device=device, dtype=torch.float32)
+        dtype = float32_default_if_needed()
+        with torch.inference_mode(), reraise_invalid_size(side), dtype:
             extractor(images)
         return extractor
 
@@ -224,6 +253,78 @@ def _measure_widths(
     if isinstance(pooling, int):
         _warn_if_repeated(extractor.layer_shapes, pooling, side)
     return extractor.widths
+
+
+def _channels_last(backbone: Backbone, layers: Sequence[str]) -> dict[str, bool]:
+    """Return whether activations with four axes are ``(n, h, w, c)``, by layer."""
+    known = _layouts.setdefault(backbone, {})
+    unknown = []
+    for layer in layers:
+        if layer == PENULTIMATE:
+            known[layer] = isinstance(backbone.last_linear, nn.Linear)
+        elif layer not in known:
+            found = backbone.structure.is_channels_last(layer)
+            if found is None:
+                unknown.append(layer)
+            else:
+                known[layer] = found
+    if unknown:
+        known.update(_measure_layouts(backbone, unknown))
+    return {layer: known[layer] for layer in layers}
+
+
+def _measure_layouts(backbone: Backbone, layers: Sequence[str]) -> dict[str, bool]:
+    """Determine the axes of layers from images of two sizes."""
+    network, side = backbone.network, backbone.preprocessing.crop_size
+    shapes, larger = (_measure_shapes(backbone, layers, s) for s in (side, 2 * side))
+    layouts = {}
+    for layer in layers:
+        shape = shapes.get(layer, ())
+        if len(shape) != 4:  # or it does not run, which the forward pass reports
+            layouts[layer] = False
+            continue
+        stages = backbone.staged_model.stages if backbone.staged_model else {}
+        module = stages[layer] if layer in stages else network.get_submodule(layer)
+        found = is_channels_last(module, shape, larger.get(layer))
+        if found is None and backbone.definition.layout is None:
+            raise ValueError(
+                f"The layer {layer!r} of {backbone.name!r} has activations of shape "
+                f"{shape[1:]} per image for every size of the images, so its channel "
+                "axis is not known. Pass layout='NCHW' or layout='NHWC' to "
+                "register_backbone, or choose another layer."
+            )
+        is_nhwc = backbone.definition.layout == "NHWC"
+        layouts[layer] = is_nhwc if found is None else found
+    return layouts
+
+
+def _measure_shapes(
+    backbone: Backbone, layers: Sequence[str], side: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of layers for two images, as far as the network supports it."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    as_they_are = dict.fromkeys(layers, False)
+    for device in ("meta", "cpu"):
+        extractor = FeatureExtractor(
+            backbone,
+            layers,
+            "flatten",
+            on_meta=device == "meta",
+            channels_last=as_they_are,
+        ).eval()
+        images = torch.zeros(2, 3, side, side, device=device, dtype=torch.float32)
+        # A network may read values, which meta tensors do not have, or support images
+        # of one size only; the layers before that are recorded.
+        with (
+            torch.inference_mode(),
+            float32_default_if_needed(),
+            contextlib.suppress(Exception),
+        ):
+            extractor(images)
+        shapes |= extractor.layer_shapes
+        if len(shapes) == len(layers):
+            break
+    return shapes
 
 
 def _warn_if_repeated(
@@ -264,61 +365,6 @@ def reraise_invalid_size(side: int) -> Iterator[None]:
             f"The network does not support images of {side} x {side} pixels: "
             f"{str(error).splitlines()[0]} Choose another image_size."
         ) from error
-
-
-def pool(x: Tensor, pooling: str | int, layer: str) -> Tensor:
-    """Pool the activations of a layer to one vector per image.
-
-    Parameters
-    ----------
-    x : Tensor
-        Of shape ``(n, channels)``, ``(n, channels, h, w)`` or, from a transformer,
-        ``(n, tokens, channels)``.
-    pooling : {"avg", "max", "gem", "flatten"} or int
-        Average (``"avg"``) or maximum (``"max"``) over positions; generalized mean with
-        exponent 3 (``"gem"``) [1]_; all values (``"flatten"``); or an int k, averages
-        over a grid of k x k cells. Activations without positions are not pooled.
-    layer : str
-        Name of the layer, for the error message.
-
-    Returns
-    -------
-    Tensor of shape (n, n_features), float32
-        It shares no memory with `x`, which later layers may overwrite.
-
-    Raises
-    ------
-    ValueError
-        If `pooling` does not apply to activations of that shape.
-
-    References
-    ----------
-    .. [1] Radenović, Tolias, Chum: *Fine-tuning CNN Image Retrieval with No Human
-       Annotation*, 2019.
-    """
-    x = x.float()
-    if x.ndim == 2:
-        return x.clone()
-    if pooling == "flatten":
-        return x.flatten(1).clone()  # (n, c, h, w) -> (n, c * h * w)
-    if x.ndim == 3 and not isinstance(pooling, int):
-        x = x.transpose(1, 2)  # (n, tokens, c) -> (n, c, tokens)
-    elif x.ndim == 4 and isinstance(pooling, int):
-        return F.adaptive_avg_pool2d(x, pooling).flatten(1)  # (n, c * k * k)
-    elif x.ndim == 4:
-        x = x.flatten(2)  # (n, c, h, w) -> (n, c, positions)
-    else:
-        raise ValueError(
-            f"pooling={pooling!r} needs a layer with rows and columns. Got the layer "
-            f"{layer!r}, with activations of shape {tuple(x.shape[1:])} per image. "
-            "Choose another pooling."
-        )
-    if pooling == "avg":
-        return x.mean(2)
-    if pooling == "max":
-        return x.amax(2)
-    assert pooling == "gem"
-    return x.clamp(min=1e-6).pow(3).mean(2).pow(1 / 3)
 
 
 def _meta_tensors(network: nn.Module) -> dict[int, Any]:

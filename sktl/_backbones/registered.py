@@ -34,12 +34,13 @@ def add(
     builder: Callable[[], nn.Module],
     preprocessing: Preprocessing,
     categories: tuple[str, ...] | None,
+    layout: str | None = None,
 ) -> None:
     """Add a definition, or replace the one with that name.
 
     Parameters
     ----------
-    name, builder, preprocessing, categories
+    name, builder, preprocessing, categories, layout
         Valid arguments of `register_backbone`.
     """
 
@@ -62,4 +63,5 @@ def add(
         has_fixed_image_size=None,
         is_registered=True,
         adapt_state_dict=torchvision.adapt_state_dict,
+        layout=layout,
     )

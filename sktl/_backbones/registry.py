@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from sktl._backbones import bundled, registered, torchvision
-from sktl._backbones.backbone import Backbone
+from sktl._backbones.backbone import Backbone, LoadedNetwork
+from sktl._backbones.layouts import LAYOUTS
 from sktl._backbones.source import BackboneDefinition, BackboneSource, is_path
-from sktl._backbones.stages import check_staged_model, last_linear
+from sktl._backbones.stages import check_staged_model, find_head, last_linear
+from sktl._backbones.unwrap import fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,
     load_weights,
@@ -28,12 +30,16 @@ from sktl._backbones.weights import (
     skip_weight_allocation,
 )
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.default_dtype import float32_default, float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
 
 # The names of a source are reserved, except for those of `registered`.
 _SOURCES: tuple[BackboneSource, ...] = (bundled, torchvision)
+
+# Changes when other axes of a network are pooled, so that no old row is read.
+_LAYOUT_VERSION = 1
 
 # By name, name of the weights, and digest of the file or seed. A search over strategies
 # uses two or three backbones at the same time.
@@ -65,6 +71,7 @@ def register_backbone(
     *,
     preprocessing: Any,
     categories: Sequence[str] | None = None,
+    layout: str | None = None,
 ) -> None:
     """Register a network of your own under a name, in this process.
 
@@ -92,13 +99,18 @@ def register_backbone(
     categories : sequence of str, default=None
         Names of the outputs.
 
+    layout : {"NCHW", "NHWC"} or None, default=None
+        Axes of activations with four axes, where these cannot be determined: rows and
+        columns are the axes that grow with the images. Required only for layers whose
+        output always has the same number of rows and columns.
+
     Raises
     ------
     TypeError
         If `name` is not a str, `builder` is not callable or `preprocessing` has
         another type.
     ValueError
-        If `name` is empty or reserved.
+        If `name` is empty or reserved, or `layout` is invalid.
 
     Examples
     --------
@@ -128,9 +140,11 @@ def register_backbone(
         preprocessing = Preprocessing.from_torchvision(preprocessing)
     if isinstance(categories, str):
         raise TypeError(f"categories must be a list of names. Got {categories!r}.")
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"layout must be None, 'NCHW' or 'NHWC'. Got {layout!r}.")
     names = None if categories is None else tuple(categories)
     with preserve_rng_state():  # the lock under which registered backbones are built
-        registered.add(name, builder, preprocessing, names)
+        registered.add(name, builder, preprocessing, names, layout)
         backbones.drop(lambda key: key[0] == name)
 
 
@@ -154,16 +168,18 @@ def load_backbone(
 
     weights : str, path-like or None, default="DEFAULT"
         Name of weights of torchvision, downloaded if they are not on this machine; the
-        path of a state dict (``.pth``, ``.pt``, ``.safetensors``); None for random
-        weights. A file with the name that torchvision gives it has the preprocessing
-        and categories of these weights, any other file those of the default weights;
-        categories only if their number is that of the outputs.
+        path of a state dict, with the suffix ``.pth``, ``.pt``, ``.safetensors``,
+        ``.pth.tar``, ``.ckpt`` or ``.bin``; None for random weights. A file with the
+        name that torchvision gives it has the preprocessing and categories of these
+        weights, any other file those of the default weights; categories only if their
+        number is that of the outputs. The head may be missing in the file.
 
     random_state : int, default=0
         Seed of random weights. The global random state is not changed.
 
     progress : bool, default=False
-        Whether to show a progress bar of a download.
+        Whether to show a progress bar of a download, and to print once what was
+        removed from a weights file, such as a prefix of its names.
 
     Returns
     -------
@@ -182,6 +198,15 @@ def load_backbone(
         If a name is unknown, or the digest of the file is not the one in its name. For
         a registered backbone also if its file is invalid.
     """
+    backbone = _get_backbone(name, weights, random_state, progress)
+    if progress:
+        backbone.print_removed()
+    return backbone
+
+
+def _get_backbone(
+    name: str, weights: str | PathLike[str] | None, random_state: int, progress: bool
+) -> Backbone:
     definition = _resolve(name, weights, progress)
     if definition.file is None:
         identity = f"seed {random_state}"
@@ -307,11 +332,11 @@ def _declare_backbone(
 ) -> Backbone:
     """Return a backbone that reads its weights file when its network is accessed."""
 
-    def load() -> nn.Module:
-        network, found = _load_network(name, definition, file, 0)
-        if found != digest:
+    def load() -> LoadedNetwork:
+        loaded = _load_network(name, definition, file, 0)
+        if loaded.digest != digest:
             raise _changed_while_read(file)
-        return network
+        return loaded
 
     return Backbone(name, digest, replace(definition, file=file), load)
 
@@ -320,15 +345,17 @@ def _build_backbone(
     name: str, definition: BackboneDefinition, seed: int, identity: str
 ) -> Backbone:
     """Return a backbone whose digest depends on the network that is built."""
-    network, digest = _load_network(name, definition, definition.file, seed)
+    loaded = _load_network(name, definition, definition.file, seed)
+    network, digest = loaded.network, loaded.digest
     if definition.file is not None and digest != identity:
         raise _changed_while_read(definition.file)
-    backbone = Backbone(name, digest, definition, lambda: network)
+    backbone = Backbone(name, digest, definition, lambda: loaded)
     if definition.is_registered:
         if backbone.staged_model is not None:
             side = definition.preprocessing.crop_size
-            check_staged_model(backbone.network, backbone.staged_model, side)
-        if backbone.categories != definition.categories:
+            with float32_default_if_needed():
+                check_staged_model(backbone.network, backbone.staged_model, side)
+        if not loaded.missing_head and backbone.categories != definition.categories:
             raise ValueError(
                 f"categories must name each output of the backbone {name!r}, which has "
                 f"{_n_outputs(definition, network)} outputs. Got "
@@ -337,6 +364,8 @@ def _build_backbone(
         # The parameters do not depend on strides, and a name that is registered again
         # may have another preprocessing.
         content = f"{network} {definition.preprocessing} {digest}"
+        if backbone.structure.is_channels_last("") is None:
+            content += f" {definition.layout} {_LAYOUT_VERSION}"
         backbone.digest = hashlib.sha256(content.encode()).hexdigest()
     return backbone
 
@@ -350,25 +379,32 @@ def _changed_while_read(file: str) -> ValueError:
 
 def _load_network(
     name: str, definition: BackboneDefinition, file: str | None, seed: int
-) -> tuple[nn.Module, str]:
+) -> LoadedNetwork:
     """Return the frozen network and the digest of its weights."""
     if file is None:
         network = _freeze(_build_network(definition, None, seed))
-        return network, state_dict_digest(network.state_dict())
+        return LoadedNetwork(network, state_dict_digest(network.state_dict()))
     weights = load_weights(file)
     if file_digest(file) != weights.digest:  # after the tensors were read
         raise _changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
-    state_dict = definition.adapt_state_dict(network, weights.state_dict)
+    head = find_head(network, definition.describe(network))
+    origin = f"The weights {file!r} for the backbone {name!r}"
+    selection = select_state_dict(
+        weights.state_dicts, network, head, definition.adapt_state_dict, origin
+    )
     n_outputs = _n_outputs(definition, network)
     last = last_linear(network, definition.describe(network))
-    head = state_dict.get(f"{last}.weight")
-    if not definition.is_registered and head is not None and head.ndim > 0:
-        if len(head) != n_outputs:  # fine-tuned on another number of categories
-            network = _build_network(definition, len(head), seed, has_weights=True)
-    origin = f"The weights {file!r} for the backbone {name!r}"
-    load_weights_into(network, state_dict, origin)
-    return _freeze(network), weights.digest
+    weight = selection.state_dict.get(f"{last}.weight")
+    if not definition.is_registered and weight is not None and weight.ndim > 0:
+        if len(weight) != n_outputs:  # fine-tuned on another number of categories
+            network = _build_network(definition, len(weight), seed, has_weights=True)
+    fill_missing_head(selection.state_dict, network, selection.missing_head)
+    load_weights_into(network, selection.state_dict, origin)
+    removed = f"{origin}: {selection.removed}." if selection.removed else ""
+    return LoadedNetwork(
+        _freeze(network), weights.digest, selection.missing_head, removed
+    )
 
 
 def _build_network(
@@ -380,9 +416,9 @@ def _build_network(
 ) -> nn.Module:
     if has_weights and not definition.is_registered:
         # Without values nothing is drawn, so no lock of the generators is needed.
-        with skip_weight_allocation():
+        with float32_default(), skip_weight_allocation():
             return definition.build(num_classes)
-    with preserve_rng_state():
+    with preserve_rng_state(), float32_default():
         torch.default_generator.manual_seed(seed)
         return definition.build(num_classes)
 

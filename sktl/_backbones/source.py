@@ -12,15 +12,13 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
-from sktl._backbones.weights import SUFFIXES
+from sktl._backbones.unwrap import SUFFIXES, StateDict
 from sktl._images.preprocessing import Preprocessing
 
-StateDict = dict[str, Tensor]
 
-
-def _is_channels_first(layer: str) -> bool:
+def _is_channels_first(layer: str) -> bool | None:
     return False
 
 
@@ -48,8 +46,9 @@ class NetworkStructure:
     has_fixed_image_size : bool
         Whether the network supports only images of one size.
     is_channels_last : callable
-        Takes the name of a module; returns whether its activations with four axes are
-        ``(n, h, w, c)``. Raises a ValueError if they have another layout.
+        Takes the name of a layer; returns whether its activations with four axes are
+        ``(n, h, w, c)``, or None if that is not known and has to be measured. Raises a
+        ValueError if they have another layout.
     """
 
     trunk: Sequence[nn.Module] = ()
@@ -58,7 +57,7 @@ class NetworkStructure:
     reason_not_staged: str | None = None
     is_trunk_channels_last: bool = False
     has_fixed_image_size: bool = False
-    is_channels_last: Callable[[str], bool] = _is_channels_first
+    is_channels_last: Callable[[str], bool | None] = _is_channels_first
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,8 @@ class BackboneDefinition:
     adapt_state_dict : callable
         Takes a network and a state dict; returns the state dict with the names of the
         parameters of the network.
+    layout : {"NCHW", "NHWC"} or None
+        Axes of activations for which they can be neither known nor measured.
     """
 
     build: Callable[[int | None], nn.Module]
@@ -102,6 +103,7 @@ class BackboneDefinition:
     file: str | None = None
     is_registered: bool = False
     adapt_state_dict: Callable[[nn.Module, StateDict], StateDict] = _keep_state_dict
+    layout: str | None = None
 
 
 class BackboneSource(Protocol):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.ops import Permute
 
 from sktl._backbones.source import NetworkStructure
+from sktl._backbones.unwrap import Head
 
 # Names with another meaning where the name of a stage is expected.
 _RESERVED = {"head", "network", "penultimate"}
@@ -150,7 +151,8 @@ def check_staged_model(
             "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
         )
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, image_size, image_size, generator=generator)
+    shape = (2, 3, image_size, image_size)
+    x = torch.randn(shape, generator=generator, dtype=torch.float32)
     with torch.inference_mode():
         expected, got = network(x.clone()), staged(x)
     if expected.shape != got.shape or not torch.allclose(
@@ -193,6 +195,42 @@ def last_linear(network: nn.Module, structure: NetworkStructure) -> str | None:
         if names:
             return names[-1]
     return None
+
+
+def find_head(network: nn.Module, structure: NetworkStructure) -> Head:
+    """Return the names of the tensors at the end of a network.
+
+    Parameters
+    ----------
+    network, structure
+        As in `last_linear`.
+
+    Returns
+    -------
+    Head
+        Without names if the network has no last linear layer.
+    """
+    layer = last_linear(network, structure)
+    if layer is None:
+        return Head()
+    names = list(network.state_dict())
+    last = frozenset(name for name in names if name.startswith(f"{layer}."))
+    tensors = last
+    if structure.reason_not_staged is None:
+        below = _modules([*structure.trunk, *(structure.stages or {}).values()])
+        inside = _modules(structure.head) - below
+        owners = {n: network.get_submodule(n.rpartition(".")[0]) for n in names}
+        tensors = frozenset(name for name in names if owners[name] in inside)
+    root = layer
+    while parent := root.rpartition(".")[0]:
+        if any(n.startswith(f"{parent}.") and n not in tensors for n in names):
+            break
+        root = parent
+    return Head(root, tensors, last)
+
+
+def _modules(blocks: Iterable[nn.Module]) -> set[nn.Module]:
+    return {module for block in blocks for module in block.modules()}
 
 
 def _own_stages(stages: Any) -> dict[str, nn.Module]:
@@ -243,7 +281,7 @@ def _halvings(blocks: Sequence[nn.Module], image_size: int) -> list[int]:
     # Tensors on the meta device have shapes, but no values: this is fast, and works
     # before the weights are loaded.
     halvings = []
-    x = torch.empty(1, 3, image_size, image_size, device="meta")
+    x = torch.empty(1, 3, image_size, image_size, device="meta", dtype=torch.float32)
     with torch.no_grad():
         for block in blocks:
             # The last but one axis is a side in (n, c, h, w) and in (n, h, w, c).

@@ -19,10 +19,10 @@ from torchvision import models
 from sktl._backbones.source import (
     BackboneDefinition,
     NetworkStructure,
-    StateDict,
     weights_path,
 )
 from sktl._backbones.stages import describe_network as describe_own_stages
+from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import fetch_weights
 from sktl._images.preprocessing import Preprocessing
 
@@ -227,7 +227,7 @@ def _blocks(network: nn.Module, row: str) -> list[nn.Module]:
     return blocks
 
 
-def _is_channels_last(network: nn.Module, layer: str) -> bool:
+def _is_channels_last(network: nn.Module, layer: str) -> bool | None:
     if isinstance(network, models.MaxVit) and "_attention." in layer:
         raise ValueError(
             f"The axes of {layer!r} are images, windows, positions and channels, "
@@ -239,4 +239,5 @@ def _is_channels_last(network: nn.Module, layer: str) -> bool:
     if isinstance(network, models.ConvNeXt):
         # Between the two permutations of a block: norm, linear, activation, linear.
         return re.search(r"\.block\.[1-5]$", layer) is not None
-    return False
+    is_known = type(network) in _PARTS or isinstance(network, models.VisionTransformer)
+    return False if is_known else None

@@ -30,18 +30,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sktl._backbones.pickle_scan import scan_pickle
+from sktl._backbones.unwrap import (
+    CONTAINERS,
+    SUFFIXES,
+    StateDict,
+    describe_mismatch,
+    find_state_dicts,
+)
 from sktl._utils.keyed_cache import KeyedCache
-
-SUFFIXES = (".pth", ".pt", ".safetensors")
 
 # The sha256 of torchvision's resnet18-f37072fd.pth begins with f37072fd.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
-
-# Keys under which training scripts save the state dict, prefixes of wrapped networks
-# (DataParallel, torch.compile, AveragedModel), and a counter that is not a weight.
-_STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
-_N_AVERAGED = "n_averaged"
 
 # Longer than the resolution of time stamps on Linux, macOS and Windows.
 _TICK_NS = 100_000_000
@@ -58,26 +57,26 @@ class Weights:
 
     Attributes
     ----------
-    state_dict : dict of str to Tensor
-        The tensors, on the CPU, under the names that the network gives them.
+    state_dicts : dict of str to dict of str to Tensor
+        The state dicts, on the CPU, by their place in the file, as from
+        `find_state_dicts`.
     digest : str
         sha256 of the file, 64 hexadecimal digits.
     """
 
-    state_dict: dict[str, Tensor]
+    state_dicts: dict[str, StateDict]
     digest: str
 
 
 def load_weights(path: str | PathLike[str]) -> Weights:
-    """Read a state dict from a file, without executing anything in it.
+    """Read the state dicts in a file, without executing anything in it.
 
     Parameters
     ----------
     path : str or path-like
-        A ``.pth`` or ``.pt`` file of ``torch.save(network.state_dict(), path)``, or a
-        ``.safetensors`` file. The state dict may be the value of a key
-        ``"state_dict"``, ``"model_state_dict"`` or ``"model"``, and all of its keys may
-        begin with ``"module."``, as those of an ``AveragedModel`` do.
+        A file of ``torch.save(network.state_dict(), path)``, or a ``.safetensors``
+        file, with a name that ends in one of `SUFFIXES`. The state dict may be the
+        value of a key such as ``"state_dict"``, see `sktl._backbones.unwrap`.
 
     Returns
     -------
@@ -93,7 +92,7 @@ def load_weights(path: str | PathLike[str]) -> Weights:
         name, cannot be read without executing code, or contains no state dict.
     """
     path = Path(_regular_file(path)[0])
-    if path.suffix not in SUFFIXES:
+    if not path.name.endswith(SUFFIXES):
         raise ValueError(
             f"Weights must be a file that ends in {', '.join(SUFFIXES)}. Got "
             f"{str(path)!r}. Save a network with torch.save(network.state_dict(), "
@@ -104,7 +103,9 @@ def load_weights(path: str | PathLike[str]) -> Weights:
         digest = _verified_digest(file, str(path))
         file.seek(0)
         loaded = _read_tensors(file, path)
-    return Weights(_state_dict_in(loaded, path), digest)
+    state_dicts = find_state_dicts(loaded)
+    _check_found(state_dicts, loaded, path)
+    return Weights(state_dicts, digest)
 
 
 def file_digest(path: str | PathLike[str]) -> str:
@@ -258,17 +259,23 @@ def load_weights_into(
     filling._metadata = getattr(state_dict, "_metadata", unversioned)
     try:
         keys = network.load_state_dict(filling, strict=False, assign=True)
+        wrong = describe_mismatch(keys.missing_keys, keys.unexpected_keys, [])
     except RuntimeError as error:
-        wrong = [line.strip() for line in str(error).splitlines()[1:]]
-    else:
-        wrong = [f"{name} is missing" for name in keys.missing_keys]
-        wrong += [f"{name} is unexpected" for name in keys.unexpected_keys]
+        wrong = describe_mismatch(
+            [name for name in own if name not in filling],
+            [name for name in filling if name not in own],
+            [
+                f"{name}: {tuple(tensor.shape)}, not {tuple(own[name].shape)}"
+                for name, tensor in filling.items()
+                if name in own and own[name].shape != tensor.shape
+            ],
+        )
+        wrong = wrong or str(error).splitlines()[-1].strip()
     if wrong:
         raise ValueError(
-            f"Weights must have the names and shapes of the network. {origin} differ "
-            f"in {len(wrong)}: {'; '.join(wrong[:4])}"
-            f"{' …' if len(wrong) > 4 else ''}. Check that they were saved from this "
-            "architecture."
+            "Weights must have the names and shapes of the network. "
+            f"{origin} have other tensors: {wrong}. Check that they were saved from "
+            "this architecture."
         )
 
 
@@ -352,9 +359,9 @@ def _read_tensors(file: BufferedReader, path: Path) -> Any:
         if code:
             reason = f"it calls {code.group(1)}, which is code"
             advice = (
-                "If you trust its source, load the network there and save it with "
-                "torch.save(network.state_dict(), 'name.pth'), without optimizer and "
-                "settings."
+                "If you trust its source, save the state dict alone, such as "
+                "torch.save(torch.load('name.pth', weights_only=False)['state_dict'], "
+                "'weights.pth')."
             )
         else:
             reason = f"it is damaged, or not a file of torch ({type(error).__name__})"
@@ -379,52 +386,16 @@ def _check_pickles(file: BufferedReader) -> None:
     file.seek(0)
 
 
-def _state_dict_in(loaded: Any, path: Path) -> dict[str, Tensor]:
-    for key in _STATE_DICT_KEYS:
-        if isinstance(loaded, dict) and isinstance(dict.get(loaded, key), dict):
-            loaded = dict.get(loaded, key)
-    if not isinstance(loaded, dict) or not _is_state_dict(loaded):
-        found = f"a {type(loaded).__name__}"
-        if isinstance(loaded, dict):
-            shown = ", ".join(repr(key) for key in [*dict.keys(loaded)][:5])
-            found = f"{len(loaded)} keys: {shown or 'none'}"
-        raise ValueError(
-            "A weights file must contain a state dict, itself or as the value of one "
-            f"of {', '.join(map(repr, _STATE_DICT_KEYS))}. {str(path)!r} contains "
-            f"{found}. Save it with torch.save(network.state_dict(), 'name.pth')."
-        )
-    # A pickle can set attributes of any name, such as "items" or "to", on an
-    # OrderedDict or a parameter; the copies made here have none.
-    plain: Any = OrderedDict((k, Tensor.detach(v)) for k, v in dict.items(loaded))
-    versions = _versions_in(loaded)
-    if all(key.startswith("module.") for key in plain.keys() - {_N_AVERAGED}):
-        plain.pop(_N_AVERAGED, None)
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in plain):
-            plain = OrderedDict((k[len(prefix) :], v) for k, v in plain.items())
-            versions = None
-    if versions is not None:
-        plain._metadata = versions
-    return plain
-
-
-def _versions_in(loaded: dict[str, Any]) -> dict[str, dict[str, int]] | None:
-    """Return the versions of layers that ``state_dict()`` stores with the tensors."""
-    metadata = getattr(loaded, "__dict__", {}).get("_metadata")
-    if not isinstance(metadata, dict):
-        return None
-    return {
-        name: {"version": value["version"]}
-        for name, value in dict.items(metadata)
-        if type(value) is dict and isinstance(value.get("version"), int)
-    }
-
-
-def _is_state_dict(loaded: dict[Any, Any]) -> bool:
-    return bool(loaded) and all(
-        isinstance(key, str)
-        and isinstance(value, Tensor)
-        and value.layout is torch.strided
-        and not value.is_meta
-        for key, value in dict.items(loaded)
+def _check_found(state_dicts: dict[str, StateDict], content: Any, path: Path) -> None:
+    """Raise if a file has no state dict."""
+    if state_dicts:
+        return
+    found = f"a {type(content).__name__}"
+    if isinstance(content, dict):
+        shown = ", ".join(repr(key) for key in [*dict.keys(content)][:5])
+        found = f"{len(content)} keys: {shown or 'none'}"
+    raise ValueError(
+        "A weights file must contain a state dict, itself or as the value of one "
+        f"of {', '.join(map(repr, CONTAINERS))}. {str(path)!r} contains {found}. Save "
+        "it with torch.save(network.state_dict(), 'name.pth')."
     )

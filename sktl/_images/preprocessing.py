@@ -258,13 +258,15 @@ class Normalization(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         for name in ("mean", "std"):
-            channels = torch.tensor(getattr(preprocessing, name))
+            channels = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
             row = channels.repeat(preprocessing.crop_size)  # (3,) -> (side * 3,)
             self.register_buffer(name, row, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Convert uint8 ``(n, side, side, 3)`` to float32 ``(n, 3, side, side)``."""
         rows = pixels.flatten(2)  # (n, side, side * 3)
+        if torch.get_default_dtype() != torch.float32:  # that of a quotient of integers
+            rows = rows.float()
         # Not in place: OpenVINO does not support in-place operations.
         x: Tensor = (rows / 255 - self.mean) / self.std
         return x.view(pixels.shape).permute(0, 3, 1, 2)  # channels last in memory

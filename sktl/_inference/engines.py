@@ -24,6 +24,7 @@ from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._inference.execution import PRECISIONS, ExecutionConfig, import_openvino
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
 from sktl._inference.openvino_conversion import convert_to_openvino
+from sktl._utils.default_dtype import float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 
 Pixels = NDArray[np.uint8]
@@ -133,7 +134,12 @@ def _compile(
 ) -> CompiledModel:
     """Compile a network with its engine, or with torch as the fallback."""
     side = preprocessing.crop_size
-    with torch.no_grad(), reraise_invalid_size(side), reraise_out_of_memory(1):
+    with (
+        torch.no_grad(),
+        float32_default_if_needed(),
+        reraise_invalid_size(side),
+        reraise_out_of_memory(1),
+    ):
         fuse_batch_norm(network, side)
     model: CompiledModel | None = None
     if execution.engine != "torch":
@@ -221,7 +227,7 @@ class TorchNetwork:
             # torch's caching allocator, which reuses them when the copies are done.
             x = x.pin_memory().to(self.execution.device, non_blocking=True)
             on_device = self._run(x)
-            host = torch.empty(on_device.shape, pin_memory=True)
+            host = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
             host.copy_(on_device, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(torch.cuda.current_stream(self.execution.device))
@@ -235,7 +241,8 @@ class TorchNetwork:
         return wait
 
     def _run(self, x: Tensor) -> Tensor:
-        out: Tensor = self._module(x)
+        with float32_default_if_needed():
+            out: Tensor = self._module(x)
         return out
 
 
@@ -288,7 +295,8 @@ class OpenVINONetwork:
         side = preprocessing.crop_size
         example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
         module = _PixelInput(network, preprocessing, torch.float32).eval()
-        self._model = convert_to_openvino(module, example)
+        with float32_default_if_needed():  # the constants of the traced graph
+            self._model = convert_to_openvino(module, example)
         self._core = import_openvino().Core()
         self._requests: KeyedCache[tuple[tuple[int, ...], int], Any]
         self._requests = KeyedCache(_MAX_SHAPES)

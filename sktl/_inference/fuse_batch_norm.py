@@ -35,7 +35,8 @@ def fuse_batch_norm(network: nn.Module, side: int) -> int:
         another module also reads the output of the convolution.
     """
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, 3, side, side, generator=generator)
+    shape = (1, 3, side, side)
+    image = torch.randn(shape, generator=generator, dtype=torch.float32)
     pairs, expected = _conv_bn_pairs(network, image)
     original = []
     for name, bn_name in pairs:

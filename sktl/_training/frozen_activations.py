@@ -39,6 +39,7 @@ from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
 from sktl._training.network import NECK, network_digest, output_shape
+from sktl._utils.default_dtype import float32_default_if_needed
 
 _MAX_BYTES_IN_MEMORY = 2**30
 _STORE_BYTES_PER_ROW = 36  # hash and checksum, besides the row
@@ -180,12 +181,14 @@ class FrozenActivations:
         autocast = torch.autocast(
             device.type, PRECISIONS[precision], enabled=precision != "float32"
         )
-        batch = torch.zeros(size, *self._shape(n_frozen), device=device)
+        shape = (size, *self._shape(n_frozen))
+        batch = torch.zeros(shape, device=device, dtype=torch.float32)
         outputs = []
         for start in range(0, n_samples, size):
             rows = self.rows(n_frozen, range(start, min(start + size, n_samples)))
             exact = self._execution.exact_inference_mode()
-            with reraise_out_of_memory(size), exact, autocast:
+            dtype = float32_default_if_needed()
+            with reraise_out_of_memory(size), exact, autocast, dtype:
                 batch[: len(rows)] = rows.to(device)
                 outputs.append(above(batch)[: len(rows)].float().cpu().numpy())
         return np.concatenate(outputs)

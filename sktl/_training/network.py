@@ -54,9 +54,17 @@ def replace_head(
     Raises
     ------
     ValueError
-        If the backbone has no stages, or if its head is not an nn.Sequential that
-        contains its last linear layer.
+        If the backbone has no stages, if its weights lack more than the last linear
+        layer, or if its head is not an nn.Sequential that contains that layer.
     """
+    own = f"{backbone.penultimate}."
+    missing = [name for name in backbone.missing_head if not name.startswith(own)]
+    if missing:
+        raise ValueError(
+            "Fine-tuning requires weights of all layers below the last linear layer. "
+            f"Those of {backbone.name!r} have no {', '.join(missing[:4])}. Use a stage "
+            "with PretrainedFeatures, or other weights."
+        )
     # One deepcopy of all three, so that shared modules stay shared.
     stages, old_head, last = copy.deepcopy(
         (backbone.stages, backbone.head, backbone.last_linear)
@@ -109,7 +117,7 @@ def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
     tuple of int
         Such as ``(512, 7, 7)``.
     """
-    image = torch.zeros(1, 3, image_size, image_size)
+    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.float32)
     first = next(network.parameters(), None)  # None: such as pooling alone
     image = image if first is None else image.to(first)
     # A copy, since the network may be in training mode.

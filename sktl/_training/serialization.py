@@ -20,6 +20,7 @@ from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest, replace_head
+from sktl._utils.default_dtype import float32_default
 from sktl._utils.json_values import from_json, to_json
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import read_tensors, write_tensors
@@ -259,7 +260,7 @@ def _build_network(
 ) -> nn.Sequential:
     backbone = load_backbone(config.backbone, None)
     # No memory is allocated for the widths in the file, which may be invalid.
-    with preserve_rng_state(), skip_weight_allocation():
+    with float32_default(), preserve_rng_state(), skip_weight_allocation():
         network = replace_head(
             backbone,
             n_outputs,

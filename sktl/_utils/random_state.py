@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sktl._utils.default_dtype import float32_default_if_needed
+
 _lock = RLock()
 
 
@@ -29,7 +31,8 @@ def temporary_seed(device: torch.device, *entropy: int) -> Iterator[None]:
     """Seed all global generators, and restore their previous state on exit.
 
     Seeds torch (on the CPU and on `device`), NumPy and Python, since a user-defined
-    augmentation may use any of them. Other threads wait until the context exits.
+    augmentation may use any of them. Other threads wait until the context exits. The
+    default data type is float32, since torch draws other numbers for float64.
 
     Parameters
     ----------
@@ -56,4 +59,5 @@ def temporary_seed(device: torch.device, *entropy: int) -> Iterator[None]:
             torch.get_device_module(device).set_rng_state(state, device_ids[0])
         legacy.seed(seed_2 % 2**32)
         random.seed(seed)
+        stack.enter_context(float32_default_if_needed())
         yield

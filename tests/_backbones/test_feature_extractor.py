@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.ops import Permute
 
 from sktl._backbones import feature_extractor
-from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths, pool
+from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
 from sktl._backbones.registry import load_backbone, register_backbone
 from sktl._images.preprocessing import Preprocessing
 
@@ -90,37 +91,6 @@ def test_extractor_leaves_no_hooks_on_the_shared_network(noise):
         module._forward_hooks or module._forward_pre_hooks
         for module in backbone.network.modules()
     )
-
-
-def test_pooling():
-    x = torch.rand(2, 3, 4, 6)
-    values = x.numpy().astype(np.float64)
-    expected = {
-        "avg": values.mean((2, 3)),
-        "max": values.max((2, 3)),
-        "gem": (values**3).mean((2, 3)) ** (1 / 3),
-        "flatten": values.reshape(2, -1),
-        1: values.mean((2, 3)),
-        2: values.reshape(2, 3, 2, 2, 2, 3).mean((3, 5)).reshape(2, -1),
-    }
-    for pooling, rows in expected.items():
-        got = pool(x, pooling, "a").numpy()
-        assert got.dtype == np.float32
-        np.testing.assert_allclose(got, rows, rtol=1e-5, err_msg=str(pooling))
-
-
-def test_pooling_of_tokens_is_over_the_tokens():
-    x = torch.rand(2, 7, 5)  # (n, tokens, channels)
-    torch.testing.assert_close(pool(x, "avg", "a"), x.mean(1))
-    with pytest.raises(ValueError, match=r"pooling=2 needs .* rows and columns"):
-        pool(x, 2, "encoder")
-
-
-def test_pooled_rows_do_not_change_with_the_network():
-    x = torch.rand(2, 5)
-    rows = pool(x, "avg", "a")
-    x.zero_()
-    assert rows.abs().sum() > 0
 
 
 @pytest.mark.slow
@@ -282,3 +252,124 @@ def test_a_grid_larger_than_a_layer_warns_once():
     assert len(caught) == 1
     assert layer_widths(backbone, *given) == widths  # and no second warning
     layer_widths(backbone, ["stage4"], 5, backbone.preprocessing)
+
+
+class Swinlike(nn.Module):
+    """A network with stages whose maps are (n, h, w, c), except for the first one."""
+
+    def __init__(self, side=None):
+        super().__init__()
+        self.side = side  # None: any
+        self.embed = nn.Conv2d(3, 16, 4, 4)
+        self.norm = nn.LayerNorm(16)
+        self.block = nn.Sequential(nn.Linear(16, 7), nn.GELU())
+        self.head = nn.Linear(7, 5)
+
+    def forward(self, x):
+        if self.side is not None:
+            assert x.shape[2:] == (self.side, self.side)
+        return self.head(self.block(self.norm(self.embed(x).permute(0, 2, 3, 1)))).mean(
+            (1, 2)
+        )
+
+
+@pytest.mark.parametrize("side", [None, 24])
+@pytest.mark.parametrize("layer", ["embed", "norm", "block", "penultimate", "head"])
+def test_channels_last_maps_of_a_registered_network(side, layer):
+    size = Preprocessing(resize_size=24, crop_size=24)
+    # Where the network supports one size only, nothing can be measured.
+    layout = None if side is None else "NHWC"
+    register_backbone(
+        "swinlike", lambda: Swinlike(side), preprocessing=size, layout=layout
+    )
+    backbone = load_backbone("swinlike")
+    x = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    network = backbone.network
+    with torch.inference_mode():
+        embedded = network.embed(x).permute(0, 2, 3, 1)
+        blocks = network.block(network.norm(embedded))
+    maps = {"embed": embedded, "norm": network.norm(embedded), "block": blocks}
+    maps |= {"penultimate": blocks, "head": network.head(blocks)}
+    values = maps[layer].detach().numpy().astype(np.float64)  # (n, 6, 6, c)
+    cells = values.reshape(2, 2, 3, 2, 3, -1).mean((2, 4))  # (n, 2, 2, c)
+    expected = {
+        "avg": values.mean((1, 2)),
+        "max": values.max((1, 2)),
+        "gem": (values.clip(1e-6) ** 3).mean((1, 2)) ** (1 / 3),
+        "flatten": values.transpose(0, 3, 1, 2).reshape(2, -1),
+        2: cells.transpose(0, 3, 1, 2).reshape(2, -1),
+    }
+    for pooling, rows in expected.items():
+        got = extract(backbone, [layer], pooling, x).numpy()
+        np.testing.assert_allclose(got, rows, rtol=1e-4, atol=1e-6, err_msg=pooling)
+        assert layer_widths(backbone, [layer], pooling, size) == (rows.shape[1],)
+
+
+class ChannelsLastStages(nn.Module):
+    """A network with stages that pass (n, h, w, c)."""
+
+    def __init__(self):
+        super().__init__()
+        to_last = Permute([0, 2, 3, 1])
+        self.stages = nn.ModuleList(
+            [nn.Sequential(nn.Conv2d(3, 8, 4, 4), to_last), nn.Linear(8, 6)]
+        )
+        mean = Permute([0, 3, 1, 2]), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.head = nn.Sequential(*mean, nn.Linear(6, 5))
+
+    def forward(self, x):
+        return self.head(self.stages[1](self.stages[0](x)))
+
+
+def test_stages_of_channels_last_maps():
+    size = Preprocessing(resize_size=32, crop_size=32)
+    register_backbone("stages last", ChannelsLastStages, preprocessing=size)
+    backbone = load_backbone("stages last")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        stem = backbone.network.stages[0](x)
+        expected = [stem.mean((1, 2)), backbone.network.stages[1](stem).mean((1, 2))]
+    got = extract(backbone, ["stem", "stage1"], "avg", x)
+    torch.testing.assert_close(got, torch.cat(expected, dim=1))
+
+
+class FixedGrid(nn.Module):
+    """Its maps have 4 x 4 positions for every size of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.grid = nn.Sequential(nn.Conv2d(3, 6, 1), nn.AdaptiveAvgPool2d(4))
+        self.scale, self.head = nn.Identity(), nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = self.scale(self.grid(x).permute(0, 2, 3, 1))
+        return self.head(x.mean((1, 2)))
+
+
+def test_axes_that_cannot_be_measured_are_declared():
+    size = Preprocessing(resize_size=16, crop_size=16)
+    register_backbone("fixed grid", FixedGrid, preprocessing=size)
+    backbone = load_backbone("fixed grid")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    message = r"'scale' of 'fixed grid' .* \(4, 4, 6\) per image .* Pass layout='NCHW'"
+    with pytest.raises(ValueError, match=message):
+        FeatureExtractor(backbone, ["scale"], "avg")
+    with pytest.raises(ValueError, match=message):
+        layer_widths(backbone, ["scale"], "avg", size)
+    assert extract(backbone, ["grid"], "avg", x).shape == (2, 6)
+
+    register_backbone("fixed grid", FixedGrid, preprocessing=size, layout="NHWC")
+    declared = load_backbone("fixed grid")
+    assert declared.digest != backbone.digest
+    got = extract(declared, ["scale"], "avg", x)
+    torch.testing.assert_close(got, extract(declared, ["grid"], "avg", x))
+    register_backbone("fixed grid", FixedGrid, preprocessing=size, layout="NCHW")
+    assert extract(load_backbone("fixed grid"), ["scale"], "avg", x).shape == (2, 4)
+
+
+def test_axes_of_a_network_that_reads_values():
+    size = Preprocessing(resize_size=8, crop_size=8)
+    register_backbone("reads values", ReadsValues, preprocessing=size)
+    backbone = load_backbone("reads values")
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert extract(backbone, ["body"], "avg", x).shape == (2, 6)

@@ -20,6 +20,7 @@ from torchvision.models.resnet import BasicBlock
 
 from sktl._backbones import registered, registry
 from sktl._backbones.backbone import Backbone
+from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
 from sktl._backbones.registry import (
     BackboneSpec,
     list_backbones,
@@ -27,6 +28,7 @@ from sktl._backbones.registry import (
     register_backbone,
 )
 from sktl._images.preprocessing import Preprocessing
+from sktl._training.network import replace_head
 from sktl._utils.keyed_cache import KeyedCache
 
 _SMALL = Preprocessing(resize_size=32, crop_size=32)
@@ -294,7 +296,7 @@ def test_a_registered_network_is_built_from_a_seed_or_a_file(tmp_path: Path) -> 
     assert torch.equal(
         load_backbone("mine", path).network.fc.weight, stored["fc.weight"]
     )
-    with pytest.raises(ValueError, match=r"net\.pth' for the backbone 'mine' differ"):
+    with pytest.raises(ValueError, match=r"net\.pth' for the backbone 'mine' have"):
         load_backbone("mine", _saved(tmp_path, _resnet10(num_classes=3)))
 
 
@@ -354,6 +356,7 @@ class _Cheating(nn.Module):
         ({"categories": ["a"]}, ValueError, "has 10 outputs. Got 1 names"),
         ({"builder": _Cheating}, ValueError, "_Cheating, run in order"),
         ({"preprocessing": 32}, TypeError, "preprocessing must be a sktl.Preproc"),
+        ({"layout": "HWC"}, ValueError, "must be None, 'NCHW' or 'NHWC'. Got 'HWC'"),
     ],
 )
 def test_invalid_backbones_raise(
@@ -385,9 +388,92 @@ def test_unknown_names_raise(
 
 def test_weights_of_another_network_raise(tmp_path: Path) -> None:
     path = _saved(tmp_path, models.squeezenet1_0())
-    with pytest.raises(ValueError, match="'squeezenet1_1' differ in") as caught:
+    with pytest.raises(ValueError, match="'squeezenet1_1' have other") as caught:
         _ = load_backbone("squeezenet1_1", path).network
     assert len(str(caught.value)) < 1000
+
+
+def _headless(network: nn.Module, last: str) -> dict[str, Tensor]:
+    state = network.state_dict()
+    return {name: v for name, v in state.items() if not name.startswith(last)}
+
+
+def test_weights_without_a_head_are_those_of_all_other_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    register_backbone(
+        "mine", _resnet10, preprocessing=_SMALL, categories=list("abcdefghij")
+    )
+    source = _resnet10().eval()
+    wrapped = {f"module.{n}": v for n, v in _headless(source, "fc.").items()}
+    path = tmp_path / "moco.pth.tar"
+    torch.save({"state_dict": wrapped, "epoch": 3}, path)
+
+    backbone = load_backbone("mine", path)
+
+    assert capsys.readouterr().out == ""
+    load_backbone("mine", path, progress=True)
+    out = capsys.readouterr().out
+    assert "the prefix 'module.'; the head is missing (fc.bias, fc.weight)." in out
+    load_backbone("mine", path, progress=True)
+    assert capsys.readouterr().out == ""
+    assert backbone.missing_head == ("fc.bias", "fc.weight")
+    assert backbone.categories is None
+    assert load_backbone("mine").categories == tuple("abcdefghij")
+    full = load_backbone("mine", _saved(tmp_path, source, "full.pth"))
+    copied = copy.deepcopy(backbone)
+    assert copied.missing_head == backbone.missing_head
+    x = _noise()
+    for layer in ("penultimate", "stage2", "layer4.0.conv2", "avgpool"):
+        got = [
+            FeatureExtractor(each, [layer], "avg")(x)
+            for each in (backbone, copied, full)
+        ]
+        assert torch.equal(got[0], got[2]), layer
+        assert torch.equal(got[1], got[2]), layer
+    with pytest.raises(ValueError, match=r"'fc' requires fc\.bias, which is missing"):
+        FeatureExtractor(backbone, ["fc"], "avg")(x)
+    size = backbone.preprocessing
+    with pytest.raises(ValueError, match=r"'fc' requires fc\.bias"):
+        layer_widths(backbone, ["penultimate", "fc"], "avg", size)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "refused"),
+    [
+        ("squeezenet1_1", "classifier.", False),
+        ("mobilenet_v3_small", "classifier.3", False),
+        ("mobilenet_v3_small", "classifier.", True),
+    ],
+)
+def test_layers_above_missing_weights_raise(
+    name: str, missing: str, refused: bool, tmp_path: Path
+) -> None:
+    source = models.get_model(name).eval()
+    torch.save(_headless(source, missing), tmp_path / "net.bin")
+    headless = load_backbone(name, tmp_path / "net.bin")
+    full = load_backbone(name, _saved(tmp_path, source))
+    assert headless.categories is None
+    assert len(full.categories or ()) == 1000
+    extract = [FeatureExtractor(b, ["penultimate"], "avg") for b in (headless, full)]
+    if refused:
+        with pytest.raises(ValueError, match=r"'penultimate' requires classifier\.0"):
+            extract[0](_noise())
+        with pytest.raises(ValueError, match=r"have no classifier\.0\.bias"):
+            replace_head(headless, 3)
+    else:
+        assert torch.equal(extract[0](_noise()), extract[1](_noise()))
+        heads = [replace_head(each, 3).eval() for each in (headless, full)]
+        heads[1][-1].load_state_dict(heads[0][-1].state_dict())
+        assert torch.equal(heads[0](_noise()), heads[1](_noise()))
+
+
+def test_weights_without_more_than_the_head_raise(tmp_path: Path) -> None:
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    torch.save(_headless(_resnet10(), "layer4."), tmp_path / "net.pth")
+    match = r"15 missing \(layer4.0.conv1.weight, .*, \.\.\.\)\. Check"
+    with pytest.raises(ValueError, match=match):
+        load_backbone("mine", tmp_path / "net.pth")
 
 
 def test_a_specification_is_valid_in_any_directory(

@@ -328,6 +328,34 @@ def test_a_network_without_linear_layer_has_no_last_one() -> None:
     assert last_linear(nn.Sequential(nn.Conv2d(3, 4, 1))) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "root", "others"),
+    [
+        ("resnet18", "fc", set()),
+        ("squeezenet1_1", "classifier", set()),
+        ("mobilenet_v3_small", "classifier", {"classifier.0"}),
+        ("convnext_tiny", "classifier", {"classifier.0"}),
+        ("vgg11", "classifier", {"classifier.0", "classifier.3"}),
+        ("swin_t", "head", {"norm"}),
+        ("vit_b_32", "heads", set()),
+    ],
+)
+def test_tensors_of_the_head(name: str, root: str, others: set[str]) -> None:
+    network = _without_values(name)
+    head = stages_module.find_head(network, describe_network(network))
+    last = last_linear(network)
+    assert head.name == root
+    assert head.last == {f"{last}.weight", f"{last}.bias"}
+    layers = {tensor.rpartition(".")[0] for tensor in head.tensors - head.last}
+    assert layers == others
+
+
+def test_a_network_without_linear_layer_has_no_head() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 1))
+    head = stages_module.find_head(network, describe_network(network))
+    assert (head.name, head.tensors, head.last) == ("", set(), set())
+
+
 @pytest.mark.parametrize("name", ["head", "network", "penultimate", "block.1", ""])
 def test_names_of_own_stages_are_checked(name: str) -> None:
     network = nn.Module()

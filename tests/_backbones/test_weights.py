@@ -87,35 +87,22 @@ def test_saved_weights_are_loaded(
 
     weights = load_weights(str(path))
 
-    assert set(weights.state_dict) == {"weight", "bias"}
-    assert torch.equal(weights.state_dict["weight"], layer.weight)
+    assert set(weights.state_dicts[""]) == {"weight", "bias"}
+    assert torch.equal(weights.state_dicts[""]["weight"], layer.weight)
     assert weights.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert weights.digest == file_digest(path)
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_state_dicts_of_training_scripts_are_unwrapped(
-    tmp_path: Path, layer: nn.Linear, key: str, prefix: str
+@pytest.mark.parametrize("suffix", [".pth.tar", ".ckpt", ".bin"])
+def test_files_of_training_scripts_are_read(
+    tmp_path: Path, layer: nn.Linear, suffix: str
 ) -> None:
-    state = {f"{prefix}{name}": value for name, value in layer.state_dict().items()}
-    torch.save({key: state, "epoch": 3}, tmp_path / "net.pth")
-    loaded = load_weights(tmp_path / "net.pth").state_dict
+    path = tmp_path / f"checkpoint{suffix}"
+    content = {"state_dict": layer.state_dict(), "epoch": 3, "arch": "linear"}
+    torch.save(content, path)
+    ((place, loaded),) = load_weights(path).state_dicts.items()
+    assert place == "['state_dict']"
     assert torch.equal(loaded["bias"], layer.bias)
-
-
-def test_unwraps_an_averaged_model(tmp_path: Path, layer: nn.Linear) -> None:
-    averaged = torch.optim.swa_utils.AveragedModel(layer)
-    torch.save(averaged.state_dict(), tmp_path / "net.pth")
-    loaded = load_weights(tmp_path / "net.pth").state_dict
-    assert set(loaded) == {"weight", "bias"}
-    assert torch.equal(loaded["bias"], layer.bias)
-
-
-def test_a_prefix_that_only_some_keys_have_stays(tmp_path: Path) -> None:
-    state = {"module.a": torch.zeros(1), "b": torch.zeros(1)}
-    torch.save(state, tmp_path / "net.pth")
-    assert list(load_weights(tmp_path / "net.pth").state_dict) == ["module.a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +163,7 @@ def test_a_truncated_file_raises(
 
 def test_verifies_the_name_at_every_load(tmp_path: Path, layer: nn.Linear) -> None:
     path = _named_by_hash(tmp_path, "net", _saved(layer, tmp_path / "net.pth"))
-    assert torch.equal(load_weights(path).state_dict["bias"], layer.bias)
+    assert torch.equal(load_weights(path).state_dicts[""]["bias"], layer.bias)
 
     damaged = bytearray(path.read_bytes())
     damaged[-1] ^= 1
@@ -194,7 +181,7 @@ def test_a_name_without_a_hash_is_not_verified(
     tmp_path: Path, layer: nn.Linear, stem: str
 ) -> None:
     _saved(layer, tmp_path / f"{stem}.pth")
-    assert len(load_weights(tmp_path / f"{stem}.pth").state_dict) == 2
+    assert len(load_weights(tmp_path / f"{stem}.pth").state_dicts[""]) == 2
 
 
 def test_other_files_raise(tmp_path: Path) -> None:
@@ -319,14 +306,14 @@ def test_weights_are_converted_to_the_types_of_the_network(layer: nn.Linear) -> 
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"weight": torch.zeros(2, 3)}, "they differ in 1: bias is missing"),
+        ({"weight": torch.zeros(2, 3)}, "they have other tensors: 1 missing .bias."),
         (
             {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "c": torch.zeros(1)},
-            "they differ in 1: c is unexpected",
+            "they have other tensors: 1 unexpected .c.",
         ),
         (
             {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)},
-            "they differ in 1: size mismatch for weight",
+            r"1 of another shape \(weight: \(4, 3\), not \(2, 3\)\)",
         ),
     ],
 )
@@ -335,6 +322,16 @@ def test_mismatched_weights_raise(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_weights_into(layer, state, "they")
+
+
+def test_errors_of_a_network_are_reported(layer: nn.Linear) -> None:
+    class Strict(nn.Linear):
+        def _load_from_state_dict(self, *arguments: list[str]) -> None:
+            arguments[-1].append("no version 3")
+
+    state = layer.state_dict()
+    with pytest.raises(ValueError, match="they have other tensors: no version 3"):
+        load_weights_into(Strict(3, 2), state, "they")
 
 
 def test_loads_an_mnasnet_without_version() -> None:

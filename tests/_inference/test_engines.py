@@ -1,5 +1,6 @@
 """Engines give the output of torch; unsupported networks fall back to torch."""
 
+import copy
 import functools
 import gc
 import shutil
@@ -113,6 +114,43 @@ def test_layers_inside_a_network(engine):
     net = compiled("resnet18", layer="layer2.0.conv1", engine=engine)
     expected = expected_features("resnet18", PIXELS, "layer2.0.conv1")
     np.testing.assert_allclose(run(net), expected, rtol=1e-3, atol=1e-5)
+
+
+class CreatesTensors(nn.Module):
+    """Its forward method creates tensors of the default data type."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        weight = torch.linspace(0.1, 1, 3) / torch.arange(1, 4)
+        return self.linear(x.mean((2, 3)) * weight + torch.tensor([0.1, 0.2, 0.3]))
+
+
+@pytest.mark.parametrize(
+    "engine", ["torch", "openvino", pytest.param("compile", marks=pytest.mark.slow)]
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_default_data_type_is_not_used(engine):
+    network, rows = CreatesTensors(), []
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            build = functools.partial(copy.deepcopy, network)
+            rows.append(
+                run(
+                    get_compiled_model(
+                        (engine, dtype), build, SMALL, on_cpu(engine), name="mine"
+                    )
+                )
+            )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert rows[1].dtype == np.float32
+    # torch.compile rounds constants that the network computes once.
+    rtol = 1e-6 if engine == "compile" else 0
+    np.testing.assert_allclose(rows[1], rows[0], rtol=rtol, atol=0)
 
 
 class Odd(nn.Module):

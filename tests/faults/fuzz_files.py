@@ -25,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import TinyNet
 
 from sktl import PretrainedFeatures
+from sktl._backbones.stages import describe_network, find_head
+from sktl._backbones.unwrap import fill_missing_head, select_state_dict
 from sktl._backbones.weights import load_weights, load_weights_into
 from sktl._images.validation import validate_images
 from sktl._utils.tensor_file import state_dict_digest
@@ -156,15 +158,18 @@ class WeightsFiles:
         except ValueError as error:
             outcome = refused(error, path)
         else:
-            outcome = self._load(weights.state_dict)
+            outcome = self._load(weights.state_dicts)
         assert not self.canary.exists(), "The file was executed."
         path.unlink()
         return f"{suffix} {outcome}"
 
-    def _load(self, state_dict):
+    def _load(self, found):
         network = TinyNet()
+        head = find_head(network, describe_network(network))
         try:
-            load_weights_into(network, state_dict, "It")
+            chosen = select_state_dict(found, network, head, lambda _, each: each, "It")
+            fill_missing_head(chosen.state_dict, network, chosen.missing_head)
+            load_weights_into(network, chosen.state_dict, "It")
         except ValueError as error:
             outcome = refused(error, "Weights must have the names and shapes")
             return f"read; as weights of another network, {outcome}"
