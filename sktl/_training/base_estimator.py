@@ -29,6 +29,7 @@ from sktl._training.serialization import (
     split_parameters,
 )
 from sktl._training.targets import EncodedTargets, Target
+from sktl._training.user_callbacks import check_callbacks
 
 
 class BaseFineTunedCNN(BaseEstimator):
@@ -39,6 +40,8 @@ class BaseFineTunedCNN(BaseEstimator):
     """
 
     # Parameters that are read here; each subclass has them in its ``__init__``.
+    callbacks: Any
+    early_stopping: bool
     image_shape: Any
     pixel_range: Any
     reducing_gap: float | None
@@ -65,6 +68,11 @@ class BaseFineTunedCNN(BaseEstimator):
         classes: Any = None,
         partial: bool = False,
     ) -> Self:
+        check_callbacks(
+            self.callbacks,
+            early_stopping=self.early_stopping,
+            estimator=type(self).__name__,
+        )
         fitted: FittedModel | None = None
         if partial or self.warm_start:
             fitted = getattr(self, "_fitted_model", None)

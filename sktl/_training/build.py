@@ -3,7 +3,6 @@
 Modules below this one get typed settings, and never see the estimator.
 """
 
-import copy
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -27,6 +26,7 @@ from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.trainer import Trainer, warn_of_shared_gpu
+from sktl._training.user_callbacks import copy_callbacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ def build_trainer(
         valid if early_stopping else None,
         config=config,
         state=state,
-        callbacks=copy.deepcopy(list(estimator.callbacks or ())),
+        callbacks=copy_callbacks(estimator.callbacks),
     )
 
 

@@ -41,6 +41,9 @@ class TrainingDataset(Protocol):
         other processes and threads may need meanwhile.
         """
 
+    def targets(self, order: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """Return encoded targets and weights of some images of this dataset."""
+
     def batches(
         self, order: Sequence[int], n_batches: int
     ) -> Generator[Batch, None, None]:
@@ -252,6 +255,10 @@ class ActivationDataset(Dataset[Any]):
         """Compute the activations, unless most views would never be sampled."""
         if self._n_frozen and n_epochs >= self._images.n_views:
             self._activations.compute(self._n_frozen)
+
+    def targets(self, order: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
+        """Return targets and weights of some images of this dataset."""
+        return self._images.targets(order)
 
     def batches(
         self, order: Sequence[int], n_batches: int

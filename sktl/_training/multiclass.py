@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sktl._training.classifier_net import ClassifierNet
 from sktl._training.linear_probe import fit_linear_probe
 from sktl._training.targets import EncodedTargets, Target
 from sktl._utils.json_values import from_json, to_json
@@ -112,6 +113,14 @@ class MulticlassTarget:
     def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
         """Return the most probable label of each row."""
         return self.classes[outputs.argmax(axis=1)]
+
+    def labels(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return the label of each encoded target."""
+        return self.classes[y]
+
+    def scoring_net(self, net: Any) -> ClassifierNet:
+        """Return a view of the net that predicts labels and probabilities."""
+        return ClassifierNet(net, self.classes)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the text of the classes."""

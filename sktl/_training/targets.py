@@ -59,6 +59,12 @@ class Target(Protocol):
     def decode(self, outputs: NDArray[Any]) -> NDArray[Any]:
         """Return the predictions for outputs of the network."""
 
+    def labels(self, y: NDArray[Any]) -> NDArray[Any]:
+        """Return encoded targets as they were passed to `fit`."""
+
+    def scoring_net(self, net: Any) -> Any:
+        """Return a skorch net as scorers of scikit-learn expect an estimator."""
+
     def fingerprint(self) -> dict[str, Any]:
         """Return what identifies the target in a checkpoint, whatever its dtype."""
 

@@ -37,6 +37,7 @@ from sktl._training.datasets import BatchLoader, TrainingDataset
 from sktl._training.network import NormalizedInput, PartiallyFrozen
 from sktl._training.optim import load_optimizer_state, make_optimizer
 from sktl._training.targets import EncodedTargets, Target
+from sktl._training.user_callbacks import adapt_callbacks
 from sktl._utils.random_state import temporary_seed
 
 
@@ -58,7 +59,7 @@ class Trainer:
     state : TrainerState
         State to start from; it is updated.
     callbacks : sequence of skorch callbacks
-        Callbacks of the user.
+        Callbacks of the user, from `copy_callbacks`.
 
     Attributes
     ----------
@@ -87,6 +88,7 @@ class Trainer:
         self._config = config
         self._target = target
         self._train, self._valid = train, valid
+        self._callbacks = callbacks
         self._n_steps_per_epoch = len(BatchLoader(train, config.batch_size))
         network.to(config.device)
         network.to(memory_format=torch.channels_last)
@@ -105,11 +107,9 @@ class Trainer:
         self._divergence_check = DivergenceCheck(config.lr)
         self._validation_score = ValidationScore(target)
         self._progress_bar = ProgressBar(n_steps)
-        self.net = self._make_net(preprocessing, callbacks)
+        self.net = self._make_net(preprocessing)
 
-    def _make_net(
-        self, preprocessing: Preprocessing, callbacks: Sequence[Any]
-    ) -> NeuralNet:
+    def _make_net(self, preprocessing: Preprocessing) -> NeuralNet:
         config = self._config
         return NeuralNet(
             NormalizedInput(self._partial, preprocessing),
@@ -134,7 +134,7 @@ class Trainer:
                 ("sktl_divergence_check", self._divergence_check),
                 ("sktl_validation_score", self._validation_score),
                 ("sktl_progress_bar", self._progress_bar),
-                *callbacks,
+                *self._callbacks,
             ],
             callbacks__print_log=None,
             device=config.device,
@@ -167,19 +167,32 @@ class Trainer:
         bar: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config.verbose:
             bar = self._progress_bar.show(state.epoch * self._n_steps_per_epoch)
-        self.net.notify("on_train_begin", X=self._train, y=None)
-        with bar:
-            while state.epoch < config.max_epochs and not self._should_stop():
-                self._run_epoch()
-                if after_epoch is not None:
-                    after_epoch(self)
-        self.net.notify("on_train_end", X=self._train, y=None)
+        with self._adapted_callbacks():
+            self.net.notify("on_train_begin", X=self._train, y=None)
+            with bar:
+                while state.epoch < config.max_epochs and not self._should_stop():
+                    self._run_epoch()
+                    if after_epoch is not None:
+                        after_epoch(self)
+            self.net.notify("on_train_end", X=self._train, y=None)
         if state.best_weights:
             self.network.load_state_dict(state.best_weights)
         elif state.initial_weights:
             self.network.load_state_dict(self._interpolated_weights())
         self._release_memory()
         self.network.eval()
+
+    @contextlib.contextmanager
+    def _adapted_callbacks(self) -> Iterator[None]:
+        """Call the callbacks of the user with labels, during the training only."""
+        initialized = self.net.callbacks_
+        self.net.callbacks_ = adapt_callbacks(
+            initialized, self._callbacks, self._target, self._config.verbose
+        )
+        try:
+            yield
+        finally:
+            self.net.callbacks_ = initialized
 
     def _release_memory(self) -> None:
         """Release what the net, a fitted attribute, would keep alive."""
