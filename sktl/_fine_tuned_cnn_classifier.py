@@ -162,7 +162,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Directory of a feature cache, see `FeatureStore`: frozen layers process each
         image only once, even across folds, candidates, processes and sessions. Of a
-        :obj:`joblib.Memory`, the location is used. None means no cache.
+        :obj:`joblib.Memory`, the location is used. None means no cache. A fitted
+        estimator that was loaded only reads it, until `memory` is set again.
     random_state : int, RandomState instance or None, default=None
         Decides the order of the images, their variation, dropout, what is held out,
         and whatever starts at random. An int gives the same bits on the same CPU.

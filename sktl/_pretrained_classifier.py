@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags, check_consistent_length
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
@@ -28,12 +28,13 @@ from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
+from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.model_spec import ModelSpec
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._utils.sklearn_compat import check_sample_weight, check_y, fit_context
 
 
-class PretrainedClassifier(ClassifierMixin, BaseEstimator):
+class PretrainedClassifier(ClassifierMixin, MemoryAccess):
     """Classify images with a pretrained network, without training.
 
     The categories of the network are the class labels, or are mapped to your own
@@ -106,7 +107,8 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Directory of a feature cache, see `FeatureStore`: frozen layers process each
         image only once, even across folds, candidates, processes and sessions. Of a
-        :obj:`joblib.Memory`, the location is used. None means no cache.
+        :obj:`joblib.Memory`, the location is used. None means no cache. A fitted
+        estimator that was loaded only reads it, until `memory` is set again.
     verbose : int, default=0
         If 1, show a progress bar for anything longer than a second, and print what was
         removed from a weights file, such as a prefix of its names.
@@ -243,11 +245,12 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
             class_proba = _indicator_matrix(class_index, len(classes))
         else:
             sample_weight = check_sample_weight(sample_weight, y, dtype=np.float64)
-            category_proba = self._category_proba(backbone, images)
+            category_proba = self._category_proba(backbone, images, read_only=False)
             classes, class_proba = _learn_classes(category_proba, y, sample_weight)
         copy_feature_metadata(self, validated)
         self.classes_, self.class_proba_given_category_ = classes, class_proba
         self.weights_digest_ = backbone.digest
+        self._make_memory_writable()
         return self
 
     def predict(self, X: Any) -> NDArray[Any]:
@@ -301,10 +304,11 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
                 f"{str(self.weights)!r} and digest {backbone.digest[:12]} instead. "
                 "Call fit again."
             )
-        # (n_samples, n_categories) @ (n_categories, n_classes)
-        proba = (
-            self._category_proba(backbone, images) @ self.class_proba_given_category_
+        category_proba = self._category_proba(
+            backbone, images, read_only=self._is_memory_read_only()
         )
+        # (n_samples, n_categories) @ (n_categories, n_classes)
+        proba = category_proba @ self.class_proba_given_category_
         return proba / proba.sum(axis=1, keepdims=True)
 
     def decision_function(self, X: Any) -> NDArray[np.float64]:
@@ -383,7 +387,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         return load_backbone(self.backbone, self.weights, progress=self.verbose > 0)
 
     def _category_proba(
-        self, backbone: Backbone, images: ImageSequence
+        self, backbone: Backbone, images: ImageSequence, *, read_only: bool
     ) -> NDArray[np.float64]:
         """Run the network; return ``(n_samples, n_categories)`` in its own order."""
         preprocessing = backbone.preprocessing_at(self.image_size, self.resize)
@@ -396,7 +400,7 @@ class PretrainedClassifier(ClassifierMixin, BaseEstimator):
         )
         min_decode_size = preprocessing.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_decode_size)
-        logits = extract_features(spec, images, self.memory)
+        logits = extract_features(spec, images, self.memory, read_only=read_only)
         # float64, so that the sum over a thousand categories is exact enough.
         return softmax(logits.astype(np.float64), axis=1)
 

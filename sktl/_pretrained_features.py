@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 
@@ -25,6 +25,7 @@ from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
+from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.model_spec import ModelSpec
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._utils.sklearn_compat import (
@@ -38,7 +39,7 @@ from sktl._utils.sklearn_compat import (
 _last_valid: WeakKeyDictionary[type, list[Any]] = WeakKeyDictionary()
 
 
-class PretrainedFeatures(TransformerMixin, BaseEstimator):
+class PretrainedFeatures(TransformerMixin, MemoryAccess):
     """Extract image features with a pretrained network.
 
     The activations of one or more layers are pooled over positions, and become the
@@ -125,7 +126,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
     memory : str, path-like, FeatureStore, joblib.Memory or None, default=None
         Directory of a feature cache, see `FeatureStore`: frozen layers process each
         image only once, even across folds, candidates, processes and sessions. Of a
-        :obj:`joblib.Memory`, the location is used. None means no cache.
+        :obj:`joblib.Memory`, the location is used. None means no cache. A fitted
+        estimator that was loaded only reads it, until `memory` is set again.
     verbose : int, default=0
         If 1, show a progress bar for anything longer than a second, and print what was
         removed from a weights file, such as a prefix of its names.
@@ -287,6 +289,7 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         self._fit_settings = self._column_settings()
         copy_feature_metadata(self, validated)
         self.weights_digest_ = backbone.digest
+        self._make_memory_writable()
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:
@@ -329,7 +332,8 @@ class PretrainedFeatures(TransformerMixin, BaseEstimator):
         )
         min_decode_size = preprocessing.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_decode_size)
-        return extract_features(spec, images, self.memory)
+        read_only = self._is_memory_read_only()
+        return extract_features(spec, images, self.memory, read_only=read_only)
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """Return the column names: backbone, layer, and index within the layer.

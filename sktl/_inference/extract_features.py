@@ -7,7 +7,13 @@ from sktl._inference.feature_cache import Memory, open_cache
 from sktl._inference.model_spec import ModelSpec
 
 
-def extract_features(spec: ModelSpec, images: CacheableImages, memory: Memory) -> Rows:
+def extract_features(
+    spec: ModelSpec,
+    images: CacheableImages,
+    memory: Memory,
+    *,
+    read_only: bool = False,
+) -> Rows:
     """Return the features of images: outputs of a model, cached in `memory`.
 
     Parameters
@@ -18,6 +24,8 @@ def extract_features(spec: ModelSpec, images: CacheableImages, memory: Memory) -
         At least one image.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Location of the cache; None caches nothing.
+    read_only : bool, default=False
+        Whether cached rows are read, and no rows are written.
 
     Returns
     -------
@@ -29,5 +37,7 @@ def extract_features(spec: ModelSpec, images: CacheableImages, memory: Memory) -
     ValueError, MemoryError, FileNotFoundError
         As `distributed_forward`.
     """
-    cache = open_cache(memory, spec.namespace(), images.decode_fingerprint())
+    cache = open_cache(
+        memory, spec.namespace(), images.decode_fingerprint(), read_only=read_only
+    )
     return distributed_forward(spec, images, cache)

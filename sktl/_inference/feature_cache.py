@@ -43,10 +43,13 @@ class FeatureCache:
         Holds the rows.
     namespace : mapping of str to str
         Every setting that affects a row, besides the image, by name.
+    read_only : bool
+        Whether `put` does nothing.
     """
 
     store: FeatureStore
     namespace: Mapping[str, str]
+    read_only: bool = False
 
     def get(
         self, hashes: Sequence[bytes]
@@ -55,8 +58,9 @@ class FeatureCache:
         return self.store.get(self.namespace, hashes)
 
     def put(self, hashes: Sequence[bytes], rows: NDArray[Any]) -> None:
-        """Write rows; see `FeatureStore.put`."""
-        self.store.put(self.namespace, hashes, rows)
+        """Write rows, unless read-only; see `FeatureStore.put`."""
+        if not self.read_only:
+            self.store.put(self.namespace, hashes, rows)
 
     def refresh(self) -> Mapping[bytes, object]:
         """Read which rows other processes wrote; return a mapping by image hash."""
@@ -66,11 +70,15 @@ class FeatureCache:
         """Return the same cache for a process with another working directory."""
         directory = os.path.abspath(os.path.expanduser(self.store.directory))
         store = FeatureStore(directory, self.store.max_bytes)
-        return FeatureCache(store, self.namespace)
+        return FeatureCache(store, self.namespace, self.read_only)
 
 
 def open_cache(
-    memory: Memory, model: Mapping[str, str], images: Mapping[str, str]
+    memory: Memory,
+    model: Mapping[str, str],
+    images: Mapping[str, str],
+    *,
+    read_only: bool = False,
 ) -> FeatureCache | None:
     """Return the cache of the rows of a model for some images.
 
@@ -83,6 +91,8 @@ def open_cache(
     images : mapping of str to str
         Every setting of the images that affects a row, besides their content, see
         `ImageSequence.decode_fingerprint`.
+    read_only : bool, default=False
+        Whether rows are read, but not written.
 
     Returns
     -------
@@ -90,4 +100,6 @@ def open_cache(
         None if nothing is to be cached.
     """
     store = open_store(memory)
-    return None if store is None else FeatureCache(store, {**model, **images})
+    if store is None:
+        return None
+    return FeatureCache(store, {**model, **images}, read_only)

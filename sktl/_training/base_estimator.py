@@ -11,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -19,6 +18,7 @@ from torch import nn
 from sktl._images.file_formats import FileOptions
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
+from sktl._inference.memory_access import MemoryAccess
 from sktl._training.fit import fit_model
 from sktl._training.initial_model import FittedModel
 from sktl._training.prediction import predict_outputs
@@ -32,7 +32,7 @@ from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import check_callbacks
 
 
-class BaseFineTunedCNN(BaseEstimator):
+class BaseFineTunedCNN(MemoryAccess):
     """What all fine-tuned estimators share, whatever the kind of their target.
 
     A subclass declares its parameters, encodes the target, and predicts from the
@@ -88,6 +88,7 @@ class BaseFineTunedCNN(BaseEstimator):
         copy_feature_metadata(self, checked)
         self._set_fitted(fitted, trainer.state.history, trainer.state.best_epoch)
         self.net_ = trainer.net
+        self._make_memory_writable()
         return self
 
     def _set_fitted(
@@ -114,7 +115,8 @@ class BaseFineTunedCNN(BaseEstimator):
         images = self._validate_images(X, reset=False)
         min_size = self.preprocessing_.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_size)
-        return predict_outputs(self, self._fitted_model, images)
+        read_only = self._is_memory_read_only()
+        return predict_outputs(self, self._fitted_model, images, read_only=read_only)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the fitted estimator to a file that contains no code.

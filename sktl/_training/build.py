@@ -87,6 +87,7 @@ def build_frozen_activations(
     *,
     n_samples: int | None = None,
     use_memory: bool = True,
+    read_only: bool = False,
     distribute: bool = True,
 ) -> FrozenActivations:
     """Return the activations at the end of the frozen prefix; none is computed yet.
@@ -104,6 +105,8 @@ def build_frozen_activations(
         the shape of the batches, and so the bits. None: `images` are all.
     use_memory : bool, default=True
         Whether activations are cached in `memory`, if it is given.
+    read_only : bool, default=False
+        Whether cached activations are read, and none are written.
     distribute : bool, default=True
         Whether worker processes may compute them.
 
@@ -120,6 +123,7 @@ def build_frozen_activations(
         pretrained=model.pretrained,
         prefix=model.prefix if isinstance(model, FittedModel) else None,
         memory=estimator.memory if use_memory else None,
+        read_only=read_only,
         distribute=distribute,
     )
 

@@ -64,6 +64,8 @@ class FrozenActivations:
         Frozen prefix of a fitted network, whose digest and shape are known.
     memory : str, path-like, FeatureStore, joblib.Memory or None
         Cache of the activations.
+    read_only : bool, default=False
+        Whether cached activations are read, and none are written.
     distribute : bool, default=True
         Whether worker processes may compute, if the user chose such a backend.
     """
@@ -78,6 +80,7 @@ class FrozenActivations:
         pretrained: PretrainedPrefix,
         memory: Memory,
         prefix: FrozenPrefix | None = None,
+        read_only: bool = False,
         distribute: bool = True,
     ) -> None:
         self._network = network
@@ -86,6 +89,7 @@ class FrozenActivations:
         self._execution = execution
         self._pretrained = pretrained
         self._store = open_store(memory)
+        self._read_only = read_only
         self._distribute = distribute and is_distributed(execution.n_jobs)
         self._stored: set[int] = set()  # depths that workers have computed and stored
         self._in_memory: dict[int, NDArray[np.float32]] = {}
@@ -206,7 +210,8 @@ class FrozenActivations:
         return self._shapes[n_frozen]
 
     def _report_size(self, n_frozen: int) -> None:
-        verbose = self._store is not None and self._execution.verbose
+        writes = self._store is not None and not self._read_only
+        verbose = writes and self._execution.verbose
         if not verbose or n_frozen in self._reported:
             return
         self._reported.add(n_frozen)
@@ -239,7 +244,9 @@ class FrozenActivations:
         if not self._can_distribute(n_frozen):
             return self._compute_here(n_frozen, images)
         spec = self._spec(n_frozen)
-        return extract_features(spec, images, self._store_for(n_frozen))
+        return extract_features(
+            spec, images, self._store_for(n_frozen), read_only=self._read_only
+        )
 
     def _compute_here(
         self, n_frozen: int, images: ImageSequence | AugmentedViews
@@ -250,7 +257,12 @@ class FrozenActivations:
             images,
             self._preprocessing,
             self._execution,
-            open_cache(self._store_for(n_frozen), model, images.decode_fingerprint()),
+            open_cache(
+                self._store_for(n_frozen),
+                model,
+                images.decode_fingerprint(),
+                read_only=self._read_only,
+            ),
         )
 
     def _spec(self, n_frozen: int) -> ModelSpec:

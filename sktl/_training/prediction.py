@@ -15,7 +15,11 @@ from sktl._training.initial_model import FittedModel
 
 
 def predict_outputs(
-    estimator: Any, fitted: FittedModel, images: ImageSequence
+    estimator: Any,
+    fitted: FittedModel,
+    images: ImageSequence,
+    *,
+    read_only: bool = False,
 ) -> NDArray[np.float32]:
     """Return the outputs of a fitted model for images.
 
@@ -27,6 +31,8 @@ def predict_outputs(
         The network.
     images : ImageSequence
         Images.
+    read_only : bool, default=False
+        Whether cached activations are read, and none are written.
 
     Returns
     -------
@@ -42,7 +48,7 @@ def predict_outputs(
     if fitted.prefix is not None and estimator.memory is not None:
         # In this process: another one may not have the file of the weights.
         activations = build_frozen_activations(
-            estimator, fitted, images, distribute=False
+            estimator, fitted, images, read_only=read_only, distribute=False
         )
         return activations.outputs(fitted.prefix.n_parts)
     execution = ExecutionConfig.from_estimator(estimator)

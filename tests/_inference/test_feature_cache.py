@@ -49,6 +49,16 @@ def test_refresh_finds_rows_of_another_process(tmp_path):
     assert set(cache.refresh()) == set(HASHES)
 
 
+def test_a_read_only_cache(tmp_path):
+    cache = open_cache(tmp_path / "store", {"a": "1"}, {}, read_only=True)
+    for read_only in (cache, cache.portable()):
+        read_only.put(HASHES, ROWS)
+        assert read_only.get(HASHES)[1] is None
+    assert not (tmp_path / "store").exists()
+    open_cache(tmp_path / "store", {"a": "1"}, {}).put(HASHES, ROWS)
+    np.testing.assert_array_equal(cache.get(HASHES)[1], ROWS)
+
+
 @pytest.mark.parametrize("max_bytes", [None, 10**6])
 def test_a_portable_cache_is_the_same_in_another_directory(
     tmp_path, monkeypatch, max_bytes
