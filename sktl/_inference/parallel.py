@@ -1,13 +1,15 @@
 """Decoding threads, and the joblib backend chosen by the user."""
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import joblib
 import torch
 from joblib.parallel import get_active_backend
+from threadpoolctl import threadpool_limits
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -41,6 +43,18 @@ def n_decoding_threads(n_jobs: int | None) -> int:
         return n_threads  # n_jobs is the number of workers
     n: int = joblib.effective_n_jobs(n_jobs)
     return max(n, n_threads) if n_jobs is None else n
+
+
+@contextlib.contextmanager
+def single_openmp_thread() -> Iterator[None]:
+    """Run the operations of torch in this thread without starting OpenMP threads.
+
+    A process that forks after OpenMP has started threads has children that wait for
+    these threads, which they do not have. Other threads are not affected.
+    """
+    torch.get_num_threads()  # torch sets the number when a thread uses it first
+    with threadpool_limits(1, "openmp"):
+        yield
 
 
 def map_in_threads(

@@ -19,6 +19,7 @@ from sktl._images.file_formats import FileOptions
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.memory_access import MemoryAccess
+from sktl._inference.parallel import single_openmp_thread
 from sktl._training.fit import fit_model
 from sktl._training.initial_model import FittedModel
 from sktl._training.prediction import predict_outputs
@@ -176,7 +177,9 @@ class BaseFineTunedCNN(MemoryAccess):
         ValueError
             If it is another file or damaged, or if its backbone is unknown.
         """
-        saved = load_model(path, [each.__name__ for each in cls.__mro__])
+        # A server may load the model once, and then fork its workers.
+        with single_openmp_thread():
+            saved = load_model(path, [each.__name__ for each in cls.__mro__])
         unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
         if unknown:
             raise ValueError(

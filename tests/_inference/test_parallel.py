@@ -1,7 +1,9 @@
 """Decoding threads, and the backend of joblib."""
 
+import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import joblib
 import pytest
@@ -10,6 +12,7 @@ import torch
 from sktl._inference.parallel import (
     map_in_threads,
     n_decoding_threads,
+    single_openmp_thread,
     uses_process_backend,
 )
 
@@ -75,3 +78,26 @@ def test_an_error_cancels_the_other_items():
     with pytest.raises(ValueError, match="invalid item"):
         list(map_in_threads(load, range(1000), n_threads=2, n_ahead=10))
     assert len(loaded) < 20
+
+
+def n_threads_of_the_process():
+    return len(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
+def test_a_single_openmp_thread():
+    def n_started(n_threads):
+        torch.set_num_threads(n_threads)  # of this thread
+        before = n_threads_of_the_process()
+        with single_openmp_thread():
+            torch.ones(2**20).add_(1)
+        within = n_threads_of_the_process() - before
+        torch.ones(2**20).add_(1)
+        return within, n_threads_of_the_process() - before
+
+    n_before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(n_started, 4).result() == (0, 3)
+    finally:
+        torch.set_num_threads(n_before)

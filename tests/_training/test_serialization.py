@@ -1,6 +1,9 @@
 """Tests of saved models: round trips, damaged files, files made by hand."""
 
 import copy
+import os
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -410,3 +413,61 @@ def test_backbone_registered_with_another_network(images, file):
             fit(images, backbone="changing width").save(file)
     with pytest.raises(ValueError, match=r"its backbone must be known.* another shape"):
         FineTunedCNNClassifier.load(file)
+
+
+@pytest.mark.parametrize("trainable", ["head", 1, "all"])
+def test_gradients_of_all_stages_after_fit_and_after_load(
+    images, file, tmp_path, trainable
+):
+    fitted = fit(images, trainable=trainable)
+    joblib.dump(fitted, tmp_path / "model.joblib")
+    pixels = torch.from_numpy(images[:4, :16, :16]).permute(0, 3, 1, 2) / 255
+    gradients = []
+    for estimator in (
+        fitted,
+        round_trip(fitted, file),
+        joblib.load(tmp_path / "model.joblib"),
+    ):
+        module = estimator.module_
+        assert all(parameter.requires_grad for parameter in module.parameters())
+        module(pixels)[:, 0].sum().backward()
+        gradients.append([p.grad for p in module.parameters()])
+    assert all(gradient.any() for gradient in gradients[0])
+    for others in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], others))
+
+
+# A child that forks after torch started threads hangs, so it gets a minute.
+FORK = """
+import os, sys, time
+import numpy as np
+from sktl import FineTunedCNNClassifier
+model = FineTunedCNNClassifier.load(sys.argv[1])
+X = np.zeros((1, 40, 40, 3), np.uint8)
+children = []
+for engine in ("torch", "openvino"):
+    model.set_params(engine=engine)
+    child = os.fork()
+    if child == 0:
+        proba = model.predict_proba(X)
+        os._exit(0 if abs(proba.sum() - 1) < 1e-5 else 1)
+    children.append(child)
+deadline = time.monotonic() + 60
+while children and time.monotonic() < deadline:
+    done, status = os.waitpid(children[-1], os.WNOHANG)
+    if done:
+        assert os.waitstatus_to_exitcode(status) == 0
+        children.pop()
+    time.sleep(0.01)
+for child in children:
+    os.kill(child, 9)
+sys.exit(len(children))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_that_loaded_a_model_may_fork(images, file):
+    fit(images, backbone="resnet_mini", max_epochs=0).save(file)
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", FORK, str(file)]
+    subprocess.run(command, env=environment, check=True, timeout=120)
