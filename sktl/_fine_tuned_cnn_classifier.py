@@ -151,8 +151,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Library that runs inference: torch; ``torch.compile``, which needs a C++
         compiler and up to a minute; or OpenVINO, which needs a CPU and
         ``pip install "sktl[openvino]"``. ``"auto"``: OpenVINO if it is installed and
-        the device is a CPU, else torch. Results agree up to rounding. Unsupported
-        networks fall back to torch with a warning.
+        the device is a CPU, else torch; torch also for fewer than `batch_size` images
+        on a large network, which would take longer to compile. Results agree up to
+        rounding. Unsupported networks fall back to torch with a warning.
     n_jobs : int or None, default=None
         Number of threads that decode images. None: as many as torch uses, unless in a
         :obj:`joblib.parallel_config` context; -1: all processors. With a process-based

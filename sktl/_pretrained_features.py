@@ -22,7 +22,7 @@ from sktl._images.flattened import ImageShape
 from sktl._images.pixel_values import PixelRange
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
-from sktl._inference.execution import ExecutionConfig
+from sktl._inference.execution import ExecutionConfig, warn_of_slow_precision
 from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory
 from sktl._inference.memory_access import MemoryAccess
@@ -116,8 +116,9 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         Library that runs inference: torch; ``torch.compile``, which needs a C++
         compiler and up to a minute; or OpenVINO, which needs a CPU and
         ``pip install "sktl[openvino]"``. ``"auto"``: OpenVINO if it is installed and
-        the device is a CPU, else torch. Results agree up to rounding. Unsupported
-        networks fall back to torch with a warning.
+        the device is a CPU, else torch; torch also for fewer than `batch_size` images
+        on a large network, which would take longer to compile. Results agree up to
+        rounding. Unsupported networks fall back to torch with a warning.
     n_jobs : int or None, default=None
         Number of threads that decode images. None: as many as torch uses, unless in a
         :obj:`joblib.parallel_config` context; -1: all processors. With a process-based
@@ -319,6 +320,7 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
             If a batch does not fit into memory.
         """
         self._validate_params()
+        warn_of_slow_precision(self.precision, self.device)
         images = self._validate_images(X, reset=False)
         backbone = self._load_backbone()
         self._check_weights_unchanged(backbone)

@@ -56,7 +56,8 @@ def cached_forward(
     Parameters
     ----------
     get_model : callable
-        Returns the compiled model. Not called if all rows are cached.
+        Returns the compiled model. Not called if all rows are cached. Its engine is
+        that of `execution`, or torch, see `ExecutionConfig.for_network`.
     images : CacheableImages
         At least one image.
     preprocessing, execution
@@ -83,13 +84,19 @@ def cached_forward(
         return cached
     rows = RowsByHash(hashes)
     rows.read(cache)
+    eager_cache = cache.with_settings(execution.eager().cache_namespace())
+    if execution.prefers_eager:  # for a small number of images
+        rows.read(eager_cache)
     # Rows that other processes wrote meanwhile are read in the end. If they have been
     # deleted by then, the second pass computes them.
     for recompute_all in (False, True):
         if rows.missing:
+            model = get_model()
+            if model.execution.engine != execution.engine:
+                cache = eager_cache
             missing = _MissingImages(images, rows, cache)
             missing.compute(
-                get_model(), preprocessing, execution, recompute_all=recompute_all
+                model, preprocessing, execution, recompute_all=recompute_all
             )
             rows.read(cache)
     return rows.values()

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import joblib
@@ -62,6 +62,10 @@ class FeatureCache:
         if not self.read_only:
             self.store.put(self.namespace, hashes, rows)
 
+    def with_settings(self, settings: Mapping[str, str]) -> "FeatureCache":
+        """Return the cache of the same rows with some other settings."""
+        return replace(self, namespace={**self.namespace, **settings})
+
     def refresh(self) -> Mapping[bytes, object]:
         """Read which rows other processes wrote; return a mapping by image hash."""
         return self.store.known(self.namespace)
@@ -70,7 +74,7 @@ class FeatureCache:
         """Return the same cache for a process with another working directory."""
         directory = os.path.abspath(os.path.expanduser(self.store.directory))
         store = FeatureStore(directory, self.store.max_bytes)
-        return FeatureCache(store, self.namespace, self.read_only)
+        return replace(self, store=store)
 
 
 def open_cache(

@@ -60,18 +60,19 @@ class ModelSpec:
             As `BackboneSpec.load`, `FeatureExtractor` and `get_compiled_model`.
         """
         backbone = self.backbone.load()
+        execution = self.execution.for_network(backbone.network)
         if not self.layers:
             return get_compiled_model(
                 backbone,
                 lambda: copy.deepcopy(backbone.network),
                 self.preprocessing,
-                self.execution,
+                execution,
                 name=backbone.name,
             )
         return get_compiled_model(
             (backbone, self.layers, self.pooling),
             lambda: FeatureExtractor(backbone, self.layers, self.pooling),
             self.preprocessing,
-            self.execution,
+            execution,
             name=f"{', '.join(self.layers)} of {backbone.name}",
         )

@@ -18,6 +18,7 @@ from torch import nn
 from sktl._images.file_formats import FileOptions
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
+from sktl._inference.execution import warn_of_slow_precision
 from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.parallel import single_openmp_thread
 from sktl._training.fit import fit_model
@@ -42,9 +43,11 @@ class BaseFineTunedCNN(MemoryAccess):
 
     # Parameters that are read here; each subclass has them in its ``__init__``.
     callbacks: Any
+    device: str | torch.device
     early_stopping: bool
     image_shape: Any
     pixel_range: Any
+    precision: str
     reducing_gap: float | None
     max_image_pixels: int
     extra_formats: Sequence[str]
@@ -74,6 +77,7 @@ class BaseFineTunedCNN(MemoryAccess):
             early_stopping=self.early_stopping,
             estimator=type(self).__name__,
         )
+        warn_of_slow_precision(self.precision, self.device)
         fitted: FittedModel | None = None
         if partial or self.warm_start:
             fitted = getattr(self, "_fitted_model", None)
@@ -113,6 +117,7 @@ class BaseFineTunedCNN(MemoryAccess):
         """Return the outputs of the network: ``(n_samples, n_outputs)``."""
         check_is_fitted(self)
         self._validate_params()
+        warn_of_slow_precision(self.precision, self.device)
         images = self._validate_images(X, reset=False)
         min_size = self.preprocessing_.min_decode_size(self.reducing_gap)
         images = images.with_min_decode_size(min_size)

@@ -284,7 +284,7 @@ class FrozenActivations:
                 copy.deepcopy(self._network[:n_frozen]).cpu(), nn.Flatten(1)
             ),
             self._preprocessing,
-            self._execution,
+            self._execution.for_network(self._network),
             name=f"{name} up to {layer}",
         )
 

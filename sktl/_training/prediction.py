@@ -51,17 +51,12 @@ def predict_outputs(
             estimator, fitted, images, read_only=read_only, distribute=False
         )
         return activations.outputs(fitted.prefix.n_parts)
-    execution = ExecutionConfig.from_estimator(estimator)
+    execution = ExecutionConfig.from_estimator(estimator).for_n_samples(len(images))
     model = get_compiled_model(
         ("fine-tuned", fitted.digest),
         lambda: copy.deepcopy(fitted.network),
         fitted.preprocessing,
-        execution,
+        execution.for_network(fitted.network),
         name=f"the fine-tuned {fitted.config.backbone}",
     )
-    return forward(
-        model,
-        images,
-        fitted.preprocessing,
-        execution.for_n_samples(len(images)),
-    )
+    return forward(model, images, fitted.preprocessing, execution)

@@ -19,7 +19,12 @@ from sklearn.pipeline import make_pipeline
 from store_rows import find_shards
 
 import sktl._inference.cached_forward
-from sktl import FeatureStore, PretrainedClassifier, PretrainedFeatures
+from sktl import (
+    FeatureStore,
+    FineTunedCNNClassifier,
+    PretrainedClassifier,
+    PretrainedFeatures,
+)
 from sktl._images.validation import validate_images
 from sktl._inference.forward import batches
 
@@ -332,3 +337,53 @@ def test_an_invalid_image_is_named(counting, paths, tmp_path):
     bad.write_bytes(Path(paths[0]).read_bytes()[:60])
     with pytest.raises(ValueError, match=r"X\[2\] \('.*bad.png'\)"):
         counting.transform([*paths[:2], bad])
+
+
+def engines_in(store):
+    return {
+        namespace["space"]["engine"].split()[0]: namespace["rows"]
+        for namespace in store.info()["spaces"].values()
+    }
+
+
+def test_few_images_on_a_large_network(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("sktl._inference.execution._MIN_LARGE", 1)
+    store = FeatureStore(tmp_path)
+    cached = PretrainedFeatures("resnet_mini", batch_size=16, memory=store)
+    plain = clone(cached).set_params(memory=None)
+    full = plain.transform(images)
+    compile_ = "sktl._inference.engines._ENGINES"
+    with monkeypatch.context() as context:
+        context.setattr(compile_, {})  # no engine but torch
+        small = plain.transform(images[:15])
+        np.testing.assert_array_equal(cached.transform(images[:15]), small)
+        assert engines_in(store) == {"torch": 15}
+        np.testing.assert_array_equal(cached.transform(images[10:15]), small[10:])
+    # Rows of torch are neither used for full batches nor stored as those of OpenVINO.
+    np.testing.assert_array_equal(cached.transform(images), full)
+    assert engines_in(store) == {"torch": 15, "openvino": 40}
+    with monkeypatch.context() as context:
+        context.setattr(compile_, {})
+        np.testing.assert_array_equal(cached.transform(images[:15]), full[:15])
+    assert engines_in(store) == {"torch": 15, "openvino": 40}
+    np.testing.assert_allclose(small, full[:15], rtol=0, atol=1e-5 * np.abs(full).max())
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_few_images_on_a_large_fine_tuned_network(
+    images, tmp_path, monkeypatch, memory
+):
+    monkeypatch.setattr("sktl._inference.execution._MIN_LARGE", 1)
+    fitted = FineTunedCNNClassifier(
+        "resnet_mini",
+        trainable=1,
+        head_init="random",
+        max_epochs=1,
+        random_state=0,
+        memory=str(tmp_path) if memory else None,
+    ).fit(images, np.arange(40) % 2)
+    full = fitted.predict_proba(images)
+    monkeypatch.setattr("sktl._inference.engines._ENGINES", {})
+    unseen = np.concatenate([images[:5], 255 - images[:1]])
+    small = fitted.predict_proba(unseen)
+    np.testing.assert_allclose(small[:5], full[:5], atol=1e-5)

@@ -1,10 +1,12 @@
 """Execution settings: resolution of "auto", and global flags of a GPU."""
 
+import contextlib
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
 
 from sktl import PretrainedFeatures
 from sktl._inference import execution
@@ -13,6 +15,7 @@ from sktl._inference.execution import (
     resolve_device,
     resolve_engine,
     resolve_precision,
+    warn_of_slow_precision,
 )
 
 CPU = torch.device("cpu")
@@ -119,6 +122,36 @@ def test_auto_precision_on_a_gpu(monkeypatch, major, expected):
     assert resolve_precision("auto", torch.device("cuda:0")) == expected
 
 
+@pytest.mark.parametrize(
+    ("precision", "has", "is_slow"),
+    [
+        ("bfloat16", {"avx512_f": True, "avx512_bf16": False}, True),
+        ("bfloat16", {"neon": True}, True),
+        ("bfloat16", {"avx512_bf16": True}, False),
+        ("bfloat16", {"amx_bf16": True}, False),
+        ("bfloat16", {"neon": True, "bf16": True}, False),
+        ("auto", {}, False),
+        ("float32", {}, False),
+    ],
+)
+def test_warning_for_bfloat16_without_native_support(
+    monkeypatch, precision, has, is_slow
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: has, raising=False)
+    expected = contextlib.nullcontext()
+    if is_slow:
+        expected = pytest.warns(UserWarning, match="12 to 18 times .*'auto'")
+    with expected:
+        warn_of_slow_precision(precision, "cpu")
+
+
+def test_no_warning_for_bfloat16_without_information(monkeypatch):
+    monkeypatch.setattr(execution, "resolve_device", torch.device)
+    warn_of_slow_precision("bfloat16", "cuda")
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    warn_of_slow_precision("bfloat16", "cpu")
+
+
 def test_a_missing_or_broken_openvino(monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"pip install 'sktl\[openvino\]'"):
@@ -187,6 +220,26 @@ def test_small_calls_use_batches_of_one_image(n_samples, expected):
     got = execution.for_n_samples(n_samples)
     assert (got.batch_size, got.n_jobs, execution.batch_size) == (expected, 3, 8)
     assert got.for_n_samples(n_samples) == got
+
+
+@pytest.mark.parametrize(
+    ("engine", "n_samples", "width", "expected"),
+    [
+        ("auto", 7, 7000, "torch"),
+        ("auto", 7, 5000, "openvino"),  # small networks are compiled
+        ("auto", 8, 7000, "openvino"),  # and full batches
+        ("openvino", 7, 7000, "openvino"),
+        ("compile", 7, 7000, "compile"),
+        ("torch", 7, 7000, "torch"),
+    ],
+)
+def test_engine_of_few_images_and_a_large_network(engine, n_samples, width, expected):
+    estimator = PretrainedFeatures(device="cpu", engine=engine, batch_size=8)
+    network = nn.Linear(width, width, device="meta")
+    got = ExecutionConfig.from_estimator(estimator).for_n_samples(n_samples)
+    assert got.for_network(network).engine == expected
+    assert got.for_network(network).for_network(network) == got.for_network(network)
+    assert got.eager().engine == "torch"
 
 
 def test_batch_size_threads_and_verbosity_do_not_change_equality():

@@ -49,6 +49,13 @@ def test_refresh_finds_rows_of_another_process(tmp_path):
     assert set(cache.refresh()) == set(HASHES)
 
 
+def test_other_settings(tmp_path):
+    cache = open_cache(tmp_path, {"a": "1", "b": "2"}, {}, read_only=True)
+    other = cache.with_settings({"b": "3"})
+    assert (other.namespace, other.read_only) == ({"a": "1", "b": "3"}, True)
+    assert cache.namespace == {"a": "1", "b": "2"}
+
+
 def test_a_read_only_cache(tmp_path):
     cache = open_cache(tmp_path / "store", {"a": "1"}, {}, read_only=True)
     for read_only in (cache, cache.portable()):

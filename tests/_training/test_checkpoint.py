@@ -122,7 +122,10 @@ def test_completed_run_is_only_read(images, estimator, file, monkeypatch):
         {"image_size": 24},
         {"resize": "pad"},
         {"random_state": 1},
-        {"precision": "bfloat16"},
+        pytest.param(
+            {"precision": "bfloat16"},
+            marks=pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow"),
+        ),
         {"head_init": "random"},
     ],
 )

@@ -292,6 +292,7 @@ class RaiseInSecondEpoch(Callback):
             raise self.error
 
 
+@pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("error", [None, OSError("a"), KeyboardInterrupt()])
 def test_global_state_does_not_change(images, error, precision):

@@ -492,6 +492,7 @@ def output_of(fitted):
     return fitted.predict_proba(FEW)
 
 
+@pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow")
 @pytest.mark.parametrize("kind", VALID)
 @few_and_many(5, 20)
 def test_copies_fit_equal_models(n, folders, kind):
