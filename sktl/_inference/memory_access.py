@@ -50,7 +50,7 @@ class MemoryAccess(BaseEstimator):
         return _LOADED in vars(self) and vars(self)[_LOADED] is self.memory
 
     def _make_memory_writable(self) -> None:
-        vars(self).pop(_LOADED, None)
+        self.__dict__.pop(_LOADED, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state; if fitted, with the process that it is from."""
@@ -66,18 +66,18 @@ class MemoryAccess(BaseEstimator):
         super().__setstate__(state)
         is_sent = session == _session() and process != os.getpid()
         if self.memory is not None and _is_fitted(state) and not is_sent:
-            vars(self)[_LOADED] = self.memory
+            self.__dict__[_LOADED] = self.memory
 
     def __copy__(self) -> Self:
         """Return a shallow copy, which is not a loaded estimator unless this one is."""
         copied = type(self).__new__(type(self))
-        vars(copied).update(self._state_of_a_copy())
+        copied.__dict__.update(self._state_of_a_copy())
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a deep copy, which is not a loaded estimator unless this one is."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        vars(copied).update(copy.deepcopy(self._state_of_a_copy(), memo))
+        copied.__dict__.update(copy.deepcopy(self._state_of_a_copy(), memo))
         return copied
 
     def _state_of_a_copy(self) -> dict[str, Any]:

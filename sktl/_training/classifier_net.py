@@ -64,8 +64,7 @@ class ClassifierNet:
         if isinstance(X, Dataset):  # a dataset of the trainer, with its labels
             X = X.X
         if isinstance(X, torch.Tensor | np.ndarray):
-            parts = torch.as_tensor(X).split(self.batch_size)
-            for part in parts:
+            for part in torch.split(torch.as_tensor(X), self.batch_size):
                 output = self.evaluation_step((part, None), training=training)
                 yield output.to(device)
         else:

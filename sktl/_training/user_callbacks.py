@@ -269,13 +269,21 @@ def _without_name(item: Any) -> Any:
 
 def _copy(callback: Any, memo: dict[int, Any]) -> Any:
     try:
-        return copy.deepcopy(callback, memo)
+        return _deepcopy(callback, memo)
     except TypeError:  # it holds a lock, a file or a connection
         copied = copy.copy(callback)
         for name, value in vars(callback).items():
             with contextlib.suppress(TypeError):
-                setattr(copied, name, copy.deepcopy(value, memo))
+                setattr(copied, name, _deepcopy(value, memo))
         return copied
+
+
+def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
+    """Return a deep copy; after a TypeError, `memo` has no incomplete copies."""
+    extended = dict(memo)
+    copied = copy.deepcopy(value, extended)
+    memo.update(extended)
+    return copied
 
 
 def _needs_validation_set(callback: Any) -> bool:

@@ -212,6 +212,7 @@ def test_a_cache_hit_decodes_nothing(counting, paths, monkeypatch):
     np.testing.assert_array_equal(counting.transform(paths), expected)
 
 
+@pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow")
 @pytest.mark.parametrize(
     "change",
     [
