@@ -109,13 +109,12 @@ def copy_callbacks(callbacks: Sequence[Any] | None) -> list[Any]:
 
     Attributes that cannot be copied, such as the writer of a log file, are shared.
     """
-    copies: list[Any] = []
-    memo: dict[int, Any] = {}  # what two callbacks share, their copies share
-    for item in callbacks or ():
-        callback = _without_name(item)
-        copied = callback() if isinstance(callback, type) else _copy(callback, memo)
-        copies.append(copied if callback is item else (item[0], copied))
-    return copies
+    items = list(callbacks or ())
+    try:
+        copies = copy.deepcopy(items)
+    except TypeError:  # one of them holds a lock, a file or a connection
+        copies = [_copy_item(item) for item in items]
+    return [_with_instance(item) for item in copies]
 
 
 def adapt_callbacks(
@@ -267,23 +266,23 @@ def _without_name(item: Any) -> Any:
     return item[1] if isinstance(item, tuple | list) and len(item) == 2 else item
 
 
-def _copy(callback: Any, memo: dict[int, Any]) -> Any:
-    try:
-        return _deepcopy(callback, memo)
-    except TypeError:  # it holds a lock, a file or a connection
-        copied = copy.copy(callback)
-        for name, value in vars(callback).items():
-            with contextlib.suppress(TypeError):
-                setattr(copied, name, _deepcopy(value, memo))
-        return copied
+def _with_instance(item: Any) -> Any:
+    """Return an item with an instance in place of a class."""
+    callback = _without_name(item)
+    if not isinstance(callback, type):
+        return item
+    return callback() if callback is item else (item[0], callback())
 
 
-def _deepcopy(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a deep copy; after a TypeError, `memo` has no incomplete copies."""
-    extended = dict(memo)
-    copied = copy.deepcopy(value, extended)
-    memo.update(extended)
-    return copied
+def _copy_item(item: Any) -> Any:
+    callback = _without_name(item)
+    if isinstance(callback, type):
+        return item
+    copied = copy.copy(callback)
+    for name, value in vars(callback).items():
+        with contextlib.suppress(TypeError):
+            setattr(copied, name, copy.deepcopy(value))
+    return copied if callback is item else (item[0], copied)
 
 
 def _needs_validation_set(callback: Any) -> bool:

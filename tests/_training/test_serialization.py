@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -437,6 +438,24 @@ def test_gradients_of_all_stages_after_fit_and_after_load(
         assert all(map(torch.equal, gradients[0], others))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs Linux")
+def test_loading_starts_no_threads(images, file):
+    fit(images, backbone="resnet_mini", head_init="random", max_epochs=0).save(file)
+
+    def n_started():
+        torch.set_num_threads(4)  # of this thread
+        before = len(os.listdir("/proc/self/task"))
+        FineTunedCNNClassifier.load(file)
+        return len(os.listdir("/proc/self/task")) - before
+
+    n_before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(n_started).result() == 0
+    finally:
+        torch.set_num_threads(n_before)
+
+
 # A child that forks after torch started threads hangs, so it gets a minute.
 FORK = """
 import os, sys, time
@@ -465,9 +484,10 @@ sys.exit(len(children))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_process_that_loaded_a_model_may_fork(images, file):
-    fit(images, backbone="resnet_mini", max_epochs=0).save(file)
+    fit(images, backbone="resnet_mini", head_init="random", max_epochs=0).save(file)
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", FORK, str(file)]
     subprocess.run(command, env=environment, check=True, timeout=120)
