@@ -268,7 +268,7 @@ class CompiledNetwork(TorchNetwork):
     def _program(self, x: Tensor) -> Callable[[Tensor], Tensor]:
         # Exported first: torch.compile counts the compilations of a function and stops
         # after a few. Each export is a new function.
-        with _export_lock:
+        with _export_lock, float32_default_if_needed():
             exported = torch.export.export(self._module, (x,)).module()
         program: Callable[[Tensor], Tensor] = torch.compile(
             exported, fullgraph=True, dynamic=False, options={"freezing": True}
