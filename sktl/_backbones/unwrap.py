@@ -95,7 +95,7 @@ def find_state_dicts(content: Any) -> dict[str, StateDict]:
         By their place in the file, such as ``"['model']"``. Values that are not
         tensors, such as the number of an epoch, are omitted.
     """
-    return dict(_find(content, "", _MAX_DEPTH))
+    return dict(_find(content, "", _MAX_DEPTH, set()))
 
 
 def select_state_dict(
@@ -255,8 +255,7 @@ class _Candidate:
         """Return whether both have the same tensors of the network."""
         mine, theirs = self.state_dict, other.state_dict
         return self is other or all(
-            mine[name].shape == theirs[name].shape
-            and torch.equal(mine[name], theirs[name])
+            _are_equal(mine[name], theirs[name])
             if name in mine and name in theirs
             else (name in mine) == (name in theirs)
             for name in own
@@ -300,16 +299,18 @@ class _Candidate:
         return "; ".join(parts)
 
 
-def _find(content: Any, place: str, depth: int) -> Iterator[tuple[str, StateDict]]:
-    # A pickle can set attributes of any name, such as "items", on an OrderedDict.
-    if not isinstance(content, dict):
+def _find(
+    content: Any, place: str, depth: int, visited: set[int]
+) -> Iterator[tuple[str, StateDict]]:
+    # In a small file, one large dict may be the value of many keys.
+    if not isinstance(content, dict) or id(content) in visited:
         return
-    nested = [
-        found
-        for key in CONTAINERS
-        if depth > 0
-        for found in _find(dict.get(content, key), f"{place}[{key!r}]", depth - 1)
-    ]
+    visited.add(id(content))
+    nested: list[tuple[str, StateDict]] = []
+    for key in CONTAINERS if depth > 0 else ():
+        # A pickle can set attributes of any name, such as "get", on an OrderedDict.
+        value = dict.get(content, key)
+        nested += _find(value, f"{place}[{key!r}]", depth - 1, visited)
     tensors: Any = OrderedDict(
         # The copy has none of the attributes that a pickle can set on a parameter.
         (name, Tensor.detach(value))
@@ -323,6 +324,12 @@ def _find(content: Any, place: str, depth: int) -> Iterator[tuple[str, StateDict
         if versions is not None:
             tensors._metadata = versions
         yield place, tensors
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    # An expanded tensor, which is small in the file, would take long to compare.
+    is_expanded = one.nbytes > one.untyped_storage().nbytes()
+    return not is_expanded and torch.equal(one, other)
 
 
 def _is_array(value: Any) -> bool:

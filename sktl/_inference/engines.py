@@ -24,7 +24,7 @@ from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._inference.execution import PRECISIONS, ExecutionConfig, import_openvino
 from sktl._inference.fuse_batch_norm import fuse_batch_norm
 from sktl._inference.openvino_conversion import convert_to_openvino
-from sktl._utils.default_dtype import float32_default_if_needed
+from sktl._utils.default_dtype import float32_default, float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 
 Pixels = NDArray[np.uint8]
@@ -215,6 +215,7 @@ class TorchNetwork:
         dtype = PRECISIONS[execution.precision]
         self._module = _PixelInput(network, preprocessing, dtype).eval()
         self._module.to(execution.device)
+        self._uses_default_dtype = True  # until it is known
 
     def start(self, pixels: Pixels) -> Callable[[], Rows]:
         """Start to compute a batch; see `CompiledModel`."""
@@ -241,8 +242,15 @@ class TorchNetwork:
         return wait
 
     def _run(self, x: Tensor) -> Tensor:
-        with float32_default_if_needed():
-            out: Tensor = self._module(x)
+        out: Tensor
+        if self._uses_default_dtype and torch.get_default_dtype() != torch.float32:
+            with float32_default() as mode:
+                out = self._module(x)
+            if mode.was_needed:
+                return out
+            # Without the mode, torch may choose faster kernels, which round otherwise.
+            self._uses_default_dtype = False
+        out = self._module(x)
         return out
 
 

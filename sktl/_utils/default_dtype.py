@@ -31,7 +31,16 @@ class float32_default(TorchFunctionMode):
 
     Applies to functions of torch that this thread calls inside the context and that
     get no data type. Legacy constructors such as ``torch.Tensor(3)`` are not covered.
+
+    Attributes
+    ----------
+    was_needed : bool
+        Whether torch would have created a tensor of another data type.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_needed = False
 
     def __torch_function__(
         self,
@@ -49,10 +58,12 @@ class float32_default(TorchFunctionMode):
         if func in _FACTORIES or (
             func in _FACTORIES_OF_FLOATS and any(type(v) is float for v in values)
         ):
+            self.was_needed = True
             return func(*args, **{**kwargs, "dtype": torch.float32})
         out = func(*args, **kwargs)
         is_default = isinstance(out, Tensor) and out.dtype == default
         if is_default and _has_default_dtype(func, values):
+            self.was_needed = True
             return out.to(torch.float32)
         return out
 

@@ -203,6 +203,18 @@ def test_a_dict_that_contains_itself():
     assert len(find_state_dicts(content)) == 1
 
 
+def test_one_dict_under_many_keys_is_read_once():
+    shared = {"state_dict": FULL, "model": FULL, "teacher": FULL}
+    content = {"net": shared, "student": shared, "model": shared}
+    assert list(find_state_dicts(content)) == ["['model']['state_dict']"]
+
+
+def test_expanded_tensors_are_not_compared():
+    large = {**FULL, "fc.weight": torch.zeros(1).expand(2**40)}
+    with pytest.raises(ValueError, match="several that differ"):
+        select({"model": large, "net": {**large}})
+
+
 def test_many_prefixes_take_no_time():
     parts = ["module", "model", "net", "backbone", "encoder"]
     names = [f"{a}.{b}.{c}.{d}.x" for a in parts for b in parts for c in parts
