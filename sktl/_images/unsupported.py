@@ -130,9 +130,9 @@ def _raise_for_dataset(X: Any) -> NoReturn:
             f"such as [image for image, _ in {name}]"
         )
     raise TypeError(
-        f"X must be a sequence of images. Got a {type(X).__name__} of torch, whose "
-        f"elements are not only images. Pass {advice}. Leave out its transforms: the "
-        "estimator resizes and normalizes images itself."
+        f"X must be a sequence of images. Got {type(X).__name__}, a dataset or data "
+        f"loader of torch. Pass {advice}. Leave out its transforms: the estimator "
+        "resizes and normalizes images itself."
     )
 
 

@@ -71,7 +71,7 @@ class Arrays(Decoded):
 )
 def test_datasets_of_torch(folder, make, advice):
     X = make(folder)
-    with pytest.raises(TypeError, match=f"Got a {type(X).__name__} of torch") as error:
+    with pytest.raises(TypeError, match=f"Got {type(X).__name__}, a data") as error:
         MeanColour().fit(X)
     assert advice in str(error.value)
     with pytest.raises(TypeError, match=r"X\[0\] is a .*, not an image"):
