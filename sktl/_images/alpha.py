@@ -1,9 +1,10 @@
-"""Alpha channels of arrays, which may be something else than transparency."""
+"""Alpha channels, which may be something else than transparency."""
 
 import warnings
 from typing import Any
 
 import numpy.typing as npt
+from PIL import Image
 
 from sktl._images.pixel_values import PixelRange, to_uint8
 
@@ -30,6 +31,23 @@ def is_nowhere_opaque(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> bool
         if to_uint8(part.max(keepdims=True), pixel_range).item() == 255:
             return False
     return True
+
+
+def hides_pixels(image: Image.Image) -> bool:
+    """Return whether an image is transparent everywhere, but has several colours.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        Only images in mode RGBA are checked. A blank image has one colour.
+
+    Returns
+    -------
+    bool
+    """
+    if image.mode != "RGBA" or image.getchannel("A").getextrema() != (0, 0):
+        return False
+    return image.convert("RGB").getcolors(1) is None  # more than one
 
 
 def warn_of_alpha(name: str) -> None:

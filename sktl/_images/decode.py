@@ -46,6 +46,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from sktl._images.alpha import hides_pixels
 from sktl._images.bit_depth import (
     BitDepth,
     correct_tiles,
@@ -112,7 +113,8 @@ def decode(
     file_options : FileOptions, optional
         Formats and sizes of the files and bytes that are decoded.
     warn : WarnOnce, optional
-        Warns of files of 16 bits whose values probably have fewer bits.
+        Warns of files of 16 bits whose values probably have fewer bits, and of files
+        and PIL images whose colours are transparent everywhere.
 
     Returns
     -------
@@ -158,6 +160,14 @@ def decode(
     else:
         with reraise_read_errors(name):
             pil_image = _from_pixels(as_array(image, name), pixel_range)
+        return _to_rgb(pil_image, name)  # its alpha was checked when X was validated
+    if warn is not None and hides_pixels(pil_image):
+        warn(
+            f"Image {name} is transparent everywhere, and therefore white, although "
+            "its pixels have several colours. If its fourth channel is not "
+            "transparency, pass Image.open(path).convert('RGB'), or an array of three "
+            "channels."
+        )
     return _to_rgb(pil_image, name)
 
 

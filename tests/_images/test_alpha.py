@@ -5,7 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from mean_colour import MeanColour, decode_all
+from mean_colour import MeanColour, decode_all, encode_png
+from PIL import Image
 
 from sktl._images.alpha import is_nowhere_opaque
 
@@ -93,3 +94,32 @@ def test_images_with_an_opaque_pixel_and_three_channels_do_not_warn():
     pixels = np.stack(decode_all(images))
     np.testing.assert_array_equal(pixels[:, 2, 3], stack[:, 2, 3, :3])
     assert (pixels[:, 0, 0] == 255).all()
+
+
+@pytest.mark.parametrize("form", ["path", "bytes", "PIL"])
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_files_that_are_transparent_everywhere_warn_once(form, alpha, tmp_path):
+    pixels = bands(largest=0)
+    pixels[:, 0, 0, 3] = alpha
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, each in zip(paths, pixels, strict=True):
+        path.write_bytes(encode_png(each))
+    X = {
+        "path": paths,
+        "bytes": [path.read_bytes() for path in paths],
+        "PIL": [Image.fromarray(each) for each in pixels],
+    }[form]
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        decoded = decode_all(MeanColour().validate(X))
+    assert (np.stack(decoded)[:, 1:] == 255).all()
+    messages = [str(warning.message) for warning in record]
+    assert len(messages) == (alpha == 0)
+    assert all("X[0]" in m and "transparent everywhere" in m for m in messages)
+
+
+def test_blank_transparent_image_does_not_warn():
+    blank = Image.new("RGBA", (6, 5), (9, 9, 9, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (decode_all(MeanColour().validate([blank]))[0] == 255).all()
