@@ -9,7 +9,7 @@ file                            values of black and white
 at most 8 bits per channel      defined by the format
 TIFF of n < 16 bits             0 and 2**n - 1, such as 4095 for 12 bits
 TIFF and PNG of 16 bits         0 and 65535; see ``sBIT`` below
-TIFF of 8 or 16 signed bits     smallest and largest value of the dtype, as in arrays
+TIFF of 16 signed bits          -32768 and 32767, as in arrays
 PGM and PPM                     0 and the maximum in the header
 TIFF of 32 bits, floats         unknown; for floats in [0, 1], 0 and 1
 ==============================  ================================================
@@ -21,6 +21,8 @@ channel, of grey and colour. It refers to the values stored in the file.
   inverted within this range, at every depth and also floats, as TIFF 6.0 defines it.
   Pillow inverts up to 8 bits, libvips integers of up to 16 bits, ImageMagick 6 those of
   1, 8 and 16 bits.
+- Signed bytes in TIFF files are read as unsigned, as by Pillow and ImageMagick, because
+  programs write this tag to files of unsigned bytes.
 - ``sBIT`` in a 16-bit PNG is the number of significant bits. The standard demands
   that they are scaled to 16 bits, so that white is 65535. Some programs store them
   unscaled: if no value exceeds this number of bits, and the values are not multiples
@@ -238,9 +240,8 @@ def _read_tiff_depth(image: TiffImageFile, depth: BitDepth) -> BitDepth:
     is_signed = max(_as_tuple(tags.get(SAMPLE_FORMAT)) or (1,)) == SIGNED
     if image.mode in _GREY_16_MODES and n_bits < 16:
         depth = BitDepth(0, 2**n_bits - 1)
-    elif image.mode in ("L", "I") and is_signed and n_bits in (8, 16):
-        half = 2 ** (n_bits - 1)
-        depth = BitDepth(-half, half - 1, is_stated=n_bits == 8)
+    elif image.mode == "I" and is_signed and n_bits == 16:
+        depth = BitDepth(-(2**15), 2**15 - 1, is_stated=False)
     elif image.mode == "I":
         depth = BitDepth(is_unsigned=not is_signed)
     if image.mode in DEEP_GREY_MODES:

@@ -129,8 +129,6 @@ def reduce_to_8_bits(
     """
     if image.mode in DEEP_GREY_MODES:
         return Image.fromarray(_scale_deep_grey(image, depth, name, pixel_range, warn))
-    if depth.black == -128:  # Pillow reads signed bytes as unsigned
-        image = Image.fromarray(np.asarray(image) ^ np.uint8(128))
     if depth.white_is_zero:
         image = image.convert("LA") if image.mode == "La" else image
         grey, *alpha = image.split()

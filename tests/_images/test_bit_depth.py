@@ -30,6 +30,8 @@ def read_tiff(content: bytes) -> np.ndarray:
     values = page.asarray()
     if page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
         values = np.moveaxis(values, 0, -1)
+    if values.dtype == np.int8:  # read as unsigned, as by ImageMagick
+        values = values.view(np.uint8)
     if values.dtype.kind == "f":
         black, white = 0, 1
     else:
