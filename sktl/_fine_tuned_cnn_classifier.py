@@ -386,8 +386,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         ------
         ValueError
             If a parameter, `X`, `y` or `sample_weight` is invalid, if an image cannot
-            be read, if the checkpoint belongs to another run, or if the loss is not
-            finite.
+            be read, if the checkpoint belongs to another run, if a callback is not
+            supported, or if the loss is not finite.
         KeyboardInterrupt
             On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
             `checkpoint`.
