@@ -15,7 +15,6 @@ from scipy.sparse import csr_array
 from scipy.special import softmax
 from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags, check_consistent_length
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbones.backbone import Backbone
@@ -31,7 +30,8 @@ from sktl._inference.feature_cache import Memory
 from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.model_spec import ModelSpec
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
-from sktl._utils.sklearn_compat import check_sample_weight, check_y, fit_context
+from sktl._utils.labels import check_labels
+from sktl._utils.sklearn_compat import check_sample_weight, fit_context
 
 
 class PretrainedClassifier(ClassifierMixin, MemoryAccess):
@@ -236,8 +236,7 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         backbone = self._load_backbone()
         categories = _category_names(backbone, self.weights)
         if y is not None:
-            y = check_y(y, estimator=self)
-            check_classification_targets(y)
+            y = check_labels(y, self)
             check_consistent_length(images, y)
         if self.label_map is not None:
             classes, class_proba = _classes_from_map(self.label_map, categories, y)

@@ -112,6 +112,13 @@ def test_labels_of_any_type(images, raw, labels):
     assert learned.score(images, y) > 0.9
 
 
+@pytest.mark.parametrize("label_map", [None, {"ant": "a", "bee": "b"}])
+def test_missing_label_raises(images, label_map):
+    y = ["a", "b", float("nan"), "a"]
+    with pytest.raises(ValueError, match=r"y\[2\] is missing \(nan\)\. Each image"):
+        PretrainedClassifier("named", label_map=label_map).fit(images[:4], y)
+
+
 def test_learned_classes_are_smoothed_counts(images, raw):
     y = np.repeat(["china", "flower"], 20)
     weight = np.linspace(0, 2, 40)

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_consistent_length
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +17,8 @@ from sktl._training.classifier_net import ClassifierNet
 from sktl._training.linear_probe import fit_linear_probe
 from sktl._training.targets import EncodedTargets, Target
 from sktl._utils.json_values import from_json, to_json
-from sktl._utils.sklearn_compat import check_sample_weight, check_y
+from sktl._utils.labels import check_labels
+from sktl._utils.sklearn_compat import check_sample_weight
 
 # Of bool, int, float, str and object, as NumPy writes them.
 _LABEL_DTYPE = re.compile(r"[<>|=]([biuf][1248]|f16|U\d{1,4}|O)", re.ASCII)
@@ -203,15 +203,14 @@ def encode_multiclass(
     Raises
     ------
     ValueError
-        If `y` is not a classification target or lengths differ; if all weights are 0
-        or a class weight is negative; if there are fewer than two classes; or if `y`
-        contains labels that are not in `classes`.
+        If a label is missing, `y` is not a classification target or lengths differ; if
+        all weights are 0 or a class weight is negative; if there are fewer than two
+        classes; or if `y` contains labels that are not in `classes`.
     """
     name = type(estimator).__name__
     if y is None:
         raise ValueError(f"{name} requires y to be passed, but the target y is None.")
-    y = check_y(y, estimator=estimator)
-    check_classification_targets(y)
+    y = check_labels(y, estimator)
     check_consistent_length(range(n_samples), y)
     weight = check_sample_weight(
         sample_weight, y, dtype=np.float64, ensure_non_negative=True
