@@ -27,10 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
         return int(result["corrupt"] > 0)
     info = store.info()
     print(f"{info['rows']} rows, {info['bytes'] / 2**20:.1f} MiB")
-    for name, namespace in info["spaces"].items():
-        print(
-            f"  {namespace['rows']} rows, {namespace['bytes'] / 2**20:.1f} MiB: {name}"
+    for namespace in info["spaces"].values():
+        # Digests are shortened.
+        fields = ", ".join(
+            f"{name}={value if len(value) <= 32 else value[:8]}"
+            for name, value in namespace["space"].items()
         )
+        size = namespace["bytes"] / 2**20
+        print(f"  {namespace['rows']} rows, {size:.1f} MiB: {fields}")
     return 0
 
 

@@ -238,9 +238,25 @@ def _reason(error: Exception) -> str:
     elif isinstance(error, OSError) and error.strerror:
         # The full message of an OSError repeats the path.
         text = error.strerror
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            text += _path_advice(error.filename)
     else:
         text = str(error).rstrip(".") or type(error).__name__
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _path_advice(path: object) -> str:
+    """Say where a path that leads to no file starts, if it is relative."""
+    if not isinstance(path, str | bytes | os.PathLike) or os.path.isabs(path):
+        return ""
+    try:
+        folder = repr(os.getcwd())
+    except FileNotFoundError:
+        folder = "the working directory, which was deleted"
+    advice = f"; a relative path starts from {folder}"
+    if os.fsdecode(path).startswith("~"):
+        advice += ", and '~' is not expanded: use os.path.expanduser"
+    return advice
 
 
 def open_regular_file(path: str | os.PathLike[Any], name: str) -> IO[bytes]:

@@ -49,6 +49,7 @@ from sktl._images.pixel_values import (
 )
 from sktl._images.sequence import ImageSequence
 from sktl._images.unsupported import check_container, check_element
+from sktl._utils.labels import is_missing
 
 _DEFAULT_OPTIONS = FileOptions()
 _SINGLE_IMAGE_TYPES = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
@@ -120,7 +121,9 @@ def validate_images(
         # check_array would report the number of dimensions instead.
         raise ValueError(
             "Found array with 0 sample(s) (shape=(0,)) while a minimum of 1 is "
-            f"required by {estimator.__class__.__name__}."
+            f"required by {estimator.__class__.__name__}. If X comes from load_files, "
+            "the images must be in one folder per class. List the images of a flat "
+            "folder by sorted(Path(folder).glob('*.jpg'))."
         )
     if isinstance(X, np.ndarray) and X.ndim > 2:
         _check_stack_shape(X.shape)
@@ -275,11 +278,7 @@ def _is_missing(image: Any) -> bool:
     """Return whether an element is None, NaN, pandas' NA or NaT, or an empty string."""
     if isinstance(image, str | bytes):
         return not image
-    return (
-        image is None
-        or (isinstance(image, float | np.floating) and bool(np.isnan(image)))
-        or type(image).__name__ in ("NAType", "NaTType")
-    )
+    return is_missing(image)
 
 
 def _check_image_array_shape(shape: tuple[int, ...], index: int) -> None:

@@ -457,6 +457,23 @@ def test_path_to_no_regular_file_raises(tmp_path: Path) -> None:
     check_raises("nul\0byte", "embedded null byte")
 
 
+def test_missing_relative_path_names_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_bytes(b"")
+    start = f"a relative path starts from '{tmp_path}'"
+    check_raises("no/1.jpg", f"No such file or directory; {start}. Replace or remove")
+    check_raises(Path("1.jpg"), start)
+    check_raises("file/1.jpg", f"Not a directory; {start}")
+    check_raises("~/1.jpg", start + ", and '~' is not expanded: use os.path.expanduser")
+    check_raises(tmp_path / "1.jpg", "No such file or directory. Replace or remove")
+    Path("deleted").mkdir()
+    monkeypatch.chdir("deleted")
+    (tmp_path / "deleted").rmdir()
+    check_raises("1.jpg", "starts from the working directory, which was deleted")
+
+
 def test_unreadable_file_raises(tmp_path: Path) -> None:
     path = tmp_path / "secret.png"
     path.write_bytes(encode(RGB, "PNG"))

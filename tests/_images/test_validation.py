@@ -28,6 +28,7 @@ from mean_colour import (
 )
 from PIL import Image
 from sklearn.compose import ColumnTransformer
+from sklearn.datasets import load_files
 from sklearn.utils.estimator_checks import estimator_checks_generator
 
 from sktl._images.validation import validate_images
@@ -81,8 +82,21 @@ def test_invalid_arrays_raise_errors_of_scikit_learn() -> None:
 )
 def test_empty_input_raises(X: object) -> None:
     message = "Found array with 0 sample(s) (shape=(0,)) while a minimum of 1 is req"
-    with pytest.raises(ValueError, match=re.escape(message) + "uired by MeanColour"):
+    advice = (
+        "uired by MeanColour. If X comes from load_files, the images must be in one"
+    )
+    with pytest.raises(ValueError, match=re.escape(message + advice)):
         MeanColour().fit(X)
+
+
+def test_folder_without_folders_of_classes_raises(tmp_path: Path) -> None:
+    Image.new("RGB", (3, 2)).save(tmp_path / "1.jpg")
+    X = load_files(tmp_path, load_content=False).filenames
+    with pytest.raises(
+        ValueError, match=r"0 sample\(s\).*one folder per class\. .*glob"
+    ):
+        MeanColour().fit(X)
+    MeanColour().fit(sorted(tmp_path.glob("*.jpg")))
 
 
 @pytest.mark.parametrize(

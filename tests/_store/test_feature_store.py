@@ -102,6 +102,8 @@ def test_clear_deletes_no_other_files(filled_store):
 
 def test_command_line(filled_store, capsys):
     directory = str(filled_store.directory)
+    assert main([directory, "info"]) == 0
+    assert "  40 rows, 0.0 MiB: backbone=tiny, " in capsys.readouterr().out
     assert main([directory, "verify"]) == 0
     assert "40 rows intact" in capsys.readouterr().out
     (shard,) = find_shards(directory)
