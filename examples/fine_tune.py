@@ -63,7 +63,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compare strategies and fine-tuning depths"
     )
-    parser.add_argument("--data", type=Path)
+    parser.add_argument(
+        "--data", type=Path, help="contains train and val, with one folder per class"
+    )
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--epochs", type=int, default=10)

@@ -35,7 +35,8 @@ candidates = strategies(
         "image_size": 32,
         "batch_size": 64,
         "memory": memory.name,
-    }
+    },
+    unlike_photographs=True,
 )
 
 # %%

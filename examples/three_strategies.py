@@ -7,7 +7,7 @@ A pretrained network can be used without training, as a fixed feature extractor,
 fine-tuned. Which strategy is best depends on the difference between your images and the
 pretraining data, and on the number of labels. This example compares them on scanned
 digits, which differ from the photographs that the bundled network was trained on, with
-ten labels per digit. Nothing is downloaded.
+ten labelled images per digit. Nothing is downloaded.
 
 ::
 
@@ -19,7 +19,11 @@ For your own images, in one folder per class:
 
     python examples/three_strategies.py --data FOLDER --backbone resnet18
 
-With matplotlib (``pip install sktl[plot]``), ``--plot FILE`` saves a plot of the
+The network is then fine-tuned with the defaults of ``FineTunedCNNClassifier``, which
+are for photographs. For other images, ``--unlike-photographs`` selects the settings
+that the digits have.
+
+With matplotlib (``pip install ".[plot]"``), ``--plot FILE`` saves a plot of the
 accuracy against the number of labels.
 """
 
@@ -61,15 +65,19 @@ def with_classifier(*steps: Any) -> Pipeline:
     return make_pipeline(*steps, StandardScaler(), LogisticRegression(max_iter=1000))
 
 
-def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
+def strategies(
+    shared: dict[str, Any], *, unlike_photographs: bool
+) -> dict[str, BaseEstimator]:
     """Return an estimator for each strategy, and for the baselines."""
     searched = with_classifier(PretrainedFeatures(**shared))
-    # The images differ from the pretraining data: a linear probe is not a good
-    # initialization, and a higher learning rate than the default is needed.
-    tuned = FineTunedCNNClassifier(
-        **{**shared, "batch_size": 32}, head_init="random", lr=1e-3, random_state=0
-    )
-    from_scratch = clone(tuned).set_params(weights=None)
+    # If the images differ from the pretraining data, a linear probe is not a good
+    # initialization, and a higher learning rate than the default is needed. Random
+    # weights need the same.
+    other = {"head_init": "random", "lr": 1e-3}
+    tuned = FineTunedCNNClassifier(**{**shared, "batch_size": 32}, random_state=0)
+    from_scratch = clone(tuned).set_params(weights=None, **other)
+    if unlike_photographs:
+        tuned.set_params(**other)
     return {
         "raw pixels": with_classifier(FunctionTransformer(raw_pixels)),
         "no training: PretrainedClassifier": PretrainedClassifier(**shared),
@@ -163,6 +171,11 @@ def main() -> None:
     """Compare the strategies on digits, or on a folder of images."""
     parser = argparse.ArgumentParser(description="Compare the three strategies")
     parser.add_argument("--data", type=Path, help="one folder per class")
+    parser.add_argument(
+        "--unlike-photographs",
+        action="store_true",
+        help="fine-tune as for the digits: random head, high learning rate",
+    )
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--labels", type=int, default=10, help="per class")
@@ -187,7 +200,11 @@ def main() -> None:
         cv = list(splits(y, n_labels, arguments.repeats, n_test=500))
         # Folds, candidates and repeats use the same images, so features are cached.
         with tempfile.TemporaryDirectory() as memory:
-            return compare(X, y, strategies({**shared, "memory": memory}), cv)
+            estimators = strategies(
+                {**shared, "memory": memory},
+                unlike_photographs=arguments.unlike_photographs or not arguments.data,
+            )
+            return compare(X, y, estimators, cv)
 
     print(
         f"{arguments.labels} labels for each of {len(np.unique(y))} classes, "

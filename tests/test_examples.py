@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sktl import PretrainedFeatures
+from sktl import FineTunedCNNClassifier, PretrainedFeatures
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -101,6 +101,20 @@ def test_photographs_that_are_fetched_are_verified(run, folder, server, tmp_path
 def test_the_digest_is_of_the_real_photographs(run, folder, test_data):
     example = run("ants_and_bees", "--data", folder, "--backbone", "tiny")
     assert example.digest_of(test_data / "hymenoptera") == example.DIGEST
+
+
+def test_three_strategies_fine_tune_photographs_with_the_defaults(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    strategies = importlib.import_module("three_strategies").strategies
+    default = FineTunedCNNClassifier()
+    for unlike, head_init, lr in (
+        (False, default.head_init, default.lr),
+        (True, "random", 1e-3),
+    ):
+        estimators = strategies({"backbone": "tiny"}, unlike_photographs=unlike)
+        tuned = estimators["fine-tuned: from pretrained weights"]
+        assert (tuned.head_init, tuned.lr) == (head_init, lr)
+        assert estimators["fine-tuned: from random weights"].lr == 1e-3
 
 
 @pytest.mark.docs
