@@ -166,7 +166,7 @@ PAGES = [
             page,
             id=str(page.relative_to(DOCS)),
             # By default one short page.
-            marks=[] if page.name == "features.md" else pytest.mark.docs,
+            marks=[] if page.name == "images.md" else pytest.mark.docs,
         )
         for page in PAGES
     ],

@@ -143,6 +143,7 @@ PIXELS = st.tuples(st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3, 
 
 
 @pytest.mark.filterwarnings("ignore:.* has four channels, and the fourth")
+@pytest.mark.filterwarnings("ignore:.* is transparent everywhere")
 @pytest.mark.filterwarnings("ignore:The largest value")  # drawn images may be dark
 @settings(deadline=None, max_examples=60)
 @given(hnp.arrays(np.uint8, PIXELS))

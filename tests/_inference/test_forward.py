@@ -20,7 +20,7 @@ from sktl._images.preprocessing import Preprocessing
 from sktl._images.validation import validate_images
 from sktl._inference import engines
 from sktl._inference.engines import TorchNetwork, get_compiled_model
-from sktl._inference.execution import ExecutionConfig
+from sktl._inference.execution import ExecutionConfig, import_openvino
 from sktl._inference.forward import forward
 
 SMALL = Preprocessing(resize_size=32, crop_size=32)
@@ -102,6 +102,14 @@ def test_small_calls_run_one_image_at_a_time(images):
     assert seen == [(8, 3, 32, 32)] * 2
 
 
+def openvino_precisions():
+    """Return the lower precisions that OpenVINO uses on this processor."""
+    names = {"BF16": "bfloat16", "FP16": "float16"}
+    core = import_openvino().Core()
+    found = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return {names[name] for name in found if name in names}
+
+
 @EACH_ENGINE
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_lower_precision_is_close_and_returns_float32(images, precision, engine):
@@ -110,7 +118,8 @@ def test_lower_precision_is_close_and_returns_float32(images, precision, engine)
     assert got.dtype == np.float32
     lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
     assert ((got * expected).sum(1) / lengths).min() >= 0.999
-    assert not np.array_equal(got, expected)
+    if engine == "torch" or precision in openvino_precisions():
+        assert not np.array_equal(got, expected)
 
 
 @EACH_ENGINE
@@ -140,7 +149,8 @@ def test_two_passes_at_the_same_time_have_their_own_rows():
     backbone = copy.deepcopy(load_backbone("tiny"))
 
     def wait(*_):
-        both_inside.wait()
+        if threading.current_thread() is not threading.main_thread():
+            both_inside.wait()  # but not where the constructor measures the layout
 
     backbone.network.stages["stage1"].register_forward_pre_hook(wait)
     extractor = FeatureExtractor(backbone, ["stages.stem", "penultimate"], "avg").eval()
