@@ -34,12 +34,12 @@ def is_nowhere_opaque(pixels: npt.NDArray[Any], pixel_range: PixelRange) -> bool
 
 
 def hides_pixels(image: Image.Image) -> bool:
-    """Return whether an image is transparent everywhere, but has several colours.
+    """Return whether an image is transparent everywhere, but has several colors.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        Only images in mode RGBA are checked. A blank image has one colour.
+        Only images in mode RGBA are checked. A blank image has one color.
 
     Returns
     -------

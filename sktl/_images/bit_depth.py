@@ -15,7 +15,7 @@ TIFF of 32 bits, floats         unknown; for floats in [0, 1], 0 and 1
 ==============================  ================================================
 
 An explicit ``pixel_range`` replaces these values in files of more than 8 bits per
-channel, of grey and colour. It refers to the values stored in the file.
+channel, of grey and color. It refers to the values stored in the file.
 
 - In TIFF files with the photometric interpretation white-is-zero, the values are
   inverted within this range, at every depth and also floats, as TIFF 6.0 defines it.
@@ -30,7 +30,7 @@ channel, of grey and colour. It refers to the values stored in the file.
 - ``MinSampleValue``, ``MaxSampleValue`` and their ``S`` variants in TIFF files are
   ignored, as TIFF 6.0 demands: they describe the content of a single image.
 
-PIL images have the values that Pillow assigns to them, and no ``sBIT``: colours have 8
+PIL images have the values that Pillow assigns to them, and no ``sBIT``: colors have 8
 bits, and PGM and PPM have been scaled to 65535 or 255.
 """
 

@@ -10,9 +10,9 @@ mode of the image           conversion to RGB
 ==========================  ====================================================
 ``1``, ``L``, ``RGB``       unchanged; grey is repeated three times
 ``RGBA``, ``RGBa``, ``LA``, composited on white, as is any ``1``, ``L``, ``P`` or
-``La``, ``PA``              ``RGB`` image with a transparent colour
+``La``, ``PA``              ``RGB`` image with a transparent color
 ``P``                       palette lookup
-``CMYK``, ``YCbCr``,        Pillow's conversion; embedded colour profiles are
+``CMYK``, ``YCbCr``,        Pillow's conversion; embedded color profiles are
 ``HSV``, ``LAB``, ``RGBX``  not applied
 ``I;16`` and its variants   16-bit grey: scaled to 8 bits by the values of black and
                             white in `sktl._images.bit_depth`, or by an explicit
@@ -27,8 +27,8 @@ The orientation in EXIF or XMP metadata is applied, see `sktl._images.orientatio
 first frame of an animation or of a file of several pages is used, and the current frame
 of a PIL image.
 
-PIL images have two limitations of Pillow. Colour images of 16 bits per channel have 8
-bits. The transparent colour of a grey PNG of 2 or 4 bits, or of a colour PNG of 16 bits
+PIL images have two limitations of Pillow. Color images of 16 bits per channel have 8
+bits. The transparent color of a grey PNG of 2 or 4 bits, or of a color PNG of 16 bits
 per channel, is compared with pixels that are already scaled to 8 bits, and therefore
 seldom matches.
 """
@@ -114,7 +114,7 @@ def decode(
         Formats and sizes of the files and bytes that are decoded.
     warn : WarnOnce, optional
         Warns of files of 16 bits whose values probably have fewer bits, and of files
-        and PIL images whose colours are transparent everywhere.
+        and PIL images whose colors are transparent everywhere.
 
     Returns
     -------
@@ -164,7 +164,7 @@ def decode(
     if warn is not None and hides_pixels(pil_image):
         warn(
             f"Image {name} is transparent everywhere, and therefore white, although "
-            "its pixels have several colours. If its fourth channel is not "
+            "its pixels have several colors. If its fourth channel is not "
             "transparency, pass Image.open(path).convert('RGB'), or an array of three "
             "channels."
         )

@@ -1,6 +1,6 @@
-"""All bits of colours of 16 bits per channel, and of PGM and PPM files.
+"""All bits of colors of 16 bits per channel, and of PGM and PPM files.
 
-Pillow returns the high byte of each value of a colour image. The low byte is read by
+Pillow returns the high byte of each value of a color image. The low byte is read by
 exchanging the bytes, that is, with the byte order of the other processors. PGM and PPM
 files are read without Pillow, which scales their values.
 """
@@ -51,7 +51,7 @@ def needs_all_bits(image: ImageFile, depth: BitDepth, pixel_range: PixelRange) -
 
 
 def has_only_small_values(image: Image.Image, depth: BitDepth) -> bool:
-    """Return whether all colours of 16 bits are below an eighth of the range.
+    """Return whether all colors of 16 bits are below an eighth of the range.
 
     Pillow returns few distinct values of such an image.
 

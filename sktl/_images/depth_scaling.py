@@ -33,14 +33,14 @@ def scale_all_bits(
     pixel_range : tuple of two floats or "auto"
         Values of black and white.
     transparent : tuple of int or None
-        Transparent colour.
+        Transparent color.
     warn : WarnOnce or None
         Warns if the values have hardly any contrast.
 
     Returns
     -------
     PIL.Image.Image
-        Image in `mode`; in mode "RGBA" if there is a transparent colour.
+        Image in `mode`; in mode "RGBA" if there is a transparent color.
     """
     n_channels = values.shape[2]
     if pixel_range != "auto":
@@ -70,7 +70,7 @@ def _whites(values: npt.NDArray[np.uint16], depth: BitDepth) -> list[int]:
         return [depth.white] * n_channels
     n_colors = n_channels - (n_channels % 2 == 0)
     whites = []
-    for part in (slice(0, n_colors), slice(n_colors, n_channels)):  # colours, alpha
+    for part in (slice(0, n_colors), slice(n_colors, n_channels)):  # colors, alpha
         is_unscaled = _is_unscaled(values[..., part], bits[part])
         whites += [2**n - 1 if is_unscaled else depth.white for n in bits[part]]
     return whites

@@ -303,7 +303,7 @@ def _check_stack_shape(shape: tuple[int, ...]) -> None:
     """Raise ValueError if an array of 3 or more dimensions is not a stack of images."""
     if len(shape) == 3 and shape[2] in (3, 4):
         raise ValueError(
-            f"X has shape {shape} and looks like one colour image, not like a stack of "
+            f"X has shape {shape} and looks like one color image, not like a stack of "
             "grey images of shape (n_samples, height, width). Pass X[np.newaxis], or "
             "X[..., np.newaxis] if it is a stack of narrow grey images."
         )

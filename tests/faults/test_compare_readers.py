@@ -17,7 +17,6 @@ from PIL import Image
 # Files of Pillow's tests whose pixels stay different from those of ImageMagick 6. The
 # reasons are in docs/user_guide/images.md.
 KNOWN_DIFFERENCES = {
-    "8bit.s.tif",
     "badrle.bmp",
     "hopper2I.tif",
     "hopper2IR.tif",
