@@ -67,7 +67,7 @@ def n_through(estimator):
     )
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("shuffle", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["paths", "arrays"])
 def test_a_grid_search_runs_each_image_once(counting, paths, images, kind, shuffle):
     X = np.array(paths) if kind == "paths" else images
@@ -370,7 +370,7 @@ def test_few_images_on_a_large_network(images, tmp_path, monkeypatch):
     np.testing.assert_allclose(small, full[:15], rtol=0, atol=1e-5 * np.abs(full).max())
 
 
-@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("memory", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_few_images_on_a_large_fine_tuned_network(
     images, tmp_path, monkeypatch, memory
 ):

@@ -134,6 +134,7 @@ def batches_in(log):
     return [line.split() for line in Path(log).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_rows_of_a_dask_worker_have_equal_bits(paths, tmp_path):
     """The one test of a cluster that runs by default."""
     distributed = pytest.importorskip("distributed")

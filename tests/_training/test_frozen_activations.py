@@ -118,7 +118,7 @@ def test_training_on_activations_equals_training_on_pixels(paths, monkeypatch):
 
 
 @pytest.mark.parametrize("trainable", ["head", 1])
-@pytest.mark.parametrize("max_bytes", [2**30, 0])
+@pytest.mark.parametrize("max_bytes", [2**30, pytest.param(0, marks=pytest.mark.slow)])
 def test_search_computes_each_image_once(
     paths, tmp_path, passes, monkeypatch, trainable, max_bytes
 ):
@@ -262,7 +262,10 @@ def test_augmented_images_are_not_cached(paths, tmp_path, passes):
     assert FeatureStore(tmp_path).info()["rows"] == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"early_stopping": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"early_stopping": True}, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("trainable", ["head", 1])
 def test_fixed_views_have_equal_bits_with_every_cache(
     paths, tmp_path, monkeypatch, trainable, options

@@ -64,7 +64,7 @@ def fixed_C(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 @pytest.mark.parametrize("hidden", WIDTHS)
-@pytest.mark.parametrize("n_classes", [2, 3, 5])
+@pytest.mark.parametrize("n_classes", [2, pytest.param(3, marks=pytest.mark.slow), 5])
 def test_head_equals_the_model_of_scikit_learn(n_classes, hidden):
     x, y = make_data(n_classes)
     C, got = probe(x, y, hidden=hidden, seed=3)
@@ -76,7 +76,7 @@ def test_head_equals_the_model_of_scikit_learn(n_classes, hidden):
     )
 
 
-@pytest.mark.parametrize("n_classes", [2, 4])
+@pytest.mark.parametrize("n_classes", [pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     "weighted", [pytest.param(False, marks=pytest.mark.slow), True]
 )
