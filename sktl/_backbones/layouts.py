@@ -42,6 +42,8 @@ def is_channels_last(
         module = module[-1]
     if type(module) in _CHANNELS_FIRST:
         return False
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) > 1:
+        return None  # it normalizes several axes, which may be (c, h, w)
     if type(module) in _CHANNELS_LAST:
         return True
     # One position is left.

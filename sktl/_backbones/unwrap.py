@@ -329,7 +329,8 @@ def _find(
 def _are_equal(one: Tensor, other: Tensor) -> bool:
     # An expanded tensor, which is small in the file, would take long to compare.
     is_expanded = one.nbytes > one.untyped_storage().nbytes()
-    return not is_expanded and torch.equal(one, other)
+    is_of_dtype = one.dtype == other.dtype
+    return is_of_dtype and not is_expanded and torch.equal(one, other)
 
 
 def _is_array(value: Any) -> bool:

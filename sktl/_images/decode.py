@@ -163,10 +163,11 @@ def decode(
         return _to_rgb(pil_image, name)  # its alpha was checked when X was validated
     if warn is not None and hides_pixels(pil_image):
         warn(
+            "transparency",
             f"Image {name} is transparent everywhere, and therefore white, although "
             "its pixels have several colors. If its fourth channel is not "
             "transparency, pass Image.open(path).convert('RGB'), or an array of three "
-            "channels."
+            "channels.",
         )
     return _to_rgb(pil_image, name)
 

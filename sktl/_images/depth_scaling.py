@@ -135,7 +135,8 @@ def reduce_to_8_bits(
         inverted = Image.fromarray(~np.asarray(grey))
         image = Image.merge(image.mode, [inverted, *alpha])
     if pixel_range == "auto" and has_only_small_values(image, depth):
-        max_high_byte = np.max(image.getextrema())
+        n_colors = len(image.getbands()) - (image.mode in ("LA", "RGBA"))
+        max_high_byte = np.reshape(image.getextrema(), (-1, 2))[:n_colors].max()
         _check_contrast(int(max_high_byte) << 8, depth, name, warn)
     return image
 
@@ -193,4 +194,4 @@ def _check_contrast(
     assert depth.white is not None
     message = low_contrast(name, max_value, (depth.black, depth.white))
     if message:
-        warn(message)
+        warn("contrast", message)

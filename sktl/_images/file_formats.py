@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import IO, Any, Self
 
 from PIL import Image, UnidentifiedImageError
+from PIL.IcoImagePlugin import IcoFile
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -247,8 +248,9 @@ def _identify(file: IO[bytes], extension: str, options: FileOptions) -> str | No
     """Return the format of a file, of those that are not decoded; None if unknown.
 
     The plugins of other formats must not only recognize the first bytes of the file,
-    but also read its header. For those that recognize no first bytes, such as TGA, the
-    file must have the extension or the last bytes of the format.
+    but also read its header, unless they are of other packages. For those that
+    recognize no first bytes, such as TGA, the file must have the extension or the last
+    bytes of the format.
     """
     file.seek(0)
     head = file.read(64)
@@ -269,8 +271,10 @@ def _identify(file: IO[bytes], extension: str, options: FileOptions) -> str | No
         try:
             if not _accepts(accept, head[:_PREFIX_SIZE]):
                 continue
-            if format not in EXCLUDED_FORMATS:
-                file.seek(0)
+            file.seek(0)
+            if format == "ICO":  # its plugin decodes the pixels when it opens a file
+                IcoFile(file)
+            elif format not in EXCLUDED_FORMATS and _is_of_pillow(factory):
                 factory(file, "")
         except Exception:
             # All exceptions on purpose: whatever this plugin raises, the file does not
@@ -278,6 +282,11 @@ def _identify(file: IO[bytes], extension: str, options: FileOptions) -> str | No
             continue
         return format
     return None
+
+
+def _is_of_pillow(factory: Any) -> bool:
+    # Plugins of other packages only read files whose format is in `extra_formats`.
+    return str(factory.__module__).startswith("PIL.")
 
 
 def allocate_pixels(image: Image.Image) -> None:

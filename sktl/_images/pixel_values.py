@@ -77,16 +77,16 @@ def to_uint8(
 
 
 class WarnOnce:
-    """Issue at most one warning, for all images of a call and from any thread."""
+    """Issue one warning of each kind, for all images of a call and from any thread."""
 
     def __init__(self) -> None:
-        self._remaining = [None]
+        self._remaining = {"contrast", "transparency"}
 
-    def __call__(self, message: str) -> None:
-        """Issue a UserWarning, unless one has been issued."""
+    def __call__(self, kind: str, message: str) -> None:
+        """Issue a UserWarning, unless one of this kind has been issued."""
         try:
-            self._remaining.pop()  # atomic, and can be pickled, unlike a lock
-        except IndexError:
+            self._remaining.remove(kind)  # atomic, and can be pickled, unlike a lock
+        except KeyError:
             return
         warnings.warn(message, UserWarning, stacklevel=3)
 

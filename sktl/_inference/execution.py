@@ -2,7 +2,8 @@
 
 The value "auto" is resolved from the hardware, the number of images of a call and the
 size of the network, and never from their content or from earlier calls, so that equal
-calls on one machine give equal results.
+calls on one machine give equal results. A cached row keeps the bits that it was
+computed with; small calls also read the rows of torch.
 """
 
 import contextlib

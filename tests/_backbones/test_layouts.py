@@ -22,6 +22,7 @@ from sktl._backbones.layouts import is_channels_last
         (nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(7)), (2, 8, 7, 7), None, False),
         (nn.Linear(8, 8), (2, 7, 7, 8), None, True),
         (nn.LayerNorm(8), (2, 7, 7, 8), (2, 7, 7, 8), True),
+        (nn.LayerNorm([8, 7, 7]), (2, 8, 7, 7), None, None),
         # What is measured counts, whatever the module is.
         (nn.LayerNorm(8), (2, 8, 4, 4), (2, 8, 8, 8), False),
         (nn.Sequential(), (2, 8, 7, 7), None, None),

@@ -85,6 +85,19 @@ def test_small_values_of_files_warn_once(name: str, tmp_path: Path) -> None:
     assert np.asarray(images[0]).max() > 200
 
 
+def test_each_kind_of_warning_is_issued(tmp_path: Path) -> None:
+    hidden = np.zeros((4, 4, 4), np.uint8)
+    hidden[0, 0, 0] = 9
+    Image.fromarray(hidden).save(tmp_path / "hidden.png")
+    dark = str(save_dark_files(tmp_path)["rgba.png"])
+    images = MeanColour().validate([str(tmp_path / "hidden.png"), dark, dark])
+    with pytest.warns(UserWarning, match=r"X\[[01]\]") as caught:
+        decode_all(images)
+    messages = [str(each.message) for each in caught]
+    assert ["transparent everywhere" in each for each in messages] == [True, False]
+    assert "pixel_range=(black" in messages[1]
+
+
 def test_other_files_do_not_warn() -> None:
     dark = integers(4096, 1)
     images = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mean_colour import STACK, MeanColour
-from PIL import BmpImagePlugin, Image
+from PIL import BmpImagePlugin, IcoImagePlugin, Image
 from sklearn.base import clone
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
@@ -65,6 +65,16 @@ def test_extra_format_is_decoded_and_named_without_it(format, tmp_path):
         message = str(caught.value)
         assert f"Set extra_formats=('{format}',), or open it with PIL.Image" in message
         assert "damaged" not in message
+
+
+def test_pixels_of_a_refused_file_are_not_decoded(monkeypatch):
+    def fail(self):
+        raise AssertionError("The pixels were decoded.")
+
+    content = encode(np.zeros((16, 16, 3), np.uint8), "ICO", sizes=[(16, 16)])
+    monkeypatch.setattr(IcoImagePlugin.IcoImageFile, "load", fail)
+    with pytest.raises(ValueError, match="its format is ICO"):
+        decode_pixels(content)
 
 
 def test_first_bytes_of_default_formats_have_priority(tmp_path):
