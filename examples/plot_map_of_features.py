@@ -9,7 +9,7 @@ shows groups, outliers and duplicates before any image is labelled. This example
 """
 
 # %%
-# The colours show the digits, which the embedding does not use.
+# The colors show the digits, which the embedding does not use.
 import matplotlib.pyplot as plt
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits

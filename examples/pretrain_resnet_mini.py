@@ -20,7 +20,7 @@ orthogonalizes every update and needs fewer images than SGD. The stem, the head 
 normalization layers are trained with SGD. Both use a one-cycle learning rate schedule
 (Smith, 2018) that ends at zero. With 500 images per category, a network overfits after
 about twelve epochs without augmentation. Therefore images are randomly cropped, flipped
-and recoloured in every step, half of the steps use CutMix, and labels are smoothed. The
+and recolored in every step, half of the steps use CutMix, and labels are smoothed. The
 published weights are the average over the last steps (Izmailov et al., 2018).
 
 In the random crops, objects are 1.25 times as large as in whole images. Therefore the
@@ -72,7 +72,7 @@ def load(file: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
 
 
 def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Crop, flip and recolour a batch ``(n, 3, 32, 32)`` at random."""
+    """Crop, flip and recolor a batch ``(n, 3, 32, 32)`` at random."""
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
         return low + (high - low) * torch.rand(*shape, generator=generator)

@@ -107,7 +107,7 @@ def build_netpbm(
 
 
 def on_white(values: np.ndarray) -> np.ndarray:
-    """Return the colours of (height, width, channels), from 0 to 1, on white."""
+    """Return the colors of (height, width, channels), from 0 to 1, on white."""
     if values.shape[-1] % 2 == 0:
         values = values[..., :-1] * values[..., -1:] + 1 - values[..., -1:]
     return np.broadcast_to(values * 255, (*values.shape[:2], 3))

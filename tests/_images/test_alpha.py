@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from mean_colour import MeanColour, decode_all, encode_png
+from mean_color import MeanColor, decode_all, encode_png
 from PIL import Image
 
 from sktl._images.alpha import is_nowhere_opaque
@@ -64,7 +64,7 @@ def test_other_numbers_of_channels(shape):
 def test_a_fourth_channel_that_is_no_transparency_warns_once(form, largest):
     stack = bands(largest=largest)
     stack[0, 0, 0, 3] = 255  # only the other images have no opaque pixel
-    for call in (MeanColour().fit, MeanColour().transform):
+    for call in (MeanColor().fit, MeanColor().transform):
         with pytest.warns(UserWarning, match=r"X\[1\].*X\[\.\.\., :3\]") as record:
             call(form(stack))
         assert len(record) == 1
@@ -76,7 +76,7 @@ def test_flattened_images_warn(image_shape):
     if image_shape[0] == 4:
         stack = np.ascontiguousarray(stack.transpose(0, 3, 1, 2))
     rows = stack.reshape(3, -1)
-    mean = MeanColour(image_shape=image_shape)
+    mean = MeanColor(image_shape=image_shape)
     with pytest.warns(UserWarning, match=r"X\[0\] has four channels") as record:
         mean.fit(rows)
     assert len(record) == 1
@@ -86,11 +86,11 @@ def test_images_with_an_opaque_pixel_and_three_channels_do_not_warn():
     stack = bands()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        MeanColour().fit(stack[..., :3]).fit(stack[..., 0])
-        MeanColour(image_shape=(5, 4)).fit(stack[:, 0].reshape(3, 20))
+        MeanColor().fit(stack[..., :3]).fit(stack[..., 0])
+        MeanColor(image_shape=(5, 4)).fit(stack[:, 0].reshape(3, 20))
         stack[:, 2, 3, 3], stack[:, 0, 0, 3] = 255, 0
-        images = MeanColour().validate(stack)
-    # An opaque pixel keeps its colour, and a transparent one is white.
+        images = MeanColor().validate(stack)
+    # An opaque pixel keeps its color, and a transparent one is white.
     pixels = np.stack(decode_all(images))
     np.testing.assert_array_equal(pixels[:, 2, 3], stack[:, 2, 3, :3])
     assert (pixels[:, 0, 0] == 255).all()
@@ -111,7 +111,7 @@ def test_files_that_are_transparent_everywhere_warn_once(form, alpha, tmp_path):
     }[form]
     with warnings.catch_warnings(record=True) as record:
         warnings.simplefilter("always")
-        decoded = decode_all(MeanColour().validate(X))
+        decoded = decode_all(MeanColor().validate(X))
     assert (np.stack(decoded)[:, 1:] == 255).all()
     messages = [str(warning.message) for warning in record]
     assert len(messages) == (alpha == 0)
@@ -122,4 +122,4 @@ def test_blank_transparent_image_does_not_warn():
     blank = Image.new("RGBA", (6, 5), (9, 9, 9, 0))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (decode_all(MeanColour().validate([blank]))[0] == 255).all()
+        assert (decode_all(MeanColor().validate([blank]))[0] == 255).all()

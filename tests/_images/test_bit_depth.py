@@ -72,7 +72,7 @@ def test_color_tiff_agrees_with_tifffile(
         options["extrasamples"] = ["unassalpha"]
     content = write_tiff(random_values(dtype, n_channels), byteorder, **options)
     expected = read_tiff(content)
-    # Pillow truncates colours and alpha to 8 bits.
+    # Pillow truncates colors and alpha to 8 bits.
     np.testing.assert_allclose(decode_pixels(content), expected, rtol=0, atol=3)
 
 

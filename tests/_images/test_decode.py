@@ -28,7 +28,7 @@ BITS = GREY > 127
 COLOURS = RNG.integers(0, 256, (256, 3), dtype=np.uint8)
 
 # Four different patches, so that its rotations and reflections are eight different
-# images. Each patch is made of whole JPEG blocks, so that its colour is preserved
+# images. Each patch is made of whole JPEG blocks, so that its color is preserved
 # without chroma subsampling.
 PATCHES = np.kron(
     np.array([[[200, 60, 60], [60, 180, 60]], [[60, 60, 200], [220, 220, 90]]]),
@@ -73,10 +73,8 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
     )
 
 
-def build_png(
-    width: int, height: int, depth: int, colour: int, *chunks: bytes
-) -> bytes:
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def build_png(width: int, height: int, depth: int, color: int, *chunks: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     return b"".join(
         (
             b"\x89PNG\r\n\x1a\n",

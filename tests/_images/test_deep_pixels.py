@@ -72,7 +72,7 @@ def test_pixel_range_applies_to_deep_png(n_channels: int) -> None:
 @pytest.mark.parametrize("n_channels", [1, 3])
 def test_transparent_value_of_png(n_channels: int, depth: int) -> None:
     if n_channels == 3 and depth < 16:
-        pytest.skip("colours have 8 or 16 bits")
+        pytest.skip("colors have 8 or 16 bits")
     values = integers(2**depth, n_channels)
     values[5:7, 5:9] = values[0, 0]
     # Only the low byte differs.

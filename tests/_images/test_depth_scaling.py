@@ -16,7 +16,7 @@ from image_files import (
     random_values,
     write_tiff,
 )
-from mean_colour import MeanColour, decode_all
+from mean_color import MeanColor, decode_all
 from PIL import Image
 
 from sktl._images.pixel_values import WarnOnce
@@ -73,7 +73,7 @@ DARK_FILES = (
 def test_small_values_of_files_warn_once(name: str, tmp_path: Path) -> None:
     path = str(save_dark_files(tmp_path)[name])
     Image.new("L", (4, 4)).save(black := tmp_path / "black.png")
-    images = MeanColour().validate([black, path, path])
+    images = MeanColor().validate([black, path, path])
     message = rf"of X\[1\] \('.*{re.escape(name)}'\) is \d+, .*pixel_range=\(black"
     with pytest.warns(UserWarning, match=message) as caught:
         decode_all(images)
@@ -81,7 +81,7 @@ def test_small_values_of_files_warn_once(name: str, tmp_path: Path) -> None:
     images.decode_and_hash(1)
     assert len(caught) == 1
     assert "(0, 4095)" in str(caught[0].message)
-    images = MeanColour(pixel_range=(0, 4095)).validate([path])
+    images = MeanColor(pixel_range=(0, 4095)).validate([path])
     assert np.asarray(images[0]).max() > 200
 
 
@@ -90,7 +90,7 @@ def test_each_kind_of_warning_is_issued(tmp_path: Path) -> None:
     hidden[0, 0, 0] = 9
     Image.fromarray(hidden).save(tmp_path / "hidden.png")
     dark = str(save_dark_files(tmp_path)["rgba.png"])
-    images = MeanColour().validate([str(tmp_path / "hidden.png"), dark, dark])
+    images = MeanColor().validate([str(tmp_path / "hidden.png"), dark, dark])
     with pytest.warns(UserWarning, match=r"X\[[01]\]") as caught:
         decode_all(images)
     messages = [str(each.message) for each in caught]
@@ -110,4 +110,4 @@ def test_other_files_do_not_warn() -> None:
         write_tiff((dark[..., 0] >> 8).astype("u1"), "<"),
         write_tiff(random_values("f4") / 100, "<"),
     ]
-    decode_all(MeanColour().validate(images))  # warnings are errors
+    decode_all(MeanColor().validate(images))  # warnings are errors

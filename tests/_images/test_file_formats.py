@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mean_colour import STACK, MeanColour
+from mean_color import STACK, MeanColor
 from PIL import BmpImagePlugin, IcoImagePlugin, Image
 from sklearn.base import clone
 
@@ -356,4 +356,4 @@ def test_validation_passes_the_options(tmp_path):
     path: Path = tmp_path / "a.tga"
     Image.fromarray(RGB).save(path)
     with pytest.raises(ValueError, match="its format is TGA"):
-        MeanColour().validate([path])[0]
+        MeanColor().validate([path])[0]

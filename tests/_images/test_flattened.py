@@ -42,7 +42,7 @@ def test_rows_without_a_choice_do_not_warn(n_features):
 
 
 @pytest.mark.parametrize("side", [2, 8, 32, 224])
-def test_square_colour_images_warn(side):
+def test_square_color_images_warn(side):
     message = rf"channels last.*image_shape=\(3, {side}, {side}\) if all red.* CIFAR-10"
     with pytest.warns(UserWarning, match=message):
         assert infer_flattened_shape(3 * side**2, "auto") == (side, side, 3)

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mean_colour import (
+from mean_color import (
     GREY,
     RNG,
     STACK,
-    MeanColour,
+    MeanColor,
     check_images,
     decode_all,
     repeat_grey,
@@ -125,7 +125,7 @@ def test_booleans_are_black_and_white(pixel_range: object) -> None:
 )
 def test_values_outside_pixel_range_warn_once(X, pixel_range, message) -> None:
     with pytest.warns(UserWarning, match=message) as caught:
-        images = MeanColour(pixel_range=pixel_range).validate(X)
+        images = MeanColor(pixel_range=pixel_range).validate(X)
     decode_all(images)  # raises if it warns again
     assert len(caught) == 1
     assert "Set pixel_range=" in str(caught[0].message)
@@ -158,10 +158,10 @@ BLACK_8 = np.zeros((3, 6, 5), np.uint8)
 def test_values_far_below_the_range_warn_once(X, message) -> None:
     image_shape = (6, 5) if len(X[0].shape) == 1 else "auto"
     with pytest.warns(UserWarning, match=message) as caught:
-        images = MeanColour(image_shape=image_shape).validate(X)
+        images = MeanColor(image_shape=image_shape).validate(X)
     decode_all(images)  # raises if it warns again
     assert len(caught) == 1
-    MeanColour(image_shape=image_shape, pixel_range=(-(2**15), 2**16)).validate(X)
+    MeanColor(image_shape=image_shape, pixel_range=(-(2**15), 2**16)).validate(X)
 
 
 @pytest.mark.parametrize(
@@ -180,12 +180,12 @@ def test_values_far_below_the_range_warn_once(X, message) -> None:
     ],
 )
 def test_other_values_do_not_warn(X) -> None:
-    MeanColour().validate(X)  # warnings are errors
+    MeanColor().validate(X)  # warnings are errors
 
 
 def test_values_outside_pixel_range_are_clipped() -> None:
     with pytest.warns(UserWarning, match="are clipped"):
-        images = MeanColour().validate(np.float64([[[-5, 0, 0.2, 1, 99]]]))
+        images = MeanColor().validate(np.float64([[[-5, 0, 0.2, 1, 99]]]))
     assert np.asarray(images[0])[0, :, 0].tolist() == [0, 0, 51, 255, 255]
 
 
@@ -195,4 +195,4 @@ def test_values_outside_pixel_range_are_clipped() -> None:
 )
 def test_invalid_pixel_range_raises(pixel_range: object) -> None:
     with pytest.raises(ValueError, match="pixel_range must be 'auto' or a pair"):
-        MeanColour(pixel_range=pixel_range).fit(STACK)
+        MeanColor(pixel_range=pixel_range).fit(STACK)

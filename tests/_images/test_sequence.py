@@ -9,7 +9,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-from mean_colour import STACK, MeanColour, save_stack
+from mean_color import STACK, MeanColor, save_stack
 from PIL import Image
 
 from sktl._images.validation import validate_images
@@ -32,7 +32,7 @@ def test_files_are_opened_on_access(monkeypatch: pytest.MonkeyPatch) -> None:
             pd.DataFrame({"path": names}),
             pl.Series(names),
         ]
-        images = [MeanColour().validate(X, reset=True) for X in forms]
+        images = [MeanColor().validate(X, reset=True) for X in forms]
     for each in images:
         assert len(each) == 1000
         with pytest.raises(
@@ -43,22 +43,22 @@ def test_files_are_opened_on_access(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_images_are_not_copied(paths: list[str]) -> None:
     column = pd.Series(paths, dtype="string")
-    images = MeanColour().validate(column)
+    images = MeanColor().validate(column)
     assert images._images is column.array
-    assert MeanColour().validate(paths)._images is paths
+    assert MeanColor().validate(paths)._images is paths
 
 
 def test_X_is_not_modified() -> None:
     for dtype in (np.uint8, np.float32, np.int8):
         X = STACK.astype(dtype)
         before = X.copy()
-        images = MeanColour(pixel_range=(-200, 300)).validate(X)
+        images = MeanColor(pixel_range=(-200, 300)).validate(X)
         images[0].putpixel((0, 0), (1, 2, 3))
         np.testing.assert_array_equal(X, before)
 
 
 def test_threads_decode_concurrently(paths: list[str]) -> None:
-    images = MeanColour().validate(pl.Series(paths * 20))
+    images = MeanColor().validate(pl.Series(paths * 20))
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(images.__getitem__, range(len(images))))
     for index, image in enumerate(results):
@@ -67,7 +67,7 @@ def test_threads_decode_concurrently(paths: list[str]) -> None:
 
 def test_iteration_ends(paths: list[str]) -> None:
     for X in (paths, STACK, pd.Series(paths), pl.Series(paths), STACK[..., 0]):
-        assert len(list(MeanColour().validate(X))) == len(paths)
+        assert len(list(MeanColor().validate(X))) == len(paths)
 
 
 def test_portable_paths_are_absolute(
@@ -76,7 +76,7 @@ def test_portable_paths_are_absolute(
     folder = Path(paths[0]).parent
     monkeypatch.chdir(folder)
     X = [Path(paths[0]).name, Path(Path(paths[1]).name), paths[2], STACK[2]]
-    images = validate_images(X, estimator=MeanColour(), reset=True).subset([3, 1, 0, 2])
+    images = validate_images(X, estimator=MeanColor(), reset=True).subset([3, 1, 0, 2])
     expected = [np.asarray(image) for image in images]
     portable = images.portable()
     monkeypatch.chdir(tmp_path.parent)
@@ -92,7 +92,7 @@ def test_portable_images_are_pickled_without_loss() -> None:
     rotated.getexif()[274] = 6  # rotated by 90 degrees
     tensors = torch.from_numpy(np.repeat(STACK[:2], 100, axis=0))
     X = [palette.quantize(), rotated, Image.fromarray(STACK[2]).convert("L"), *tensors]
-    images = validate_images(X, estimator=MeanColour(), reset=True)
+    images = validate_images(X, estimator=MeanColor(), reset=True)
     some = images.subset(range(5))
     portable = pickle.loads(pickle.dumps(some.portable()))
     for index in range(5):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from mean_colour import STACK, MeanColour, check_images, encode_png, save_stack
+from mean_color import STACK, MeanColor, check_images, encode_png, save_stack
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
@@ -72,10 +72,10 @@ class Arrays(Decoded):
 def test_datasets_of_torch(folder, make, advice):
     X = make(folder)
     with pytest.raises(TypeError, match=f"Got {type(X).__name__}, a data") as error:
-        MeanColour().fit(X)
+        MeanColor().fit(X)
     assert advice in str(error.value)
     with pytest.raises(TypeError, match=r"X\[0\] is a .*, not an image"):
-        MeanColour().fit([X])
+        MeanColor().fit([X])
 
 
 def test_advice_for_datasets_is_right(folder):
@@ -99,7 +99,7 @@ def test_advice_for_datasets_is_right(folder):
 def test_pairs_of_images_and_labels(pair, folder):
     pairs = [pair(Path(path)) for path, _ in folder.samples]
     with pytest.raises(TypeError, match=r"X\[0\], a tuple of .* Pass images and lab"):
-        MeanColour().fit(pairs)
+        MeanColor().fit(pairs)
 
 
 def test_images_as_tuples_of_rows():
@@ -116,10 +116,10 @@ def test_open_files(kind, tmp_path):
         file = open(path, "rb") if kind == "disk" else tempfile.NamedTemporaryFile()
     with file:
         with pytest.raises(TypeError, match=rf"open file.*\[X\.{content}\(\)\]"):
-            MeanColour().fit(file)
+            MeanColor().fit(file)
         for X in ([path, file], (path, file), pd.Series([path, file])):
             with pytest.raises(TypeError, match=rf"X\[1\] is an .* X\[1\]\.{content}"):
-                MeanColour().fit(X)
+                MeanColor().fit(X)
         if kind == "memory":
             check_images([file.getvalue()], STACK[:1])
 
@@ -157,7 +157,7 @@ def test_any_sequence_of_files(type_, tmp_path):
 )
 def test_objects_like_datasets(element):
     with pytest.raises(TypeError, match="Got Indexable with elements of type"):
-        MeanColour().fit(Indexable([element]))
+        MeanColor().fit(Indexable([element]))
 
 
 def test_other_objects_raise_errors_of_scikit_learn():
@@ -170,11 +170,11 @@ def test_other_objects_raise_errors_of_scikit_learn():
 
     for X in (Unreadable(), object(), 3, None):
         with pytest.raises((ValueError, TypeError, KeyError), match=r"\w"):
-            MeanColour().fit(X)
+            MeanColor().fit(X)
     with pytest.raises(ValueError, match="Expected 2D array, got 1D array"):
-        MeanColour().fit(Indexable([1.0, 2.0]))
+        MeanColor().fit(Indexable([1.0, 2.0]))
     with pytest.raises(TypeError, match=r"Got dict_values\. Pass a list"):
-        MeanColour().fit({"a": "a.png"}.values())
+        MeanColor().fit({"a": "a.png"}.values())
 
 
 def test_torch_is_not_imported() -> None:

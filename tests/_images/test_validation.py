@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mean_colour import (
+from mean_color import (
     GREY,
     STACK,
-    MeanColour,
+    MeanColor,
     check_images,
     decode_all,
     encode_png,
@@ -49,7 +49,7 @@ def paths(tmp_path: Path) -> list[str]:
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 def test_estimator_checks_of_scikit_learn() -> None:
     names = set()
-    for estimator, check_ in estimator_checks_generator(MeanColour()):
+    for estimator, check_ in estimator_checks_generator(MeanColor()):
         name = getattr(check_, "func", check_).__name__
         if name != "check_array_api_input":  # needs an environment variable at import
             check_(estimator)
@@ -59,7 +59,7 @@ def test_estimator_checks_of_scikit_learn() -> None:
 
 
 def test_invalid_arrays_raise_errors_of_scikit_learn() -> None:
-    mean = MeanColour()
+    mean = MeanColor()
     with pytest.raises(ValueError, match="Expected 2D array, got 1D array instead"):
         mean.fit([1.0, 2.0])
     with pytest.raises(ValueError, match="Expected 2D array, got 1D array instead"):
@@ -82,11 +82,9 @@ def test_invalid_arrays_raise_errors_of_scikit_learn() -> None:
 )
 def test_empty_input_raises(X: object) -> None:
     message = "Found array with 0 sample(s) (shape=(0,)) while a minimum of 1 is req"
-    advice = (
-        "uired by MeanColour. If X comes from load_files, the images must be in one"
-    )
+    advice = "uired by MeanColor. If X comes from load_files, the images must be in one"
     with pytest.raises(ValueError, match=re.escape(message + advice)):
-        MeanColour().fit(X)
+        MeanColor().fit(X)
 
 
 def test_folder_without_folders_of_classes_raises(tmp_path: Path) -> None:
@@ -95,8 +93,8 @@ def test_folder_without_folders_of_classes_raises(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"0 sample\(s\).*one folder per class\. .*glob"
     ):
-        MeanColour().fit(X)
-    MeanColour().fit(sorted(tmp_path.glob("*.jpg")))
+        MeanColor().fit(X)
+    MeanColor().fit(sorted(tmp_path.glob("*.jpg")))
 
 
 @pytest.mark.parametrize(
@@ -108,14 +106,14 @@ def test_folder_without_folders_of_classes_raises(tmp_path: Path) -> None:
     ],
 )
 def test_table_or_stack_without_rows_raises(X: object) -> None:
-    with pytest.raises(ValueError, match=r"0 sample\(s\).* by MeanColour"):
-        MeanColour().fit(X)
+    with pytest.raises(ValueError, match=r"0 sample\(s\).* by MeanColor"):
+        MeanColor().fit(X)
 
 
 def test_feature_attributes_are_those_of_the_last_fit(paths: list[str]) -> None:
-    mean = MeanColour().fit(np.zeros((2, 16)))
+    mean = MeanColor().fit(np.zeros((2, 16)))
     assert mean.n_features_in_ == 16
-    with pytest.raises(ValueError, match="9 features, but MeanColour is expecting 16"):
+    with pytest.raises(ValueError, match="9 features, but MeanColor is expecting 16"):
         mean.transform(np.zeros((2, 9)))
     mean.fit(pd.DataFrame({"path": paths}))
     assert mean.n_features_in_ == 1
@@ -130,7 +128,7 @@ def test_feature_attributes_are_those_of_the_last_fit(paths: list[str]) -> None:
 
 
 def test_invalid_input_does_not_change_feature_attributes() -> None:
-    mean = MeanColour().fit(np.zeros((2, 16)))
+    mean = MeanColor().fit(np.zeros((2, 16)))
     for X in (["http://x/y.png"], np.zeros((2, 5, 5, 2)), [None]):
         with pytest.raises(ValueError, match="X"):
             mean.fit(X)
@@ -155,7 +153,7 @@ def test_same_image_in_every_form(
     path.write_bytes(file)
     with Image.open(path) as image:
         forms = [path, str(path), file, image, pixels, torch.from_numpy(pixels)]
-        first, *others = decode_all(MeanColour().validate(forms))
+        first, *others = decode_all(MeanColor().validate(forms))
     for other in others:
         np.testing.assert_array_equal(other, first)
     check_images(pixels[np.newaxis], [first])
@@ -198,23 +196,23 @@ def test_container(container, paths: list[str]) -> None:
 
 def test_column_selected_by_column_transformer(paths: list[str]) -> None:
     X = {"price": [1, 2, 3], "path": paths}
-    columns = ColumnTransformer([("images", MeanColour(), ["path"])])
+    columns = ColumnTransformer([("images", MeanColor(), ["path"])])
     expected = STACK.mean((1, 2), dtype=np.float64)
     for table in (pd.DataFrame(X), pl.DataFrame(X)):
         np.testing.assert_allclose(columns.fit_transform(table), expected, rtol=1e-6)
     for table in (pd.DataFrame(X), pl.DataFrame(X), pd.DataFrame(X).to_numpy()):
         with pytest.raises(ValueError, match=r"Got 2 columns.* Select one"):
-            MeanColour().fit(table)
+            MeanColor().fit(table)
 
 
 def test_images_of_all_sizes_and_channels() -> None:
-    grey, colour = GREY[0], STACK[1]
+    grey, color = GREY[0], STACK[1]
     opaque = np.dstack([STACK[2], np.full((6, 5), 255, np.uint8)])
-    X = [grey, grey[:2, :3, np.newaxis], colour[::-1, ::2], opaque]
+    X = [grey, grey[:2, :3, np.newaxis], color[::-1, ::2], opaque]
     expected = [
         repeat_grey(grey),
         repeat_grey(grey[:2, :3]),
-        colour[::-1, ::2],
+        color[::-1, ::2],
         STACK[2],
     ]
     check_images(X, expected)
@@ -243,8 +241,8 @@ def test_any_memory_layout(kind: str, tmp_path: Path) -> None:
 def test_nullable_integers_stay_integers() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16), dtype=np.uint8)
     frame = pd.DataFrame(pixels, columns=list("abcdefghijklmnop"))
-    expected = validate_images(frame, estimator=MeanColour(), reset=True)
-    got = validate_images(frame.astype("UInt8"), estimator=MeanColour(), reset=True)
+    expected = validate_images(frame, estimator=MeanColor(), reset=True)
+    got = validate_images(frame.astype("UInt8"), estimator=MeanColor(), reset=True)
     for index in range(3):
         assert np.array_equal(got[index], expected[index])
 
@@ -267,11 +265,11 @@ def test_image_shape() -> None:
     check_images(np.uint8([[1, 2, 3]]), [[[[1, 2, 3]]]])
 
 
-def test_rows_of_square_colour_images_warn_of_their_layout() -> None:
+def test_rows_of_square_color_images_warn_of_their_layout() -> None:
     rows = STACK[:, :5].reshape(3, 75)
     message = r"75 features.*of 5 x 5 pixels with the channels last.*\(3, 5, 5\) if all"
     with pytest.warns(UserWarning, match=message) as w:
-        images = decode_all(MeanColour().validate(rows))
+        images = decode_all(MeanColor().validate(rows))
     assert len(w) == 1
     np.testing.assert_array_equal(images, STACK[:, :5])
     check_images(rows, STACK[:, :5], image_shape=(5, 5, 3))  # without a warning
@@ -282,11 +280,11 @@ def test_rows_with_the_channels_first(n_channels: int) -> None:
     stack = np.concatenate([STACK, np.full_like(STACK[..., :1], 255)], axis=3)
     stack = stack[..., -n_channels:]
     rows = torch.from_numpy(stack).permute(0, 3, 1, 2).flatten(1)
-    expected = decode_all(MeanColour().validate(stack))
+    expected = decode_all(MeanColor().validate(stack))
     check_images(rows, expected, image_shape=(n_channels, 6, 5))
     check_images(rows.tolist(), expected, image_shape=[n_channels, 6, 5], **BYTES)
-    images = MeanColour(image_shape=(n_channels, 6, 5)).validate(rows)
-    assert images.content_hashes() == MeanColour().validate(stack).content_hashes()
+    images = MeanColor(image_shape=(n_channels, 6, 5)).validate(rows)
+    assert images.content_hashes() == MeanColor().validate(stack).content_hashes()
     portable = pickle.loads(pickle.dumps(images.subset([2, 0]).portable()))
     np.testing.assert_array_equal(decode_all(portable), [expected[2], expected[0]])
 
@@ -295,7 +293,7 @@ def test_image_one_pixel_high_warns() -> None:
     with pytest.warns(
         UserWarning, match=r"30 features.* one pixel high. Set image_sh.*\(channels, "
     ) as w:
-        images = MeanColour().validate(GREY.reshape(3, 30))
+        images = MeanColor().validate(GREY.reshape(3, 30))
     assert len(w) == 1
     assert images[0].size == (30, 1)
 
@@ -303,10 +301,10 @@ def test_image_one_pixel_high_warns() -> None:
 def test_image_shape_of_wrong_size_raises() -> None:
     message = r"30 features, but image_shape=\(6, 5, 3\) requires 6 x 5 x 3 = 90"
     with pytest.raises(ValueError, match=message):
-        MeanColour(image_shape=(6, 5, 3)).fit(GREY.reshape(3, 30))
+        MeanColor(image_shape=(6, 5, 3)).fit(GREY.reshape(3, 30))
     message = r"30 features, but image_shape=\(3, 6, 5\) requires 3 x 6 x 5 = 90"
     with pytest.raises(ValueError, match=message):
-        MeanColour(image_shape=(3, 6, 5)).fit(GREY.reshape(3, 30))
+        MeanColor(image_shape=(3, 6, 5)).fit(GREY.reshape(3, 30))
 
 
 @pytest.mark.parametrize(
@@ -315,7 +313,7 @@ def test_image_shape_of_wrong_size_raises() -> None:
 )
 def test_invalid_image_shape_raises(image_shape: object, paths: list[str]) -> None:
     with pytest.raises(ValueError, match=r"image_shape must be 'auto', \(height"):
-        MeanColour(image_shape=image_shape).fit(paths)
+        MeanColor(image_shape=image_shape).fit(paths)
 
 
 # Unsupported input
@@ -337,7 +335,7 @@ def test_invalid_image_shape_raises(image_shape: object, paths: list[str]) -> No
 )
 def test_X_that_is_not_a_sequence_raises(X: object, message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        MeanColour().fit(X)
+        MeanColor().fit(X)
 
 
 @pytest.mark.parametrize(
@@ -375,7 +373,7 @@ def test_element_that_is_not_an_image_raises(element: object, message: str) -> N
     X[1] = element
     for form in (X, X.tolist() if not isinstance(element, np.generic) else list(X)):
         with pytest.raises(ValueError, match=message):
-            MeanColour().fit(form)
+            MeanColor().fit(form)
 
 
 @pytest.mark.parametrize("missing", [None, pd.NA, np.nan])
@@ -384,15 +382,15 @@ def test_missing_value_in_a_column_raises(missing: object) -> None:
         column = pd.Series(["a.png", missing], dtype=dtype)
         for X in (column, column.to_frame("path")):
             with pytest.raises(ValueError, match=r"X\[1\] is missing"):
-                MeanColour().fit(X)
+                MeanColor().fit(X)
     with pytest.raises(ValueError, match=r"X\[1\] is missing \(None\)"):
-        MeanColour().fit(pl.Series(["a.png", None]))
+        MeanColor().fit(pl.Series(["a.png", None]))
 
 
 def test_path_below_a_missing_value_still_raises() -> None:
     table = pd.DataFrame({"path": [None, "a.jpg"], "altitude": [1, 2]})
     with pytest.raises(ValueError, match="must have a single column"):
-        validate_images(table, estimator=MeanColour(), reset=True)
+        validate_images(table, estimator=MeanColor(), reset=True)
 
 
 @pytest.mark.parametrize(
@@ -414,13 +412,13 @@ def test_path_below_a_missing_value_still_raises() -> None:
 @pytest.mark.filterwarnings("ignore:X has 2 features")
 def test_array_that_is_not_a_stack_raises(X: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MeanColour().fit(X)
+        MeanColor().fit(X)
 
 
 def test_stack_of_objects_raises() -> None:
     X = np.zeros((2, 4, 4, 3), dtype=object)
     with pytest.raises(ValueError, match=r"dtype object.* np\.stack"):
-        validate_images(X, estimator=MeanColour(), reset=True)
+        validate_images(X, estimator=MeanColor(), reset=True)
 
 
 def test_torch_is_not_imported() -> None:

@@ -246,8 +246,8 @@ def test_another_version_of_the_decoder_has_its_own_namespace(
 
 def test_a_file_replaced_by_another_of_the_same_size(counting, tmp_path):
     file = tmp_path / "a.bmp"
-    for colour in ("red", "blue"):
-        Image.new("RGB", (8, 8), colour).save(file)
+    for color in ("red", "blue"):
+        Image.new("RGB", (8, 8), color).save(file)
         os.utime(file, ns=(10**18, 10**18))
         expected = clone(counting).set_params(memory=None).transform([file])
         np.testing.assert_array_equal(counting.transform([file]), expected)

@@ -65,8 +65,8 @@ class ImageFiles:
 
 def image_files():
     """Return one small file of each format and mode, by name."""
-    colour = np.random.default_rng(0).integers(0, 256, (11, 14, 3), np.uint8)
-    rgb = Image.fromarray(np.kron(colour, np.ones((2, 2, 1), np.uint8)))
+    color = np.random.default_rng(0).integers(0, 256, (11, 14, 3), np.uint8)
+    rgb = Image.fromarray(np.kron(color, np.ones((2, 2, 1), np.uint8)))
     grey, alpha = rgb.convert("L"), Image.fromarray(np.asarray(rgb)[:, :, 0])
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     floats = Image.fromarray(np.asarray(grey).astype(np.float32) / 255)

@@ -186,7 +186,7 @@ def held_by(kind, rows):
         if not all(isinstance(row, np.ndarray) for row in rows):
             return list(rows)
         alike = len({(row.shape, row.dtype) for row in rows}) == 1
-        # (n, h, 3) looks like one colour image, and raises.
+        # (n, h, 3) looks like one color image, and raises.
         if not alike or (rows[0].ndim == 2 and rows[0].shape[1] in (3, 4)):
             return list(rows)
         return np.stack(rows)

@@ -15,8 +15,8 @@ STACK = RNG.integers(0, 256, (3, 6, 5, 3), dtype=np.uint8)
 GREY = RNG.integers(0, 256, (3, 6, 5), dtype=np.uint8)
 
 
-class MeanColour(TransformerMixin, BaseEstimator):
-    """Transformer to the mean colour of each image, based on `validate_images` only."""
+class MeanColor(TransformerMixin, BaseEstimator):
+    """Transformer to the mean color of each image, based on `validate_images` only."""
 
     def __init__(self, image_shape="auto", pixel_range="auto"):
         self.image_shape = image_shape
@@ -59,7 +59,7 @@ def decode_all(images: ImageSequence) -> list[np.ndarray]:
 def check_images(X, expected, **params) -> None:
     """Check that `fit` and `transform` both decode the expected pixels from X."""
     for reset in (True, False):
-        result = decode_all(MeanColour(**params).validate(X, reset=reset))
+        result = decode_all(MeanColor(**params).validate(X, reset=reset))
         assert len(result) == len(expected)
         for pixels, expected_pixels in zip(result, expected, strict=True):
             np.testing.assert_array_equal(pixels, expected_pixels)
