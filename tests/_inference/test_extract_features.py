@@ -51,6 +51,7 @@ def passes():
         yield n_images
 
 
+@pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow")
 @pytest.mark.parametrize(
     ("layers", "pooling", "precision"),
     [

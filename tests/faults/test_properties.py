@@ -42,6 +42,14 @@ def holds_for_all(max_examples, *strategies):
     )(given(*strategies)(check))()
 
 
+# Drawn images may be dark, or transparent everywhere.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The largest value"),
+    pytest.mark.filterwarnings("ignore:.* is transparent everywhere"),
+    pytest.mark.filterwarnings("ignore:.* has four channels, and the fourth"),
+]
+
+
 def few_and_many(few, many):
     """Parametrize the number of examples of a property."""
     return pytest.mark.parametrize(
