@@ -25,6 +25,24 @@ def write_tiff(
     return buffer.getvalue()
 
 
+def upright_by_orientation(pixels: np.ndarray) -> dict[int, np.ndarray]:
+    """Return the upright image for each value of tag 274.
+
+    The tag defines the sides of the image that the first stored row and the first
+    stored column are.
+    """
+    return {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.swapaxes(0, 1),
+        6: np.rot90(pixels, -1),
+        7: pixels.swapaxes(0, 1)[::-1, ::-1],
+        8: np.rot90(pixels, 1),
+    }
+
+
 LAYOUTS = {
     "strips": {"rowsperstrip": 5},
     "deflate": {"compression": "zlib", "predictor": False},

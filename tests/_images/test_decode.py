@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import upright_by_orientation
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -247,17 +248,7 @@ def corpus() -> Iterator[tuple[str, bytes, np.ndarray, int]]:
     grey = repeat_grey(PATCHES[..., 0])
     yield "WEBP lossy", encode(grey, "WEBP"), grey, 6
 
-    # By orientation tag, which defines the top and the left of the stored pixels.
-    upright = {
-        1: PATCHES,
-        2: PATCHES[:, ::-1],
-        3: PATCHES[::-1, ::-1],
-        4: PATCHES[::-1],
-        5: PATCHES.swapaxes(0, 1),
-        6: np.rot90(PATCHES, -1),
-        7: PATCHES.swapaxes(0, 1)[::-1, ::-1],
-        8: np.rot90(PATCHES, 1),
-    }
+    upright = upright_by_orientation(PATCHES)
     for orientation, expected in upright.items():
         data = exif_orientation(orientation)
         yield (

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
+from image_files import upright_by_orientation
 from PIL import Image, PngImagePlugin
 
 from sktl._images.decode import decode
@@ -15,18 +16,7 @@ PATCHES = np.kron(
     np.array([[[200, 60, 60], [60, 180, 60]], [[60, 60, 200], [220, 220, 90]]]),
     np.ones((16, 32, 1)),
 ).astype(np.uint8)  # (32, 64, 3)
-# By the definition of tag 274: the sides of the image that the first stored row and the
-# first stored column are.
-UPRIGHT = {
-    1: PATCHES,
-    2: PATCHES[:, ::-1],
-    3: PATCHES[::-1, ::-1],
-    4: PATCHES[::-1],
-    5: PATCHES.swapaxes(0, 1),
-    6: np.rot90(PATCHES, -1),
-    7: PATCHES.swapaxes(0, 1)[::-1, ::-1],
-    8: np.rot90(PATCHES, 1),
-}
+UPRIGHT = upright_by_orientation(PATCHES)
 LOSSLESS = {
     "PNG": {},
     "TIFF": {},
