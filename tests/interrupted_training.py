@@ -4,10 +4,12 @@
 at the given number of an event; see `Kill`.
 """
 
+import contextlib
 import os
 import random
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -139,9 +141,16 @@ class Kill(Callback):
         print("epoch", flush=True)
 
 
-def main():
+def run_in_a_fork(output, *arguments):
+    """Run one training in a process of a fork server; print to the given pipe."""
+    warnings.simplefilter("error")
+    with open(output.fileno(), "w", closefd=False) as file:
+        with contextlib.redirect_stdout(file):
+            main(*arguments)
+
+
+def main(directory, name, event, number):
     """Run one training."""
-    directory, name, event, number = sys.argv[1:]
     X, y = load_data()
     classifier = make_classifier(directory, name, callbacks=[Kill(event, int(number))])
     if event == "interrupt":  # train until interrupted
@@ -157,4 +166,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -4,6 +4,7 @@ The processes run `interrupted_training.py`.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from interrupted_training import KINDS, load_data, make_classifier
+from interrupted_training import KINDS, load_data, make_classifier, run_in_a_fork
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV
@@ -30,22 +31,34 @@ from sktl._utils.tensor_file import read_tensors
 PROGRAM = Path(__file__).parents[1] / "interrupted_training.py"
 
 
-def start(directory, name, event="never", number=0):
-    command = [sys.executable, "-W", "error", PROGRAM, directory, name, event]
-    pipe = subprocess.PIPE
-    return subprocess.Popen([*map(str, command), str(number)], stdout=pipe, text=True)
+def start(directory, name, event):
+    command = [sys.executable, "-W", "error", PROGRAM, directory, name, event, "0"]
+    return subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True)
 
 
-def killed(directory, name, event, number):
+@pytest.fixture(scope="module")
+def fork_server():
+    """Return a context whose processes start quickly: their imports are done once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sktl", "skorch", "sklearn.model_selection"])
+    return context
+
+
+def killed(context, directory, name, event, number):
     """Kill a training at an event; return the number of epochs in its checkpoint."""
-    process = start(directory, name, event, 0 if event == "seconds" else number)
-    if event == "seconds":
-        process.stdout.readline()
-        time.sleep(number)
-        with contextlib.suppress(ProcessLookupError):
+    output, pipe = context.Pipe(duplex=False)
+    arguments = (pipe, directory, name, event, 0 if event == "seconds" else number)
+    process = context.Process(target=run_in_a_fork, args=arguments)
+    process.start()
+    pipe.close()
+    with output:
+        if event == "seconds":
+            os.read(output.fileno(), 1)  # of "training"
+            time.sleep(number)
             process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL or event == "seconds"
+        process.join()
+    assert process.exitcode == -signal.SIGKILL or event == "seconds"
+    process.close()
     file = directory / "checkpoint" / "fine_tuning.safetensors"
     return read_tensors(file)[1]["epoch"] if file.exists() else 0
 
@@ -73,9 +86,9 @@ KILLS = {
         for kills in rows
     ],
 )
-def test_killed_training_resumes_to_equal_bits(tmp_path, name, kills):
+def test_killed_training_resumes_to_equal_bits(fork_server, tmp_path, name, kills):
     X, y = load_data()
-    epochs = [killed(tmp_path, name, *kill) for kill in kills]
+    epochs = [killed(fork_server, tmp_path, name, *kill) for kill in kills]
     assert epochs == sorted(epochs)
     seed = checkpoint_seed(tmp_path / "checkpoint", -1)
     estimator = make_classifier(tmp_path, name).fit(X, y)
