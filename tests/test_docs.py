@@ -102,16 +102,22 @@ def readers_folder(tmp_path, monkeypatch, images):
 
 
 # Small networks in the README's place of one that would have to be downloaded.
-TINY = 'PretrainedFeatures("tiny"'
+SMALL = {
+    "PretrainedClassifier": "resnet_mini",  # has categories
+    "PretrainedFeatures": "tiny",
+    "FineTunedCNNClassifier": "five stages",
+}
 
 
 @pytest.mark.docs
 @pytest.mark.usefixtures("readers_folder")
 def test_readme_code_runs(capsys):
-    text = README.read_text().replace('PretrainedFeatures("resnet18"', TINY)
-    text = text.replace("resnet18", "resnet_mini").replace('"ant"', '"fly"')
+    text = README.read_text().replace('"ant"', '"fly"')
+    for estimator, network in SMALL.items():
+        text = text.replace(f'{estimator}("resnet18"', f'{estimator}("{network}"')
     text = text.replace('["stage3", "stage4"]', '["stem", "stage1"]')
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert not [block for block in blocks if "resnet18" in block]
     names: dict[str, object] = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)

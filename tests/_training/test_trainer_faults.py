@@ -203,13 +203,13 @@ def loss(estimator, X, y):
 
 
 @pytest.mark.slow
-def test_two_workers_find_the_scores_of_one(bundled):
+def test_two_workers_find_the_scores_of_one(bundled, tmp_path):
     X, _ = load_data()
     y = np.repeat([0, 1], 20)
     searches = [
         GridSearchCV(
-            bundled,
-            {"lr": [1e-4, 1e-2]},
+            clone(bundled).set_params(memory=tmp_path / str(n_jobs)),
+            {"lr": [1e-4, 1e-2], "trainable": [1, "all"]},
             cv=2,
             scoring={"loss": loss, "threads": count_threads},
             refit=False,
