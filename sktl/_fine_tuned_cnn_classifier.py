@@ -103,9 +103,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         other fit is refused (functions are compared by name only). For one fit at a
         time, not for a search.
     callbacks : list of skorch callbacks or None, default=None
-        Copies of them are called during training, with the labels as targets. Those
-        that the training would ignore, such as ``LRScheduler``, are refused; the user
-        guide lists them.
+        Copies of them, which `fit` leaves in ``net_.callbacks_``, are called during
+        training, with the labels as targets. Those that the training would ignore,
+        such as ``LRScheduler``, are refused; the user guide lists them.
     image_size : int or None, default=None
         Side in pixels of the square image that the network gets. None: the size that
         the weights were trained with.

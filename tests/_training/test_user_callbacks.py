@@ -211,8 +211,9 @@ class Hooks(Callback):
 
 
 def test_what_the_hooks_are_called_with(images):
+    mine = Hooks()
     fitted = make_classifier(
-        max_epochs=1, batch_size=40, callbacks=[("mine", Hooks())]
+        max_epochs=1, batch_size=40, callbacks=[("mine", mine)]
     ).fit(images, LABELS)
     labels, dtype = list(LABELS), LABELS.dtype
     assert dict(fitted.net_.callbacks_)["mine"].seen == [
@@ -222,6 +223,7 @@ def test_what_the_hooks_are_called_with(images):
         ("epoch", labels, None),
         ("end", 40, labels),
     ]
+    assert mine.seen == []  # the parameter is copied
 
 
 @pytest.mark.parametrize("verbose", [0, 1])
