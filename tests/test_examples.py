@@ -209,6 +209,59 @@ def test_the_throughput_benchmark_measures_all_methods(images, tmp_path):
     assert "not measured" not in out
 
 
+@pytest.mark.slow
+def test_the_transfer_benchmark_computes_each_result_once(tmp_path):
+    command = [sys.executable, EXAMPLES / "benchmarks" / "transfer_quality.py"]
+    command += ["--quick", "--only", "frozen,fastai-recipe", "--out", tmp_path / "out"]
+    command += ["--data", tmp_path / "none"]
+    outputs = [
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for _ in range(2)
+    ]
+    assert "2 of 2 results to compute" in outputs[0]
+    assert "0 of 2 results to compute" in outputs[1]
+    tables = [out[out.index("Accuracy per cell") :] for out in outputs]
+    assert tables[0] == tables[1]
+    assert "| cell | n | seeds | frozen | fastai-recipe |" in tables[0]
+    for method in ("frozen", "fastai-recipe"):
+        assert f"\n| {method} | 0." in tables[0]
+
+
+def test_the_transfer_benchmark_compares_methods_on_the_same_images(
+    monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    report = importlib.import_module("transfer_report")
+
+    def results(**correct):
+        return {
+            name: {
+                "accuracy": each.count("1") / len(each),
+                "correct": each,
+                "n_train": 9,
+                "fit_seconds": 2.0,
+            }
+            for name, each in correct.items()
+        }
+
+    seeds = {
+        0: results(frozen="1110", default="1000", autogluon="1100"),
+        1: results(frozen="1111", default="1001", autogluon="1111"),
+        2: results(frozen="1111"),  # incomplete
+    }
+    report.print_report({"cell": seeds}, ["frozen", "default", "autogluon"])
+    lines = capsys.readouterr().out.splitlines()
+    # The default loses two of four images to frozen features with both seeds. Each of
+    # the eight differences has a variance of 1/4, so that of their mean is 1/32.
+    assert "| cell | 9 | 2 | 0.875 ± 0.177 | 0.375 ± 0.177 | 0.750 ± 0.354 |" in lines
+    assert "| frozen | 0.8750 | 0.1250 | 0.1768 | 1.00 | 2.0 |" in lines
+    assert f"  cell: -0.5000 ± {(1 / 32) ** 0.5:.4f}" in lines
+    assert lines[-5].endswith("more than one standard error in 1 of 1 cells: cell.")
+    # The script wins by one image and by two.
+    assert "  cell: autogluon by 0.3750 ± 0.1654" in lines
+    assert lines[-1] == "  in 1 of 1 cells"
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("name", "needs"),
