@@ -24,6 +24,15 @@ from torch import Tensor, nn
 
 from sktl import FeatureStore, Preprocessing, register_backbone
 
+# Settings of a training whose defaults are selected or depend on the number of images.
+FIXED = {
+    "lr": 1e-4,
+    "head_init": "linear_probe",
+    "wise_ft_alpha": 0.4,
+    "lr_schedule": "cosine",
+    "batch_size": 32,
+}
+
 
 class StagedNet(nn.Module):
     """Network of the given stages and a head that averages over the image."""

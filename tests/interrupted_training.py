@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from conftest import TinyNet
+from conftest import FIXED, TinyNet
 from sklearn.datasets import load_sample_images
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils import check_random_state
@@ -46,6 +46,12 @@ KINDS = {
         "hidden_layer_sizes": 8,
         "lr_schedule": "onecycle",
     },
+    "selection": {
+        "lr": "auto",
+        "head_init": "auto",
+        "augmentation": random_rotation,
+        "dropout": 0.3,
+    },
     "no random state": {
         "random_state": None,
         "dropout": 0.5,
@@ -74,6 +80,7 @@ def make_classifier(directory, name, **options):
         torch.manual_seed(0)
         safetensors.torch.save_file(TinyNet().state_dict(), weights)
     defaults = {
+        **FIXED,
         "max_epochs": N_EPOCHS,
         "batch_size": 8,
         "lr": 0.01,
@@ -89,15 +96,18 @@ def make_classifier(directory, name, **options):
     )
 
 
+fsync = os.fsync
+
+
 class Kill(Callback):
     """Kill this process.
 
     Parameters
     ----------
-    event : {"batch", "gradient", "epoch", "write", "never"}
-        At the end of a training or validation batch; between backward pass and step;
-        after an epoch, before its checkpoint is written; or when half of the
-        checkpoint is written.
+    event : {"selection", "batch", "gradient", "epoch", "write", "never"}
+        When half of a checkpoint of the selection is written; at the end of a training
+        or validation batch; between backward pass and step; after an epoch, before its
+        checkpoint is written; or when half of the checkpoint is written.
     number : int
         Number of the event, from 1.
     """
@@ -113,19 +123,22 @@ class Kill(Callback):
             if self.number == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    def on_train_begin(self, net, **rest):
-        """Print that the training begins, and count written files from now on."""
-        print("training", flush=True)
-        fsync = os.fsync
+    def count_files(self, event):
+        """Count written files from now on."""
 
         def counted(descriptor):
             size = os.fstat(descriptor).st_size
-            if self.event == "write" and self.number == 1:
+            if self.event == event and self.number == 1:
                 os.ftruncate(descriptor, size // 2)
-            self.count("write")
+            self.count(event)
             fsync(descriptor)
 
         os.fsync = counted
+
+    def on_train_begin(self, net, **rest):
+        """Print that the training begins, and count its files."""
+        print("training", flush=True)
+        self.count_files("write")
 
     def on_batch_end(self, net, **rest):
         """Count a batch."""
@@ -152,7 +165,9 @@ def run_in_a_fork(output, *arguments):
 def main(directory, name, event, number):
     """Run one training."""
     X, y = load_data()
-    classifier = make_classifier(directory, name, callbacks=[Kill(event, int(number))])
+    kill = Kill(event, int(number))
+    kill.count_files("selection")
+    classifier = make_classifier(directory, name, callbacks=[kill])
     if event == "interrupt":  # train until interrupted
         classifier.set_params(max_epochs=10**6)
     estimator = classifier

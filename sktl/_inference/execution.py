@@ -25,6 +25,7 @@ PRECISIONS = {
     "float16": torch.float16,
 }
 ENGINES = ("torch", "compile", "openvino")
+_BATCH_SIZE = 32  # if it is "auto"
 _MIN_LARGE = 40_000_000  # parameters of a network that takes seconds to compile
 # Names in torch.cpu.get_capabilities(), on x86 and on ARM.
 _NATIVE_BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")
@@ -60,7 +61,7 @@ class ExecutionConfig:
     engine: str
     # The following change neither the compiled model nor a cached row, so that
     # configurations which differ only here compare equal and share both.
-    batch_size: int = field(default=32, compare=False)
+    batch_size: int = field(default=_BATCH_SIZE, compare=False)
     n_jobs: int | None = field(default=None, compare=False)
     verbose: int = field(default=0, compare=False)
     prefers_eager: bool = field(default=False, compare=False)
@@ -73,7 +74,7 @@ class ExecutionConfig:
         ----------
         estimator : estimator
             With the parameters `device`, `precision`, `engine`, `batch_size`, `n_jobs`
-            and `verbose`. The first three may be "auto".
+            and `verbose`. The first four may be "auto".
 
         Returns
         -------
@@ -93,7 +94,7 @@ class ExecutionConfig:
             device,
             resolve_precision(estimator.precision, device),
             engine,
-            batch_size=estimator.batch_size,
+            batch_size=resolve_batch_size(estimator.batch_size),
             n_jobs=estimator.n_jobs,
             verbose=estimator.verbose,
             prefers_eager=estimator.engine == "auto" and engine != "torch",
@@ -200,6 +201,11 @@ def _best_device() -> torch.device:
     # Cached: the lookup is slow in torch, and the hardware does not change.
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
+
+
+def resolve_batch_size(batch_size: int | str) -> int:
+    """Return the batch size of inference: 32 for ``"auto"``."""
+    return _BATCH_SIZE if isinstance(batch_size, str) else int(batch_size)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:

@@ -21,6 +21,7 @@ from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import warn_of_slow_precision
 from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.parallel import single_openmp_thread
+from sktl._training.config import TrainingRecord, parse_selection
 from sktl._training.fit import fit_model
 from sktl._training.initial_model import FittedModel
 from sktl._training.prediction import predict_outputs
@@ -89,16 +90,15 @@ class BaseFineTunedCNN(MemoryAccess):
         if fitted is not None:
             caller = "partial_fit" if partial else "warm_start"
             targets.target.check_unchanged(fitted.target, caller)
-        fitted, trainer = fit_model(self, images, targets, fitted, partial=partial)
+        fitted, record, net = fit_model(self, images, targets, fitted, partial=partial)
         copy_feature_metadata(self, checked)
-        self._set_fitted(fitted, trainer.state.history, trainer.state.best_epoch)
-        self.net_ = trainer.net
+        self._set_fitted(fitted, record)
+        self.net_ = net
         self._make_memory_writable()
         return self
 
-    def _set_fitted(
-        self, fitted: FittedModel, history: list[dict[str, float]], best_epoch: int
-    ) -> None:
+    def _set_fitted(self, fitted: FittedModel, record: TrainingRecord) -> None:
+        history = record.history
         rows = [row for row in history if row["epoch"] > 0]
         self._fitted_model = fitted
         self.__dict__.pop("module_", None)  # the copy of the previous network
@@ -106,7 +106,11 @@ class BaseFineTunedCNN(MemoryAccess):
         self.preprocessing_ = fitted.preprocessing
         self.history_ = history
         self.n_iter_ = int(rows[-1]["epoch"]) if rows else 0
-        self.best_epoch_ = best_epoch
+        self.best_epoch_ = record.best_epoch
+        self.lr_ = record.lr
+        self.head_init_ = record.head_init
+        self.wise_ft_alpha_ = record.wise_ft_alpha
+        self.selection_ = [row.to_dict() for row in record.selection]
         self.loss_curve_ = [row["train_loss"] for row in rows]
         self.validation_scores_ = None
         # Epochs of partial_fit have no validation score.
@@ -154,8 +158,14 @@ class BaseFineTunedCNN(MemoryAccess):
             type(self).__name__,
             parameters,
             self._fitted_model,
-            self.history_,
-            self.best_epoch_,
+            TrainingRecord(
+                self.history_,
+                self.best_epoch_,
+                self.lr_,
+                self.head_init_,
+                self.wise_ft_alpha_,
+                parse_selection(self.selection_),
+            ),
             getattr(self, "n_features_in_", None),
             getattr(self, "feature_names_in_", None),
         )
@@ -192,7 +202,7 @@ class BaseFineTunedCNN(MemoryAccess):
                 f"{', '.join(unknown)}. Load it with the version of sktl that saved it."
             )
         estimator = cls(**saved.parameters)
-        estimator._set_fitted(saved.fitted, saved.history, saved.best_epoch)
+        estimator._set_fitted(saved.fitted, saved.record)
         if saved.n_features_in is not None:
             estimator.n_features_in_ = saved.n_features_in
         if saved.feature_names_in is not None:

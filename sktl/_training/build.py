@@ -3,49 +3,22 @@
 Modules below this one get typed settings, and never see the estimator.
 """
 
-from dataclasses import dataclass
-from numbers import Integral
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sktl._images.augmentation import augmentation_for
-from sktl._images.augmented_views import AugmentedViews
-from sktl._images.sequence import ImageSequence
 from sktl._inference.execution import ExecutionConfig
-from sktl._training.config import TrainerState, TrainingConfig
-from sktl._training.datasets import (
-    ActivationDataset,
-    FixedViewDataset,
-    ImageDataset,
-    TrainingDataset,
-)
-from sktl._training.frozen_activations import FrozenActivations
+from sktl._training.config import RANDOM, TrainerState, TrainingConfig
 from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.trainer import Trainer, warn_of_shared_gpu
-from sktl._training.user_callbacks import copy_callbacks
+from sktl._training.training_sets import TrainingData, TrainingSets
 
-
-@dataclass(frozen=True, eq=False)
-class TrainingData:
-    """The data of a training.
-
-    Attributes
-    ----------
-    images : ImageSequence
-        Images whose weight is positive.
-    targets : EncodedTargets
-        Their targets and weights.
-    held_out : ndarray of shape (n,), bool
-        Mask of the validation set.
-    """
-
-    images: ImageSequence
-    targets: EncodedTargets
-    held_out: NDArray[np.bool_]
+_N_STEPS = 300  # of a training, if the batch size can be chosen
+_BATCH_SIZES = (8, 32)
 
 
 def build_initial_model(
@@ -80,64 +53,18 @@ def build_initial_model(
     )
 
 
-def build_frozen_activations(
-    estimator: Any,
-    model: InitialModel | FittedModel,
-    images: ImageSequence | AugmentedViews,
-    *,
-    n_samples: int | None = None,
-    use_memory: bool = True,
-    read_only: bool = False,
-    distribute: bool = True,
-) -> FrozenActivations:
-    """Return the activations at the end of the frozen prefix; none is computed yet.
-
-    Parameters
-    ----------
-    estimator : FineTunedCNNClassifier
-        Its parameters are read.
-    model : InitialModel or FittedModel
-        The network and its preprocessing.
-    images : ImageSequence or AugmentedViews
-        All images that activations will be read of.
-    n_samples : int, default=None
-        Number of images of the whole call, of which `images` may be a part: it decides
-        the shape of the batches, and so the bits. None: `images` are all.
-    use_memory : bool, default=True
-        Whether activations are cached in `memory`, if it is given.
-    read_only : bool, default=False
-        Whether cached activations are read, and none are written.
-    distribute : bool, default=True
-        Whether worker processes may compute them.
-
-    Returns
-    -------
-    FrozenActivations
-    """
-    execution = ExecutionConfig.from_estimator(estimator)
-    return FrozenActivations(
-        model.network,
-        images,
-        model.preprocessing,
-        execution.for_n_samples(n_samples or len(images)),
-        pretrained=model.pretrained,
-        prefix=model.prefix if isinstance(model, FittedModel) else None,
-        memory=estimator.memory if use_memory else None,
-        read_only=read_only,
-        distribute=distribute,
-    )
-
-
-def build_trainer(
+def build_config(
     estimator: Any,
     model: InitialModel,
-    data: TrainingData,
-    activations: FrozenActivations,
-    state: TrainerState,
+    n_images: int,
     *,
+    lr: float,
+    head_init: str,
+    wise_ft_alpha: float,
+    max_epochs: int,
     single_epoch: bool = False,
-) -> Trainer:
-    """Return the trainer that the parameters of an estimator define.
+) -> TrainingConfig:
+    """Return the settings of the training that the parameters of an estimator define.
 
     Parameters
     ----------
@@ -145,173 +72,134 @@ def build_trainer(
         Its parameters are read.
     model : InitialModel
         The network.
+    n_images : int
+        Number of images in the training set.
+    lr, head_init, wise_ft_alpha
+        The values of these parameters where they are ``"auto"``.
+    max_epochs : int
+        Number of epochs.
+    single_epoch : bool, default=False
+        Whether the last epoch is trained at a constant learning rate and its weights
+        are kept, as by `partial_fit`.
+
+    Returns
+    -------
+    TrainingConfig
+    """
+    execution = ExecutionConfig.from_estimator(estimator)
+    warn_of_shared_gpu(execution.device)
+    batch_size = execution.batch_size
+    if estimator.batch_size == "auto" and not single_epoch:
+        batch_size = default_batch_size(n_images, max_epochs)
+    return TrainingConfig(
+        n_trainable_stages=count_trainable_stages(estimator.trainable, model.stages),
+        head_init=head_init,
+        # The linear probe is fitted on features with the pretrained statistics.
+        freeze_batch_norm=head_init != RANDOM and estimator.weights is not None,
+        optimizer=estimator.optimizer,
+        lr=lr,
+        layer_decay=estimator.layer_decay,
+        weight_decay=estimator.weight_decay,
+        lr_schedule="constant" if single_epoch else estimator.lr_schedule,
+        max_epochs=max_epochs,
+        label_smoothing=estimator.label_smoothing,
+        wise_ft_alpha=wise_ft_alpha,
+        unfreeze_every=estimator.unfreeze_every,
+        patience=estimator.n_iter_no_change if estimator.early_stopping else None,
+        batch_size=batch_size,
+        evaluation_batch_size=execution.batch_size,
+        device=execution.device,
+        precision=execution.precision,
+        verbose=estimator.verbose,
+    )
+
+
+def default_batch_size(n_images: int, max_epochs: int) -> int:
+    """Return the batch size of a training if it is ``"auto"``.
+
+    Few images in large batches make few steps, which is too little training.
+
+    Parameters
+    ----------
+    n_images : int
+        Number of images in the training set.
+    max_epochs : int
+        Number of epochs.
+
+    Returns
+    -------
+    int
+        From 8 to 32: the largest with which the training has about 300 steps.
+    """
+    return int(np.clip(n_images * max_epochs // _N_STEPS, *_BATCH_SIZES))
+
+
+def build_trainer(
+    model: InitialModel,
+    data: TrainingData,
+    sets: TrainingSets,
+    config: TrainingConfig,
+    state: TrainerState,
+    callbacks: Sequence[Any],
+) -> Trainer:
+    """Return the trainer of a model on all of its data.
+
+    Parameters
+    ----------
+    model : InitialModel
+        The network.
     data : TrainingData
         Images and targets.
-    activations : FrozenActivations
-        Of all images of `data`, from `build_frozen_activations`.
+    sets : TrainingSets
+        Of the same data.
+    config : TrainingConfig
+        Settings.
     state : TrainerState
         State to start from.
-    single_epoch : bool, default=False
-        Whether to train for one epoch at a constant learning rate and keep its
-        weights, as `partial_fit` does, instead of `max_epochs` epochs.
+    callbacks : sequence of skorch callbacks
+        Callbacks of the user, from `copy_callbacks`.
 
     Returns
     -------
     Trainer
     """
-    execution = ExecutionConfig.from_estimator(estimator)
-    warn_of_shared_gpu(execution.device)
-    linear_probe = estimator.head_init == "linear_probe"
-    early_stopping = estimator.early_stopping
-    config = TrainingConfig(
-        n_trainable_stages=count_trainable_stages(estimator.trainable, model.stages),
-        # The linear probe is fitted on features with the pretrained statistics.
-        freeze_batch_norm=linear_probe and estimator.weights is not None,
-        optimizer=estimator.optimizer,
-        lr=estimator.lr,
-        layer_decay=estimator.layer_decay,
-        weight_decay=estimator.weight_decay,
-        lr_schedule="constant" if single_epoch else estimator.lr_schedule,
-        max_epochs=state.epoch + 1 if single_epoch else estimator.max_epochs,
-        label_smoothing=estimator.label_smoothing,
-        wise_ft_alpha=1.0 if single_epoch else estimator.wise_ft_alpha,
-        unfreeze_every=estimator.unfreeze_every,
-        patience=estimator.n_iter_no_change if early_stopping else None,
-        batch_size=estimator.batch_size,
-        device=execution.device,
-        precision=execution.precision,
-        verbose=estimator.verbose,
-    )
-    train, valid = build_datasets(estimator, model, data, activations, state.seed)
+    valid = None
+    if config.patience is not None:
+        valid = sets.valid(np.flatnonzero(data.held_out))
     return Trainer(
         model.network,
         model.preprocessing,
         data.targets.target,
-        train,
-        valid if early_stopping else None,
+        sets.train(np.flatnonzero(~data.held_out)),
+        valid,
         config=config,
         state=state,
-        callbacks=copy_callbacks(estimator.callbacks),
+        callbacks=callbacks,
     )
 
 
-def build_datasets(
-    estimator: Any,
+def fit_head(
     model: InitialModel,
-    data: TrainingData,
-    activations: FrozenActivations,
+    targets: EncodedTargets,
+    features: NDArray[np.float32],
+    train: NDArray[np.bool_],
     seed: int,
-) -> tuple[TrainingDataset, TrainingDataset]:
-    """Return the training set and the validation set, which is never augmented."""
-    if estimator.augmentation is None:
-        train = _plain_dataset(estimator, model, data, activations, ~data.held_out)
-        valid = _plain_dataset(estimator, model, data, activations, data.held_out)
-        return train, valid
-    # Activations of the validation set only: they are computed for all images given.
-    rows = np.flatnonzero(data.held_out)
-    images = data.images.subset(rows.tolist())
-    apart = build_frozen_activations(
-        estimator, model, images, n_samples=len(data.images)
-    )
-    valid = ActivationDataset(
-        _image_dataset(estimator, model, data, rows, images, None), apart
-    )
-    if estimator.augmentation_views is None:
-        return _augmented_dataset(estimator, model, data), valid
-    return _fixed_view_dataset(estimator, model, data, seed), valid
-
-
-def _plain_dataset(
-    estimator: Any,
-    model: InitialModel,
-    data: TrainingData,
-    activations: FrozenActivations,
-    mask: NDArray[np.bool_],
-) -> TrainingDataset:
-    """Return images without augmentation: the frozen prefix sees each image once."""
-    rows = np.flatnonzero(mask)
-    images = _image_dataset(estimator, model, data, rows, data.images, None, rows)
-    return ActivationDataset(images, activations)
-
-
-def _augmented_dataset(
-    estimator: Any, model: InitialModel, data: TrainingData
-) -> TrainingDataset:
-    """Return images that are augmented anew in each epoch: nothing can be cached."""
-    rows, how = np.flatnonzero(~data.held_out), estimator.augmentation
-    return _image_dataset(estimator, model, data, rows, data.images, how, rows)
-
-
-def _fixed_view_dataset(
-    estimator: Any, model: InitialModel, data: TrainingData, seed: int
-) -> TrainingDataset:
-    """Return fixed views of the images: the frozen prefix sees each view once."""
-    rows = np.flatnonzero(~data.held_out)
-    how = estimator.augmentation
-    views = AugmentedViews(
-        data.images.subset(rows.tolist()),
-        how,
-        model.preprocessing,
-        n_views=estimator.augmentation_views,
-        seed=seed,
-    )
-    # Without a seed, or with a function, no other fit has the same views.
-    reproducible = isinstance(how, str) and isinstance(estimator.random_state, Integral)
-    activations = build_frozen_activations(
-        estimator, model, views, n_samples=len(data.images), use_memory=reproducible
-    )
-    dataset = FixedViewDataset(
-        views,
-        data.targets.y[rows],
-        data.targets.sample_weight[rows],
-        image_size=model.preprocessing.crop_size,
-        n_jobs=estimator.n_jobs,
-    )
-    return ActivationDataset(dataset, activations)
-
-
-def _image_dataset(
-    estimator: Any,
-    model: InitialModel,
-    data: TrainingData,
-    rows: NDArray[np.intp],
-    images: ImageSequence,
-    augmentation: Any,
-    positions: NDArray[np.intp] | None = None,
-) -> ImageDataset:
-    """Return the dataset of some rows, which stand at `positions` of `images`."""
-    return ImageDataset(
-        images,
-        np.arange(len(rows)) if positions is None else positions,
-        data.targets.y[rows],
-        data.targets.sample_weight[rows],
-        augmentation=augmentation_for(augmentation, model.preprocessing),
-        image_size=model.preprocessing.crop_size,
-        n_jobs=estimator.n_jobs,
-    )
-
-
-def initialize_head(
-    trainer: Trainer,
-    model: InitialModel,
-    data: TrainingData,
-    activations: FrozenActivations,
 ) -> None:
-    """Set the head to a linear probe on the training set, and record epoch 0.
+    """Set the head of a model to a linear probe.
 
     Parameters
     ----------
-    trainer : Trainer
-        Trainer of the model, not run yet.
     model : InitialModel
         The head of its network is overwritten.
-    data : TrainingData
-        Images and targets.
-    activations : FrozenActivations
-        Of all images of `data`.
+    targets : EncodedTargets
+        Targets and weights of all images.
+    features : ndarray of shape (n, n_features), float32
+        Input of the head for each image.
+    train : ndarray of shape (n,), bool
+        Mask of the images that the probe is fitted on.
+    seed : int
+        Seed of the probe.
     """
-    features = activations.features()
-    train, targets = ~data.held_out, data.targets
     weight = targets.sample_weight[train]
     targets.target.initialize_head(
         model.network[-1],
@@ -319,6 +207,5 @@ def initialize_head(
         targets.y[train],
         weight / weight.mean(),
         hidden_layer_sizes=model.config.hidden_layer_sizes,
-        seed=trainer.state.seed,
+        seed=seed,
     )
-    trainer.record_initial_epoch(features, targets, data.held_out)

@@ -120,10 +120,16 @@ class DivergenceCheck(Callback):
     ----------
     lr : float
         Learning rate, named in the error.
+
+    Attributes
+    ----------
+    diverged : bool
+        Whether that has happened.
     """
 
     def __init__(self, lr: float) -> None:
         self.lr = lr
+        self.diverged = False
         self._epoch = 0
 
     def start_epoch(self, epoch: int) -> None:
@@ -137,7 +143,15 @@ class DivergenceCheck(Callback):
         if training:
             loss = net.history[-1, "batches", -1, "train_loss"]
             if not math.isfinite(loss):
-                raise divergence_error("loss", str(loss), self._epoch + 1, self.lr)
+                raise self.error("loss", str(loss), self._epoch + 1)
+
+    def error(self, what: str, got: str, epoch: int) -> ValueError:
+        """Return the error for weights or a loss that are not finite in an epoch."""
+        self.diverged = True
+        return ValueError(
+            f"The {what} must be finite during training. Got {got} in epoch {epoch} "
+            f"with lr={self.lr}. Reduce lr, or train fewer stages."
+        )
 
 
 class ProgressBar(Callback):
@@ -167,11 +181,3 @@ class ProgressBar(Callback):
         """Advance the bar by one training step."""
         if training and self._bar is not None:
             self._bar.update()
-
-
-def divergence_error(what: str, got: str, epoch: int, lr: float) -> ValueError:
-    """Return the error for weights or a loss that are not finite."""
-    return ValueError(
-        f"The {what} must be finite during training. Got {got} in epoch {epoch} with "
-        f"lr={lr}. Reduce lr, or train fewer stages."
-    )

@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import asdict
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from sktl._images.sequence import ImageSequence
-from sktl._training.config import TrainerState
+from sktl._training.config import SelectionRow, TrainerState, parse_selection
 from sktl._training.targets import EncodedTargets
 from sktl._training.trainer import Trainer
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "sktl training checkpoint, version 2"
+_FORMAT = "sktl training checkpoint, version 3"
 _NAME = "fine_tuning"
 # Parameters that do not change the result.
 _IGNORED = {
@@ -36,6 +37,7 @@ _IGNORED = {
     "verbose",
     "weights",
 }
+_SELECTION, _TRAINING = "selection", "training"  # phases of a run
 _WEIGHTS, _BEST, _INITIAL, _OPTIMIZER = "weights.", "best.", "initial.", "optimizer."
 
 
@@ -94,6 +96,8 @@ class Checkpoint:
             return False
         tensors, document = content
         self._check_fingerprint(document.get("fingerprint"))
+        if document.get("phase") == _SELECTION:
+            return False
         try:
             trainer.load_state(
                 _with_prefix(_WEIGHTS, tensors),
@@ -101,11 +105,37 @@ class Checkpoint:
                 _parse_optimizer(tensors),
             )
         except ValueError as error:
-            raise ValueError(
-                f"The checkpoint {str(self._file)!r} must fit the network and its "
-                f"optimizer, and does not: {error}. Delete it to start again."
-            ) from error
+            raise self._unfit(error) from error
         return True
+
+    def read_selection(self) -> list[SelectionRow]:
+        """Return the rows of the selection of this run, as far as it came.
+
+        Raises
+        ------
+        ValueError
+            As in `resume`.
+        """
+        content = _read(self._file)
+        if content is None:
+            return []
+        self._check_fingerprint(content[1].get("fingerprint"))
+        try:
+            return parse_selection(content[1].get("selection"))
+        except ValueError as error:
+            raise self._unfit(error) from error
+
+    def save_selection(self, state: TrainerState) -> None:
+        """Write the rows of the selection; warn if that fails.
+
+        Parameters
+        ----------
+        state : TrainerState
+            State before the training.
+        """
+        rows = [asdict(row) for row in state.selection]
+        document = {"phase": _SELECTION, "seed": state.seed, "selection": rows}
+        self._write({}, document, "in the selection of lr and wise_ft_alpha")
 
     def save(self, trainer: Trainer) -> None:
         """Write the state of the run; warn and keep the previous file if that fails.
@@ -133,24 +163,35 @@ class Checkpoint:
                     name = f"{_OPTIMIZER}{number}.{key}"
                     tensors[name] = torch.as_tensor(value)
         document = {
-            "format": _FORMAT,
-            "fingerprint": self._fingerprint,
+            "phase": _TRAINING,
             "seed": state.seed,
             "epoch": state.epoch,
             "history": state.history,
             "best_epoch": state.best_epoch,
             "best_score": state.best_score,
+            "selection": [asdict(row) for row in state.selection],
         }
+        self._write(tensors, document, f"after epoch {state.epoch}")
+
+    def _write(
+        self, tensors: dict[str, Tensor], document: dict[str, Any], when: str
+    ) -> None:
+        identity = {"format": _FORMAT, "fingerprint": self._fingerprint}
         try:
-            write_tensors(self._file, tensors, document)
+            write_tensors(self._file, tensors, {**identity, **document})
         except OSError as error:
             warnings.warn(
-                f"The checkpoint {str(self._file)!r} could not be written after epoch "
-                f"{state.epoch}: {error}. Training continues; the previous checkpoint "
-                "is still there.",
+                f"The checkpoint {str(self._file)!r} could not be written {when}: "
+                f"{error}. Training continues; the previous checkpoint is still there.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
+
+    def _unfit(self, error: ValueError) -> ValueError:
+        return ValueError(
+            f"The checkpoint {str(self._file)!r} must fit the network and its "
+            f"optimizer, and does not: {error}. Delete it to start again."
+        )
 
     def _check_fingerprint(self, found: Any) -> None:
         expected = self._fingerprint
@@ -291,6 +332,7 @@ def _parse_state(
         best_score=(float(score[0]), float(score[1])),
         best_weights=_with_prefix(_BEST, tensors),
         initial_weights=_with_prefix(_INITIAL, tensors),
+        selection=parse_selection(document.get("selection")),
     )
 
 

@@ -1,11 +1,45 @@
 """Settings of a training, and its state between epochs."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_MAX_NUMBER = 2.0**1023  # a larger int in a file has no float
+LINEAR_PROBE, SOFT_PROBE, RANDOM = "linear_probe", "soft_linear_probe", "random"
+HEAD_INITS = (LINEAR_PROBE, SOFT_PROBE, RANDOM)  # parameter head_init
+
+
+@dataclass(frozen=True)
+class SelectionRow:
+    """Settings that were tried before a training, and the result.
+
+    Attributes
+    ----------
+    lr, head_init, wise_ft_alpha
+        As in `FineTunedCNNClassifier`. The row of the linear probe, which is not
+        trained, has a learning rate and a coefficient of 0.
+    n_epochs : int
+        Number of epochs that they were tried for.
+    valid_loss, valid_score : float
+        Mean loss at the best temperature and score on the held-out images.
+    valid_losses : tuple of float
+        Loss of each held-out image, times its weight.
+    """
+
+    lr: float
+    head_init: str
+    wise_ft_alpha: float
+    n_epochs: int
+    valid_loss: float
+    valid_score: float
+    valid_losses: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `selection_` has: all but the losses of single images."""
+        return {k: v for k, v in asdict(self).items() if k != "valid_losses"}
 
 
 @dataclass(frozen=True)
@@ -16,20 +50,25 @@ class TrainingConfig:
     ----------
     n_trainable_stages : int
         Number of stages, counted from the head, that are trained with the head.
+    head_init : str
+        How the head is initialized: one of `HEAD_INITS`.
     freeze_batch_norm : bool
         Whether BatchNorm layers of trainable stages keep their pretrained statistics.
     patience : int or None
         Epochs without improvement after which training stops. None: no early stopping.
+    batch_size, evaluation_batch_size : int
+        Number of images per batch in training, and where nothing is trained.
     device : torch.device
         Device of the network.
     precision : str
         Precision of the computation; the weights stay float32.
     optimizer, lr, layer_decay, weight_decay, lr_schedule, max_epochs, \
-label_smoothing, wise_ft_alpha, unfreeze_every, batch_size, verbose
+label_smoothing, wise_ft_alpha, unfreeze_every, verbose
         As in `FineTunedCNNClassifier`.
     """
 
     n_trainable_stages: int
+    head_init: str
     freeze_batch_norm: bool
     optimizer: str
     lr: float
@@ -42,6 +81,7 @@ label_smoothing, wise_ft_alpha, unfreeze_every, batch_size, verbose
     unfreeze_every: int | None
     patience: int | None
     batch_size: int
+    evaluation_batch_size: int
     device: torch.device
     precision: str
     verbose: int
@@ -75,6 +115,8 @@ class TrainerState:
     initial_weights : dict of str to Tensor
         State dict of epoch 0, to be interpolated with the last one. Empty if the
         weights are not interpolated.
+    selection : list of SelectionRow
+        Settings that were tried before the training.
     """
 
     seed: int
@@ -84,6 +126,7 @@ class TrainerState:
     best_score: tuple[float, float] = (-math.inf, -math.inf)
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     initial_weights: dict[str, Tensor] = field(default_factory=dict)
+    selection: list[SelectionRow] = field(default_factory=list)
 
     def validate(self, network: nn.Module, config: TrainingConfig) -> None:
         """Raise a ValueError if no training of this kind can have this state."""
@@ -110,6 +153,66 @@ class TrainerState:
         for weights in (self.best_weights, self.initial_weights):
             if weights:
                 check_state_dict(network, weights)
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What is recorded of a completed training, besides the network.
+
+    Attributes
+    ----------
+    history : list of dict
+        One row per epoch.
+    best_epoch : int
+        Epoch of the trained weights.
+    lr, head_init, wise_ft_alpha
+        Settings of the training, as in `FineTunedCNNClassifier`.
+    selection : list of SelectionRow
+        The settings that were tried before. Empty if nothing was selected.
+    """
+
+    history: list[dict[str, float]]
+    best_epoch: int
+    lr: float
+    head_init: str
+    wise_ft_alpha: float
+    selection: list[SelectionRow]
+
+
+def parse_selection(rows: Any) -> list[SelectionRow]:
+    """Return the rows of a selection from a file; raise a ValueError if one is invalid.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Anything may be in it. The losses of single images may be missing.
+
+    Returns
+    -------
+    list of SelectionRow
+    """
+    numbers = {each.name for each in fields(SelectionRow)}
+    numbers -= {"head_init", "valid_losses"}
+
+    def is_row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and row.keys() - {"valid_losses"} == numbers | {"head_init"}
+            and row["head_init"] in HEAD_INITS
+            and isinstance(row.get("valid_losses", []), list)
+            and all(
+                type(value) in (int, float)
+                and (0 <= value < _MAX_NUMBER or value == math.inf)
+                for value in (*(row[n] for n in numbers), *row.get("valid_losses", []))
+            )
+        )
+
+    if not isinstance(rows, list) or not all(map(is_row, rows)):
+        raise ValueError(f"each row of its selection needs {sorted(numbers)}")
+    return [
+        SelectionRow(**{**row, "valid_losses": tuple(row.get("valid_losses", ()))})
+        for row in rows
+    ]
 
 
 def check_state_dict(network: nn.Module, weights: dict[str, Any]) -> None:

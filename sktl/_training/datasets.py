@@ -1,11 +1,10 @@
 """Datasets and the data loader of training: shuffled batches of even size.
 
-Images are decoded in threads ahead of the training. Pixels that do not change between
-epochs are cached in memory if they are small enough.
+Images are decoded in threads ahead of the training.
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,13 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sktl._images.augmentation import Augmentation
-from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
-from sktl._images.sequence import ImageSequence
 from sktl._inference.parallel import map_in_threads, n_decoding_threads
+from sktl._training.decoded_images import DecodedImages
 from sktl._training.frozen_activations import FrozenActivations
-
-_MAX_CACHED_BYTES = 2**30  # of pixels
 
 Batch = tuple[Tensor, tuple[Tensor, Tensor]]
 
@@ -55,18 +50,14 @@ class ImageDataset(Dataset[Any]):
 
     Parameters
     ----------
-    images : ImageSequence or AugmentedViews
-        All images.
+    images : DecodedImages
+        All images, or all views of them, and their augmentation.
     rows : ndarray of int
         Positions in `images` of the images of this dataset.
     y : ndarray of shape (len(rows), ...)
         Encoded targets.
     sample_weight : ndarray of shape (len(rows),)
         Sample weights.
-    augmentation : Augmentation
-        Applied to each image.
-    image_size : int
-        Side in pixels of the result.
     n_jobs : int or None
         Number of decoding threads, see `n_decoding_threads`.
 
@@ -80,29 +71,18 @@ class ImageDataset(Dataset[Any]):
 
     def __init__(
         self,
-        images: ImageSequence | AugmentedViews,
+        images: DecodedImages,
         rows: NDArray[np.intp],
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
-        augmentation: Augmentation,
-        image_size: int,
         n_jobs: int | None,
     ) -> None:
         self._images = images
         self._rows = rows
         self._y = torch.from_numpy(y)
         self._sample_weight = torch.from_numpy(sample_weight.astype(np.float32))
-        self._augmentation = augmentation
         self._n_threads = n_decoding_threads(n_jobs)
-        self._pixels: NDArray[np.uint8] | None = None
-        self._is_cached = np.zeros(len(rows), dtype=bool)
-        shape = (len(rows), image_size, image_size, 3)
-        if (
-            augmentation.deterministic_returns_pixels
-            and np.prod(shape) <= _MAX_CACHED_BYTES
-        ):
-            self._pixels = np.empty(shape, dtype=np.uint8)
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -159,28 +139,18 @@ class ImageDataset(Dataset[Any]):
         """
         largest = -(-len(order) // n_batches)
         decoded = map_in_threads(
-            self._decode,
-            list(zip(order, self.positions(order).tolist(), strict=True)),
+            self._images.__getitem__,
+            self.positions(order).tolist(),
             n_threads=self._n_threads,
             n_ahead=2 * max(largest, self._n_threads),
         )
         try:
             for part in np.array_split(np.asarray(order), n_batches):
                 items = itertools.islice(decoded, len(part))
-                pixels = np.stack([self._augmentation.random(item) for item in items])
+                pixels = np.stack([self._images.augment(item) for item in items])
                 yield torch.from_numpy(pixels), self.targets(part)
         finally:
             decoded.close()
-
-    def _decode(self, positions: tuple[int, int]) -> Any:
-        row, position = positions  # in this dataset, and in all images
-        transform: Callable[[Any], Any] = self._augmentation.deterministic
-        if self._pixels is None:
-            return transform(self._images[position])
-        if not self._is_cached[row]:
-            self._pixels[row] = transform(self._images[position])
-            self._is_cached[row] = True
-        return self._pixels[row]
 
 
 class FixedViewDataset(ImageDataset):
@@ -188,10 +158,15 @@ class FixedViewDataset(ImageDataset):
 
     Parameters
     ----------
-    views : AugmentedViews
-        The views, of all images of this dataset.
-    y, sample_weight, image_size, n_jobs
+    views : DecodedImages
+        All views.
+    rows : ndarray of int
+        Positions of the images of this dataset: the views of row i are ``i * n_views``
+        to ``(i + 1) * n_views - 1``.
+    y, sample_weight, n_jobs
         As in `ImageDataset`.
+    n_views : int
+        Number of views per image.
 
     Attributes
     ----------
@@ -201,23 +176,16 @@ class FixedViewDataset(ImageDataset):
 
     def __init__(
         self,
-        views: AugmentedViews,
+        views: DecodedImages,
+        rows: NDArray[np.intp],
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
-        image_size: int,
+        n_views: int,
         n_jobs: int | None,
     ) -> None:
-        super().__init__(
-            views,
-            np.arange(len(y)),
-            y,
-            sample_weight,
-            augmentation=APPLY_VIEW,
-            image_size=image_size,
-            n_jobs=n_jobs,
-        )
-        self.n_views = views.n_views
+        super().__init__(views, rows, y, sample_weight, n_jobs=n_jobs)
+        self.n_views = n_views
 
     def positions(self, order: Sequence[int]) -> NDArray[np.intp]:
         """Sample a view of each image from torch's global generator."""

@@ -9,7 +9,7 @@ import copy
 import difflib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -20,6 +20,7 @@ from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._utils.tensor_file import state_dict_digest
 
 NECK, HEAD = "neck", "head"
+_SOFTNESS = 0.3  # factor of the coefficients
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -100,6 +101,49 @@ def network_digest(network: nn.Sequential) -> str:
     # The weights do not distinguish a stride of 1 from a stride of 2.
     content = state_dict_digest(network.state_dict())
     return hashlib.sha256(f"{network} {content}".encode()).hexdigest()
+
+
+def soften_head(head: nn.Module) -> None:
+    """Make the predictions of a linear probe less certain, in place.
+
+    A probe that fits its few images perfectly has a loss of almost 0, and almost no
+    gradient reaches the stages below it. Smaller coefficients of its last layer change
+    no prediction and give a larger loss.
+
+    Parameters
+    ----------
+    head : nn.Module
+        Head of a network from `replace_head`.
+    """
+    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        for parameter in last.parameters():
+            parameter.mul_(_SOFTNESS)
+
+
+def interpolate_weights(
+    initial: Mapping[str, Tensor], last: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """Interpolate between two state dicts (Wortsman et al., 2022).
+
+    Parameters
+    ----------
+    initial, last : mapping of str to Tensor
+        State dicts before and after a training, on any devices.
+    alpha : float
+        Interpolation coefficient: 0 gives `initial`, 1 gives `last`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Numbers that are not floating-point, such as counts of batches, from `last`.
+    """
+    return {
+        name: initial[name].to(value.device).lerp(value, alpha)
+        if value.is_floating_point()
+        else value
+        for name, value in last.items()
+    }
 
 
 def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:

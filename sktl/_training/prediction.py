@@ -10,8 +10,8 @@ from sktl._images.sequence import ImageSequence
 from sktl._inference.engines import get_compiled_model
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.forward import forward
-from sktl._training.build import build_frozen_activations
 from sktl._training.initial_model import FittedModel
+from sktl._training.training_sets import build_frozen_activations
 
 
 def predict_outputs(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.weights import load_weights_into, skip_weight_allocation
 from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
+from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest, replace_head
@@ -25,10 +26,11 @@ from sktl._utils.json_values import from_json, to_json
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "sktl fine-tuned model, version 2"
+_FORMAT = "sktl fine-tuned model, version 3"
 # A new kind of target adds the function that reads its document.
 _TARGETS = {"multiclass": multiclass_from_document}
 _NUMBER = (int, float)
+_MAX_LR = 2.0**1023  # a larger int has no float
 _MAX_WIDTH = 2**20  # of a hidden layer
 _MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
 
@@ -45,10 +47,8 @@ class SavedModel:
         Parameters of the estimator.
     fitted : FittedModel
         The network.
-    history : list of dict
-        Attribute ``history_``.
-    best_epoch : int
-        Attribute ``best_epoch_``.
+    record : TrainingRecord
+        Attributes such as ``history_``.
     n_features_in : int or None
         Attribute ``n_features_in_``, if there is one.
     feature_names_in : ndarray of shape (n_features_in,), object, or None
@@ -58,8 +58,7 @@ class SavedModel:
     estimator: str
     parameters: dict[str, Any]
     fitted: FittedModel
-    history: list[dict[str, float]]
-    best_epoch: int
+    record: TrainingRecord
     n_features_in: int | None
     feature_names_in: NDArray[np.object_] | None
 
@@ -104,8 +103,8 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         "network": asdict(fitted.config),
         "preprocessing": asdict(fitted.preprocessing),
         "target": fitted.target.to_document(),
-        "history": model.history,
-        "best_epoch": model.best_epoch,
+        **asdict(model.record),
+        "selection": [row.to_dict() for row in model.record.selection],
         "n_features_in": model.n_features_in,
         "feature_names_in": None if names is None else names.tolist(),
     }
@@ -183,12 +182,22 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
         "its history must have consecutive epochs from 0 or 1",
     )
     _require(best_epoch in {0, *epochs}, "its best epoch must be in its history")
+    lr, alpha = (_get(document, name, _NUMBER) for name in ("lr", "wise_ft_alpha"))
+    _require(0 <= lr < _MAX_LR and 0 <= alpha <= 1, "its lr and alpha are invalid")
+    head_init = _get(document, "head_init", str)
+    _require(head_init in HEAD_INITS, f"its head_init {head_init!r} is unknown")
     return SavedModel(
         _get(document, "estimator", str),
         {name: from_json(value) for name, value in parameters.items()},
         _parse_fitted(document, tensors),
-        history,
-        best_epoch,
+        TrainingRecord(
+            history,
+            best_epoch,
+            float(lr),
+            head_init,
+            float(alpha),
+            parse_selection(document.get("selection")),
+        ),
         n_features,
         names,
     )

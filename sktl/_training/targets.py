@@ -35,6 +35,11 @@ class Target(Protocol):
     ) -> float:
         """Return the validation score, the higher the better."""
 
+    def calibrated_losses(
+        self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        """Return the losses of held-out images that settings are compared by."""
+
     def initialize_head(
         self,
         head: nn.Module,
@@ -149,4 +154,40 @@ def validation_mask(
                 f"Images of each class must be left to train on. {got}, which holds "
                 f"out all images of {missing.tolist()}. Reduce validation_fraction."
             )
+    return held_out
+
+
+def selection_mask(
+    targets: EncodedTargets, n_held_out: int, seed: int
+) -> NDArray[np.bool_] | None:
+    """Hold out samples to compare settings on, stratified by class.
+
+    Parameters
+    ----------
+    targets : EncodedTargets
+        Targets of all samples.
+    n_held_out : int
+        Number of samples to hold out; one per class at least.
+    seed : int
+        Seed of the split.
+
+    Returns
+    -------
+    ndarray of shape (n,), bool, or None
+        True for held-out samples. None if a class has less than two samples.
+    """
+    n = len(targets.rows)
+    strata = targets.target.strata(targets.y)
+    if strata is not None:
+        counts = np.unique(strata, return_counts=True)[1]
+        if counts.min() < 2:
+            return None
+        n_held_out = min(max(n_held_out, len(counts)), n - len(counts))
+    held_out = np.zeros(n, dtype=bool)
+    _, rows = train_test_split(
+        np.arange(n), test_size=n_held_out, stratify=strata, random_state=seed
+    )
+    held_out[rows] = True
+    if strata is not None and len(np.unique(strata[~held_out])) < len(counts):
+        return None
     return held_out

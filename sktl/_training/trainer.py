@@ -30,11 +30,14 @@ from sktl._training.callbacks import (
     LearningRateScheduler,
     ProgressBar,
     ValidationScore,
-    divergence_error,
 )
 from sktl._training.config import TrainerState, TrainingConfig, check_state_dict
 from sktl._training.datasets import BatchLoader, TrainingDataset
-from sktl._training.network import NormalizedInput, PartiallyFrozen
+from sktl._training.network import (
+    NormalizedInput,
+    PartiallyFrozen,
+    interpolate_weights,
+)
 from sktl._training.optim import load_optimizer_state, make_optimizer
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import adapt_callbacks
@@ -127,6 +130,7 @@ class Trainer:
             iterator_train=BatchLoader,
             iterator_train__shuffle=True,
             iterator_valid=BatchLoader,
+            iterator_valid__batch_size=config.evaluation_batch_size,
             train_split=None if self._valid is None else predefined_split(self._valid),
             callbacks=[
                 ("sktl_scheduler", self._scheduler),
@@ -145,6 +149,11 @@ class Trainer:
     def n_frozen(self) -> int:
         """Number of parts of the network that are frozen now."""
         return self._partial.n_frozen
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the training was ended by weights or a loss that are not finite."""
+        return self._divergence_check.diverged
 
     def run(self, after_epoch: Callable[["Trainer"], None] | None = None) -> None:
         """Train until `max_epochs` are completed or early stopping ends the training.
@@ -178,9 +187,34 @@ class Trainer:
         if state.best_weights:
             self.network.load_state_dict(state.best_weights)
         elif state.initial_weights:
-            self.network.load_state_dict(self._interpolated_weights())
+            weights = interpolate_weights(
+                state.initial_weights, self.network.state_dict(), config.wise_ft_alpha
+            )
+            self.network.load_state_dict(weights)
         self._release_memory()
         self.network.eval()
+
+    def copy_weights(self) -> dict[str, Tensor]:
+        """Return a copy of the state dict of the network, on the CPU."""
+        # On the CPU, since an accelerator may lack the memory for a copy.
+        weights = self.network.state_dict()
+        return {name: value.to("cpu", copy=True) for name, value in weights.items()}
+
+    def outputs(self, dataset: TrainingDataset) -> Tensor:
+        """Return the outputs for all images of a dataset: ``(n, n_outputs)``, float32.
+
+        Parameters
+        ----------
+        dataset : TrainingDataset
+            Such as the validation set. It is set to the current frozen depth.
+        """
+        dataset.set_frozen_depth(self.n_frozen)
+        dataset.cache_activations(1)
+        batch_size = self._config.evaluation_batch_size
+        batches = BatchLoader(dataset, batch_size)
+        with reraise_out_of_memory(batch_size):
+            parts = [self.net.evaluation_step(batch).cpu() for batch in batches]
+        return torch.cat(parts)
 
     @contextlib.contextmanager
     def _adapted_callbacks(self) -> Iterator[None]:
@@ -233,8 +267,9 @@ class Trainer:
         """Raise a ValueError if a trained weight is not finite."""
         weights = self.network[self._partial.n_frozen :].state_dict().values()
         if not torch.stack([value.isfinite().all() for value in weights]).all():
-            epoch, lr = self.state.epoch, self._config.lr
-            raise divergence_error("weights", "NaN or infinity", epoch, lr)
+            raise self._divergence_check.error(
+                "weights", "NaN or infinity", self.state.epoch
+            )
 
     def _datasets(self) -> list[TrainingDataset]:
         return [self._train] if self._valid is None else [self._train, self._valid]
@@ -257,22 +292,7 @@ class Trainer:
         score = (round(row["valid_score"], 6), -row["valid_loss"])
         if score > state.best_score:
             state.best_epoch, state.best_score = state.epoch, score
-            state.best_weights = self._copy_weights()
-
-    def _copy_weights(self) -> dict[str, Tensor]:
-        # On the CPU, since an accelerator may lack the memory for a copy.
-        weights = self.network.state_dict()
-        return {name: value.to("cpu", copy=True) for name, value in weights.items()}
-
-    def _interpolated_weights(self) -> dict[str, Tensor]:
-        """Interpolate the weights of epoch 0 and the last (Wortsman et al., 2022)."""
-        initial, alpha = self.state.initial_weights, self._config.wise_ft_alpha
-        return {
-            name: initial[name].to(last.device).lerp(last, alpha)
-            if last.is_floating_point()
-            else last
-            for name, last in self.network.state_dict().items()
-        }
+            state.best_weights = self.copy_weights()
 
     def _should_stop(self) -> bool:
         patience = self._config.patience
@@ -319,7 +339,7 @@ class Trainer:
         # Networks with different BatchNorm statistics cannot be interpolated.
         if config.freeze_batch_norm and config.patience is None:
             if config.wise_ft_alpha < 1:
-                self.state.initial_weights = self._copy_weights()
+                self.state.initial_weights = self.copy_weights()
 
     def load_state(
         self,

@@ -11,9 +11,10 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 from sktl import Preprocessing, PretrainedFeatures
-from sktl._images.augmented_views import AugmentedViews
+from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
 from sktl._images.validation import validate_images
 from sktl._training.datasets import FixedViewDataset
+from sktl._training.decoded_images import DecodedImages
 from sktl._utils.random_state import temporary_seed
 
 AT_16 = Preprocessing(16, 16)
@@ -116,7 +117,8 @@ def test_training_samples_one_view_of_each_image(images, augmentation):
     views = make_views(images, augmentation)
     indices = np.arange(len(images))
     weights = np.ones(len(images))
-    dataset = FixedViewDataset(views, indices, weights, image_size=16, n_jobs=2)
+    decoded = DecodedImages(views, APPLY_VIEW, 16)
+    dataset = FixedViewDataset(decoded, indices, indices, weights, n_views=3, n_jobs=2)
     expected = compute_all(views).reshape(-1, 3, 16, 16, 3)
     chosen = Counter()
     for _ in range(4):

@@ -379,6 +379,8 @@ def test_few_images_on_a_large_fine_tuned_network(
         "resnet_mini",
         trainable=1,
         head_init="random",
+        lr=1e-4,
+        batch_size=32,
         max_epochs=1,
         random_state=0,
         memory=str(tmp_path) if memory else None,

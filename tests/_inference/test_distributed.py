@@ -16,6 +16,7 @@ from unittest import mock
 import joblib
 import numpy as np
 import pytest
+from conftest import FIXED
 from joblib.parallel import ThreadingBackend
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
@@ -168,9 +169,8 @@ def test_rows_of_workers_have_equal_bits(engine, paths, images, kind):
 @pytest.mark.cluster
 def test_all_estimators_distribute(dask, paths):
     y = np.arange(40) % 2
-    tuned = FineTunedCNNClassifier(
-        "resnet_mini", trainable=1, max_epochs=1, batch_size=8, random_state=0
-    )
+    tuned = FineTunedCNNClassifier("resnet_mini", **FIXED)
+    tuned.set_params(trainable=1, max_epochs=1, batch_size=8, random_state=0)
     tuned.set_params(augmentation="flip", augmentation_views=2)
     for mine in (PretrainedClassifier("resnet_mini", batch_size=8), tuned):
         expected = clone(mine).fit(paths, y).predict_proba(paths)
@@ -280,7 +280,8 @@ class InThisProcess(ThreadingBackend):
 
 def test_training_does_not_block_its_own_tasks(images):
     joblib.register_parallel_backend("in this process", InThisProcess)
-    mine = FineTunedCNNClassifier("five stages", trainable=1, random_state=0)
+    mine = FineTunedCNNClassifier("five stages", **FIXED)
+    mine.set_params(trainable=1, random_state=0)
     mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
     mine.set_params(batch_size=4, early_stopping=True, engine="torch")
     y = np.arange(40) % 2
@@ -300,7 +301,8 @@ def test_training_does_not_block_its_own_tasks(images):
 @pytest.mark.cluster
 def test_a_distributed_search_over_estimators_that_distribute(dask, paths):
     y = np.arange(40) % 2
-    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, random_state=0)
+    mine = FineTunedCNNClassifier("resnet_mini", **FIXED)
+    mine.set_params(trainable=1, random_state=0)
     mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
     search = GridSearchCV(mine.set_params(batch_size=8), {"lr": [1e-4, 1e-3]}, cv=2)
     expected = clone(search).fit(paths, y)
@@ -314,8 +316,10 @@ def test_a_distributed_search_over_estimators_that_distribute(dask, paths):
 def test_prediction_needs_no_weights_file(paths, tmp_path):
     file = tmp_path / "mine.safetensors"
     shutil.copy(Path(sktl.__file__).parent / "data" / "resnet_mini.safetensors", file)
-    mine = FineTunedCNNClassifier("resnet_mini", weights=file, max_epochs=1)
-    mine.set_params(trainable="head", memory=tmp_path / "store", n_jobs=2)
+    mine = FineTunedCNNClassifier("resnet_mini", **FIXED, weights=file, max_epochs=1)
+    mine.set_params(max_epochs=1).set_params(
+        trainable="head", memory=tmp_path / "store", n_jobs=2
+    )
     mine.fit(paths, np.arange(40) % 2)
     expected = mine.predict_proba(paths)
     file.unlink()
@@ -325,7 +329,8 @@ def test_prediction_needs_no_weights_file(paths, tmp_path):
 
 @pytest.mark.cluster
 def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp_path):
-    mine = FineTunedCNNClassifier("resnet_mini", trainable=1, max_epochs=1)
+    mine = FineTunedCNNClassifier("resnet_mini", **FIXED)
+    mine.set_params(trainable=1, max_epochs=1)
     mine.set_params(batch_size=8, head_init="random", random_state=0)
     y = np.arange(40) % 2
     limit = "sktl._training.frozen_activations._MAX_BYTES_IN_MEMORY"

@@ -1,65 +1,57 @@
 """Tests of the assembly of a training from the parameters of an estimator."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from skorch.callbacks import Callback
+from trainer_helpers import make_parts
 
-from sktl import FineTunedCNNClassifier
-from sktl._images.validation import validate_images
 from sktl._training.build import (
-    TrainingData,
-    build_datasets,
-    build_frozen_activations,
+    _BATCH_SIZES,
+    _N_STEPS,
+    build_config,
     build_initial_model,
     build_trainer,
-    initialize_head,
+    default_batch_size,
+    fit_head,
 )
 from sktl._training.config import TrainerState
-from sktl._training.multiclass import encode_multiclass
-from sktl._training.targets import validation_mask
+from sktl._training.user_callbacks import copy_callbacks
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 
-@pytest.fixture
-def make_parts(images):
-    """Return a function that makes an estimator and the parts of its training."""
-
-    def make(**parameters):
-        estimator = FineTunedCNNClassifier("tiny", **parameters)
-        X = validate_images(images, estimator=estimator, reset=True)
-        y = np.arange(40) % 2
-        targets = encode_multiclass(
-            len(X), y, None, class_weight=None, estimator=estimator
-        )
-        fraction = 0.25 if estimator.early_stopping else None
-        data = TrainingData(X, targets, validation_mask(targets, fraction, 0))
-        model = build_initial_model(estimator, targets.target, None, seed=0)
-        activations = build_frozen_activations(estimator, model, X)
-        return SimpleNamespace(
-            estimator=estimator, model=model, data=data, activations=activations
-        )
-
-    return make
+def make_config(parts, **options):
+    estimator = parts.estimator
+    given = {
+        "lr": estimator.lr,
+        "head_init": estimator.head_init,
+        "wise_ft_alpha": estimator.wise_ft_alpha,
+        "max_epochs": estimator.max_epochs,
+    }
+    n_images = int((~parts.data.held_out).sum())
+    return build_config(estimator, parts.model, n_images, **{**given, **options})
 
 
 def make_trainer(parts, state=None, **options):
     state = TrainerState(0) if state is None else state
-    return build_trainer(
-        parts.estimator, parts.model, parts.data, parts.activations, state, **options
-    )
+    callbacks = copy_callbacks(parts.estimator.callbacks)
+    config = make_config(parts, **options)
+    return build_trainer(parts.model, parts.data, parts.sets, config, state, callbacks)
+
+
+def initialize_head(trainer, parts):
+    features, held_out = parts.activations.features(), parts.data.held_out
+    fit_head(parts.model, parts.data.targets, features, ~held_out, seed=0)
+    trainer.record_initial_epoch(features, parts.data.targets, held_out)
 
 
 @pytest.mark.parametrize(
     ("trainable", "n_trainable"), [("head", 0), (1, 1), ("all", 2)]
 )
-def test_trainable_stages_optimizer_and_learning_rate(
-    make_parts, trainable, n_trainable
-):
-    trainer = make_trainer(make_parts(trainable=trainable, lr=0.5, optimizer="sgd"))
+def test_trainable_stages_optimizer_and_learning_rate(images, trainable, n_trainable):
+    parts = make_parts(images, trainable=trainable, lr=0.5, optimizer="sgd")
+    trainer = make_trainer(parts)
     names = [name for name, _ in trainer.network.named_children()]
     requires_grad = [
         any(p.requires_grad for p in part.parameters()) for part in trainer.network
@@ -70,27 +62,55 @@ def test_trainable_stages_optimizer_and_learning_rate(
     assert type(trainer.net.optimizer_).__name__ == "SGD"
 
 
-def test_callbacks_are_copied(make_parts):
+def test_callbacks_are_copied(images):
     callback = Callback()
-    trainer = make_trainer(make_parts(callbacks=[callback]))
+    trainer = make_trainer(make_parts(images, callbacks=[callback]))
     callbacks = [each for _, each in trainer.net.callbacks_]
     assert sum(type(each) is Callback for each in callbacks) == 1
     assert all(each is not callback for each in callbacks)
 
 
-def test_single_epoch_has_a_constant_learning_rate(make_parts):
-    parts = make_parts(lr=0.5, lr_schedule="cosine", max_epochs=7, wise_ft_alpha=0.4)
-    state = TrainerState(0, epoch=3)
-    trainer = make_trainer(parts, state, single_epoch=True)
-    initialize_head(trainer, parts.model, parts.data, parts.activations)
+def test_single_epoch_has_a_constant_learning_rate(images):
+    parts = make_parts(images, lr=0.5, lr_schedule="cosine", max_epochs=7)
+    options = {"wise_ft_alpha": 1.0, "max_epochs": 4, "single_epoch": True}
+    trainer = make_trainer(parts, TrainerState(0, epoch=3), **options)
+    initialize_head(trainer, parts)
     trainer.run()
     assert [row["epoch"] for row in trainer.state.history] == [0, 4]
     assert trainer.state.history[-1]["lr"] == 0.5
     assert trainer.state.initial_weights == {}  # no interpolation
 
 
-def test_initial_model_continues_a_fitted_one(make_parts):
-    parts = make_parts()
+def test_settings_that_are_numbers_replace_those_of_the_estimator(images):
+    auto = dict.fromkeys(("lr", "head_init", "wise_ft_alpha"), "auto")
+    parts = make_parts(images, max_epochs=7, **auto)
+    chosen = {"lr": 0.5, "head_init": "random", "wise_ft_alpha": 0.2, "max_epochs": 2}
+    config = make_config(parts, **chosen)
+    assert {name: getattr(config, name) for name in chosen} == chosen
+
+
+@pytest.mark.parametrize("n_images", [1, 85, 300, 1000, 10**6])
+@pytest.mark.parametrize("max_epochs", [0, 1, 10, 100])
+def test_default_batch_size_is_the_largest_with_enough_steps(n_images, max_epochs):
+    size = default_batch_size(n_images, max_epochs)
+    least, largest = _BATCH_SIZES
+    sizes = range(least, largest + 1)
+    enough = [each for each in sizes if n_images * max_epochs / each >= _N_STEPS]
+    assert size == max(enough, default=least)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "single_epoch", "expected"),
+    [("auto", False, default_batch_size(30, 90)), ("auto", True, 32), (5, False, 5)],
+)
+def test_batch_size(images, batch_size, single_epoch, expected):
+    parts = make_parts(images, early_stopping=True, batch_size=batch_size)
+    config = make_config(parts, max_epochs=90, single_epoch=single_epoch)
+    assert config.batch_size == expected
+
+
+def test_initial_model_continues_a_fitted_one(images):
+    parts = make_parts(images)
     target = parts.data.targets.target
     fitted = parts.model.to_fitted(target, 0)
     model = build_initial_model(parts.estimator, target, fitted, seed=9)
@@ -98,15 +118,15 @@ def test_initial_model_continues_a_fitted_one(make_parts):
         assert torch.equal(model.network.state_dict()[name], value)
 
 
-def test_linear_probe_is_fitted_on_the_training_set_only(make_parts, monkeypatch):
+def test_linear_probe_is_fitted_on_the_training_set_only(images, monkeypatch):
     calls = []
-    parts = make_parts(early_stopping=True, augmentation="flip")
+    parts = make_parts(images, early_stopping=True, augmentation="flip")
     monkeypatch.setattr(
         "sktl._training.multiclass.fit_linear_probe",
         lambda head, x, y, weight, **options: calls.append((x, y, weight)),
     )
     trainer = make_trainer(parts)
-    initialize_head(trainer, parts.model, parts.data, parts.activations)
+    initialize_head(trainer, parts)
     train = ~parts.data.held_out
     ((x, y, weight),) = calls
     assert len(x) == train.sum() == 30
@@ -116,37 +136,10 @@ def test_linear_probe_is_fitted_on_the_training_set_only(make_parts, monkeypatch
     assert [row["epoch"] for row in trainer.state.history] == [0]
 
 
-@pytest.mark.parametrize("augmentation_views", [None, 2])
-def test_validation_set_is_not_augmented(make_parts, augmentation_views):
-    parts = make_parts(
-        early_stopping=True,
-        augmentation="standard",
-        augmentation_views=augmentation_views,
-    )
-    train, valid = build_datasets(
-        parts.estimator, parts.model, parts.data, parts.activations, seed=0
-    )
-    assert (len(train), len(valid)) == (30, 10)
-    rows = np.flatnonzero(parts.data.held_out)
-    expected = [parts.model.preprocessing(parts.data.images[row]) for row in rows]
-    pixels, (y, _) = next(valid.batches(range(10), 1))
-    np.testing.assert_array_equal(pixels, expected)
-    np.testing.assert_array_equal(y, parts.data.targets.y[rows])
-    epochs = [next(train.batches(range(30), 1))[0] for _ in range(2)]
-    assert not torch.equal(*epochs)
-
-
-def test_datasets_without_augmentation(make_parts):
-    parts = make_parts(early_stopping=True)
-    datasets = build_datasets(
-        parts.estimator, parts.model, parts.data, parts.activations, seed=0
-    )
-    for dataset, mask in zip(
-        datasets, (~parts.data.held_out, parts.data.held_out), strict=True
-    ):
-        rows = np.flatnonzero(mask)
-        expected = [parts.model.preprocessing(parts.data.images[row]) for row in rows]
-        pixels, (y, weight) = next(dataset.batches(range(len(rows)), 1))
-        np.testing.assert_array_equal(pixels, expected)
-        np.testing.assert_array_equal(y, parts.data.targets.y[rows])
-        np.testing.assert_array_equal(weight, np.ones(len(rows)))
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_validation_set_of_the_trainer(images, early_stopping):
+    parts = make_parts(images, early_stopping=early_stopping, max_epochs=1)
+    trainer = make_trainer(parts)
+    trainer.run()
+    (row,) = trainer.state.history
+    assert ("valid_loss" in row) == early_stopping

@@ -127,9 +127,12 @@ def test_divergence_check_reads_training_batches_only(loss):
     check.on_batch_end(net, training=False)
     if loss == 0.5:
         check.on_batch_end(net, training=True)
+        assert not check.diverged
         return
+    assert not check.diverged
     with pytest.raises(ValueError, match=f"Got {loss} in epoch 5 with lr=0.1"):
         check.on_batch_end(net, training=True)
+    assert check.diverged
 
 
 class _FakeBar:

@@ -48,6 +48,9 @@ def estimator(tmp_path):
         max_epochs=4,
         batch_size=16,
         lr=0.01,
+        head_init="linear_probe",
+        lr_schedule="cosine",
+        wise_ft_alpha=0.4,
         checkpoint=tmp_path,
         random_state=0,
     )
@@ -282,6 +285,7 @@ INVALID_VALUES = {
     "seed": [None, "x", -1, 2**31, 2**80, True, 0.5],
     "history": [None, "x", [{}], [{"epoch": 1}], [[1]], {"a": 1}],
     "fingerprint": [None, "x"],
+    "selection": [None, "x", {}, [3], [[]], [{}], [{"lr": 0.1}]],
 }
 
 

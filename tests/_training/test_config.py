@@ -7,7 +7,12 @@ import torch
 from torch import nn
 from trainer_helpers import CONFIG
 
-from sktl._training.config import TrainerState, check_state_dict
+from sktl._training.config import (
+    SelectionRow,
+    TrainerState,
+    check_state_dict,
+    parse_selection,
+)
 
 NETWORK = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 ROW = {"epoch": 1, "train_loss": 0.5, "lr": 0.1, "n_trainable_stages": 2}
@@ -76,3 +81,49 @@ def test_state_dict_of_another_network(change):
         weights["0.bias"] = weights["0.bias"].double()
     with pytest.raises(ValueError, match="another network"):
         check_state_dict(NETWORK, weights)
+
+
+SELECTION_ROW = {
+    "lr": 1e-3,
+    "head_init": "linear_probe",
+    "wise_ft_alpha": 0.4,
+    "n_epochs": 2,
+    "valid_loss": float("inf"),
+    "valid_score": 0.0,
+}
+
+
+def test_rows_of_a_selection():
+    assert parse_selection([]) == []
+    (row,) = parse_selection([SELECTION_ROW])
+    assert row == SelectionRow(**SELECTION_ROW)
+    assert row.to_dict() == SELECTION_ROW
+    losses = {"valid_losses": [0.5, 2]}
+    (row,) = parse_selection([{**SELECTION_ROW, **losses}])
+    assert row.valid_losses == (0.5, 2)
+    assert row.to_dict() == SELECTION_ROW
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        None,
+        "x",
+        {},
+        [3],
+        [[]],
+        [{}],
+        [{**SELECTION_ROW, "epoch": 1}],
+        [{**SELECTION_ROW, "valid_losses": 3}],
+        [{**SELECTION_ROW, "valid_losses": [float("nan")]}],
+        [{**SELECTION_ROW, "lr": -1.0}],
+        [{**SELECTION_ROW, "lr": 10**400}],
+        *([{**SELECTION_ROW, name: "1"}] for name in SELECTION_ROW),
+        *([{**SELECTION_ROW, name: True}] for name in SELECTION_ROW),
+        *([{**SELECTION_ROW, name: None}] for name in SELECTION_ROW),
+        [SELECTION_ROW, {**SELECTION_ROW, "head_init": ["random"]}],
+    ],
+)
+def test_invalid_rows_of_a_selection(rows):
+    with pytest.raises(ValueError, match="each row of its selection needs"):
+        parse_selection(rows)

@@ -9,48 +9,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trainer_helpers import CountingSequence
 
 from sktl import Preprocessing, PretrainedFeatures
 from sktl._images.augmentation import augmentation_for
-from sktl._images.augmented_views import AugmentedViews
-from sktl._images.sequence import ImageSequence
+from sktl._images.augmented_views import APPLY_VIEW, AugmentedViews
 from sktl._images.validation import validate_images
-from sktl._training import datasets
 from sktl._training.datasets import (
     ActivationDataset,
     BatchLoader,
     FixedViewDataset,
     ImageDataset,
 )
+from sktl._training.decoded_images import DecodedImages
 
 AT_16 = Preprocessing(16, 16)
 
 
-class CountingSequence(ImageSequence):
-    """Count how often each row is decoded."""
-
-    def __init__(self, rows):
-        super().__init__(rows, "auto")
-        self.counts = Counter()
-        self.lock = threading.Lock()
-
-    def __getitem__(self, row):  # noqa: D105
-        with self.lock:
-            self.counts[int(row)] += 1
-        return super().__getitem__(row)
-
-
 def make_dataset(images, augmentation=None, n_jobs=2, rows=None):
     rows = np.arange(len(images)) if rows is None else np.asarray(rows)
-    return ImageDataset(
-        images,
-        rows,
-        rows % 7,  # targets and weights that identify the row
-        rows / 8,
-        augmentation=augmentation_for(augmentation, AT_16),
-        image_size=16,
-        n_jobs=n_jobs,
-    )
+    decoded = DecodedImages(images, augmentation_for(augmentation, AT_16), 16)
+    # Targets and weights that identify the row.
+    return ImageDataset(decoded, rows, rows % 7, rows / 8, n_jobs=n_jobs)
 
 
 def pool_threads():
@@ -136,32 +116,6 @@ def test_order_is_drawn_from_the_global_generator_of_torch(counting):
     )
 
 
-@pytest.mark.parametrize("augmentation", [None, "flip"])
-def test_constant_pixels_are_decoded_once(counting, augmentation):
-    batches = BatchLoader(make_dataset(counting, augmentation), 16, shuffle=True)
-    for _ in range(3):
-        assert len(rows_in(batches)) == 3
-    assert counting.counts == Counter(range(40))
-
-
-@pytest.mark.parametrize("augmentation", ["standard", "trivial", lambda each: each])
-def test_whole_images_are_not_cached(counting, augmentation):
-    batches = BatchLoader(make_dataset(counting, augmentation), 16)
-    for _ in range(3):
-        assert len(rows_in(batches)) == 3
-    assert set(counting.counts.values()) == {3}
-
-
-@pytest.mark.parametrize(("spare", "n_decodes"), [(0, 1), (-1, 2)])
-def test_no_pixels_are_cached_above_the_limit(counting, monkeypatch, spare, n_decodes):
-    monkeypatch.setattr(datasets, "_MAX_CACHED_BYTES", 40 * 16 * 16 * 3 + spare)
-    batches = BatchLoader(make_dataset(counting), 16)
-    first, second = list(batches), list(batches)
-    assert set(counting.counts.values()) == {n_decodes}
-    for (one, _), (other, _) in zip(first, second, strict=True):
-        assert torch.equal(one, other)
-
-
 def test_changing_a_batch_does_not_change_the_cache(counting):
     batches = BatchLoader(make_dataset(counting, "flip"), 40)
     torch.manual_seed(1)
@@ -243,11 +197,50 @@ def test_single_image(counting):
     assert (y.tolist(), weight.tolist()) == ([2], [9 / 8])
 
 
+@pytest.mark.parametrize("augmentation", [None, "flip"])
+def test_constant_pixels_are_decoded_once(counting, augmentation):
+    batches = BatchLoader(make_dataset(counting, augmentation), 16, shuffle=True)
+    for _ in range(3):
+        assert len(rows_in(batches)) == 3
+    assert counting.counts == Counter(range(40))
+
+
+@pytest.mark.parametrize("augmentation", ["standard", "trivial", lambda each: each])
+def test_whole_images_are_decoded_in_each_epoch(counting, augmentation):
+    batches = BatchLoader(make_dataset(counting, augmentation), 16)
+    for _ in range(3):
+        assert len(rows_in(batches)) == 3
+    assert set(counting.counts.values()) == {3}
+
+
+def test_views_of_some_rows(images):
+    sequence = validate_images(images, estimator=PretrainedFeatures(), reset=True)
+    views = AugmentedViews(sequence, "standard", AT_16, n_views=3, seed=0)
+    rows = np.array([30, 2, 17])
+    dataset = FixedViewDataset(
+        DecodedImages(views, APPLY_VIEW, 16),
+        rows,
+        rows % 7,
+        rows / 8,
+        n_views=3,
+        n_jobs=1,
+    )
+    positions = dataset.positions([2, 0])
+    np.testing.assert_array_equal(positions // 3, [17, 30])
+    assert dataset.targets(np.array([2, 0]))[0].tolist() == [17 % 7, 30 % 7]
+
+
 def test_one_random_fixed_view_of_each_image(images):
     sequence = validate_images(images, estimator=PretrainedFeatures(), reset=True)
     views = AugmentedViews(sequence, "standard", AT_16, n_views=3, seed=0)
+    rows = np.arange(40)
     dataset = FixedViewDataset(
-        views, np.arange(40) % 7, np.arange(40) / 8, image_size=16, n_jobs=2
+        DecodedImages(views, APPLY_VIEW, 16),
+        rows,
+        rows % 7,
+        rows / 8,
+        n_views=3,
+        n_jobs=2,
     )
     assert (len(dataset), dataset.n_views) == (40, 3)
     torch.manual_seed(0)
@@ -302,10 +295,9 @@ def test_views_are_computed_in_advance_unless_most_are_never_used(
 ):
     sequence = validate_images(images, estimator=PretrainedFeatures(), reset=True)
     views = AugmentedViews(sequence, "flip", AT_16, n_views=3, seed=0)
-    weight = np.ones(40)
-    pixels = FixedViewDataset(
-        views, weight.astype(int), weight, image_size=16, n_jobs=1
-    )
+    decoded = DecodedImages(views, APPLY_VIEW, 16)
+    rows = np.arange(40)
+    pixels = FixedViewDataset(decoded, rows, rows % 2, np.ones(40), n_views=3, n_jobs=1)
     activations = FakeActivations()
     dataset = ActivationDataset(pixels, activations)
     dataset.set_frozen_depth(1)

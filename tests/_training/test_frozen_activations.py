@@ -5,6 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import FIXED
 from PIL import ImageOps
 from reference import normalized
 from sklearn.base import clone
@@ -19,6 +20,7 @@ from sktl._inference import engines
 from sktl._inference.execution import ExecutionConfig
 from sktl._training import frozen_activations
 from sktl._training.datasets import ActivationDataset, ImageDataset
+from sktl._training.decoded_images import DecodedImages
 from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
 from sktl._training.network import replace_head
@@ -50,7 +52,8 @@ def passes():
 
 
 def make_classifier(**parameters):
-    defaults = {"trainable": 1, "max_epochs": 2, "batch_size": 16, "lr": 1e-3}
+    defaults = {**FIXED, "trainable": 1, "max_epochs": 2, "batch_size": 16}
+    defaults |= {"lr": 1e-3}
     defaults |= {"engine": "torch", "random_state": 0, **parameters}
     return FineTunedCNNClassifier(NAME, **defaults)
 
@@ -109,7 +112,7 @@ def test_weights_have_equal_bits_with_every_cache(
 def test_training_on_activations_equals_training_on_pixels(paths, monkeypatch):
     got = make_classifier(lr=1e-2, optimizer="sgd").fit(paths, Y)
     monkeypatch.setattr(
-        "sktl._training.build.ActivationDataset", lambda pixels, _: pixels
+        "sktl._training.training_sets.ActivationDataset", lambda pixels, _: pixels
     )
     expected = make_classifier(lr=1e-2, optimizer="sgd").fit(paths, Y)
     for name, value in expected.module_.state_dict().items():
@@ -286,7 +289,7 @@ def test_training_on_activations_of_views_equals_training_on_views(paths, monkey
     )
     got = estimator.set_params(augmentation_views=3).fit(paths, Y)
     monkeypatch.setattr(
-        "sktl._training.build.ActivationDataset", lambda pixels, _: pixels
+        "sktl._training.training_sets.ActivationDataset", lambda pixels, _: pixels
     )
     expected = clone(estimator).fit(paths, Y)
     for name, value in expected.module_.state_dict().items():
@@ -339,15 +342,11 @@ def test_invalid_image(paths, tmp_path):
 
 def test_dataset_yields_pixels_while_nothing_is_frozen(images):
     X = validate_images(images, estimator=PretrainedFeatures(), reset=True)
-    pixels = ImageDataset(
-        X,
-        np.arange(40),
-        Y,
-        np.ones(40),
-        augmentation=augmentation_for(None, BACKBONE.preprocessing),
-        image_size=BACKBONE.preprocessing.crop_size,
-        n_jobs=1,
+    preprocessing = BACKBONE.preprocessing
+    decoded = DecodedImages(
+        X, augmentation_for(None, preprocessing), preprocessing.crop_size
     )
+    pixels = ImageDataset(decoded, np.arange(40), Y, np.ones(40), n_jobs=1)
     dataset = ActivationDataset(pixels, make_activations(images))
     assert len(dataset) == 40
     (x, (y, weight)), _ = dataset.batches(range(40), 2)

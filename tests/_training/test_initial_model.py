@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import FIXED
 from safetensors.torch import save_file
 from torch import nn
 
@@ -34,9 +35,10 @@ def bits(module):
 
 @pytest.fixture(scope="module")
 def fitted(images):
-    return FineTunedCNNClassifier(
-        "tiny", max_epochs=1, hidden_layer_sizes=4, image_size=20, random_state=0
-    ).fit(images, np.arange(40) % 2)
+    options = {"hidden_layer_sizes": 4, "image_size": 20, "random_state": 0}
+    return FineTunedCNNClassifier("tiny", **FIXED, max_epochs=1, **options).fit(
+        images, np.arange(40) % 2
+    )
 
 
 @pytest.mark.parametrize("name", ["tiny", "resnet_mini"])

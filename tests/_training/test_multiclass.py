@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.exceptions import DataConversionWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, log_loss
 from sklearn.utils.class_weight import compute_sample_weight
 from torch import nn
 
@@ -295,3 +296,30 @@ def test_fingerprint_does_not_depend_on_the_dtype():
     )
     assert text.fingerprint() == objects.fingerprint() == {"classes": labels}
     assert text.to_document() != objects.to_document()
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 20.0])
+def test_calibrated_loss_is_the_log_loss_at_the_best_temperature(n_classes, scale):
+    rng = np.random.default_rng(0)
+    y = rng.integers(n_classes, size=60)
+    logits = rng.normal(size=(60, n_classes)) + 1.5 * np.eye(n_classes)[y]
+    weight = rng.uniform(0.2, 3, 60)
+    target = MulticlassTarget(np.arange(n_classes))
+    temperatures = np.geomspace(0.2, 5, 800)
+    proba = softmax(logits / temperatures[:, None, None], axis=2)
+    losses = -np.log(proba[:, np.arange(60), y]) @ weight / weight.sum()
+    best = int(np.argmin(losses))
+    assert 0 < best < 799
+    expected = log_loss(y, proba[best], sample_weight=weight)
+    got = target.calibrated_losses((scale * logits).astype("f4"), y, weight).mean()
+    assert got == pytest.approx(expected, rel=1e-4)
+    assert got < log_loss(y, softmax(logits, axis=1), sample_weight=weight)
+
+
+def test_calibrated_loss_of_outputs_that_are_wrong_or_all_correct():
+    target, y, weight = MulticlassTarget(np.arange(2)), np.array([0, 1]), np.ones(2)
+    correct = np.array([[9.0, 0.0], [0.0, 9.0]])
+    assert 0 <= target.calibrated_losses(correct, y, weight).mean() < 1e-6
+    wrong = target.calibrated_losses(-correct, y, weight).mean()
+    assert np.log(2) < wrong < 1  # almost equal probabilities

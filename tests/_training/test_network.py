@@ -14,9 +14,11 @@ from sktl._training.network import (
     PartiallyFrozen,
     count_frozen_parts,
     count_trainable_stages,
+    interpolate_weights,
     network_digest,
     output_shape,
     replace_head,
+    soften_head,
     stage_names,
 )
 
@@ -269,3 +271,37 @@ def test_output_shape_of_a_prefix_without_parameters():
     assert output_shape(prefix, 16) == (3, 8, 8)
     convolution = nn.Sequential(nn.Conv2d(3, 4, 3))
     assert output_shape(convolution, 16) == (4, 14, 14)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
+def test_interpolated_weights(alpha):
+    first = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    last = copy.deepcopy(first)
+    last(torch.randn(5, 3))  # changes the statistics and counts a batch
+    with torch.no_grad():
+        last[0].weight.add_(torch.arange(6.0).reshape(2, 3))
+    initial, final = first.state_dict(), last.state_dict()
+    got = interpolate_weights(initial, final, alpha)
+    assert got.keys() == final.keys()
+    assert got["1.num_batches_tracked"] == 1
+    for name in ("0.weight", "0.bias", "1.running_mean", "1.running_var"):
+        expected = (1 - alpha) * initial[name] + alpha * final[name]
+        torch.testing.assert_close(got[name], expected)
+    for weights, end in ((initial, 0.0), (final, 1.0)):
+        if alpha == end:
+            assert torch.equal(got["0.weight"], weights["0.weight"])
+
+
+@pytest.mark.parametrize("hidden_layer_sizes", [(), (4,)])
+def test_softened_head_makes_the_same_predictions_less_certain(hidden_layer_sizes):
+    network = replace_head(
+        load_backbone("tiny"), 3, hidden_layer_sizes=hidden_layer_sizes
+    ).eval()
+    head, x = network[-1], torch.randn(20, 16)
+    with torch.no_grad():
+        before = head(x)
+        soften_head(head)
+        after = head(x)
+    factor = (after.norm() / before.norm()).item()
+    assert 0 < factor < 1
+    torch.testing.assert_close(after, factor * before)

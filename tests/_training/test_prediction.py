@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from conftest import FIXED
 from reference import normalized
 from sklearn.base import clone
 from trainer_helpers import Y
@@ -21,7 +22,8 @@ pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 
 def make_classifier(**parameters):
-    options = {"trainable": 1, "max_epochs": 1, "batch_size": 16, "engine": "torch"}
+    options = {**FIXED, "trainable": 1, "max_epochs": 1, "batch_size": 16}
+    options |= {"engine": "torch"}
     options |= {"random_state": 0, **parameters}
     return FineTunedCNNClassifier("five stages", **options)
 

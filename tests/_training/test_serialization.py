@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import FIXED
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.base import clone
@@ -46,7 +47,7 @@ LABELS = {
 
 def fit(images, labels=("a", "b"), backbone="tiny", **parameters):
     y = np.asarray(labels)[np.arange(40) % len(labels)]
-    options = {"max_epochs": 1, "random_state": 0, **parameters}
+    options = {**FIXED, "max_epochs": 1, "random_state": 0, **parameters}
     return FineTunedCNNClassifier(backbone, **options).fit(images, y)
 
 
@@ -160,9 +161,10 @@ def save(estimator, file):
 
 def test_history_and_feature_names_are_loaded(images, file):
     flat = pd.DataFrame(images[:, :4, :4].reshape(40, -1)).rename(columns="c{}".format)
-    estimator = FineTunedCNNClassifier(
-        "tiny", max_epochs=2, early_stopping=True, image_shape=(4, 4, 3)
-    ).fit(flat, np.arange(40) % 2)
+    options = {**FIXED, "max_epochs": 2, "early_stopping": True}
+    estimator = FineTunedCNNClassifier("tiny", image_shape=(4, 4, 3), **options).fit(
+        flat, np.arange(40) % 2
+    )
     loaded = round_trip(estimator, file)
     for name in ("n_iter_", "best_epoch_", "loss_curve_", "validation_scores_"):
         assert getattr(loaded, name) == getattr(estimator, name)
@@ -173,6 +175,18 @@ def test_history_and_feature_names_are_loaded(images, file):
     np.testing.assert_array_equal(loaded.predict(flat), estimator.predict(flat))
     with pytest.raises(ValueError, match="feature names"):
         loaded.predict(flat.rename(columns=str.upper))
+
+
+def test_selected_settings_are_loaded(images, file):
+    auto = dict.fromkeys(("lr", "head_init", "wise_ft_alpha"), "auto")
+    estimator = fit(images, **auto)
+    loaded = round_trip(estimator, file)
+    assert loaded.selection_ == estimator.selection_ != []
+    for name in ("lr", "head_init", "wise_ft_alpha"):
+        assert getattr(loaded, f"{name}_") == getattr(estimator, f"{name}_") != "auto"
+        assert getattr(loaded, name) == "auto"
+    loaded.partial_fit(images, estimator.predict(images))
+    assert loaded.lr_ == estimator.lr_
 
 
 def test_loaded_model_can_be_saved_cloned_and_trained(images, fitted, file):
@@ -293,6 +307,10 @@ INVALID_VALUES = {
     "preprocessing.resize_size": [..., "20", 2.5, None, -1],
     "history": [..., 3, None, "abc", {}, [3], [{}], [[]], [{"epoch": 1}], GAP],
     "best_epoch": [..., None, "1", 1.0, True, 99],
+    "lr": [..., None, "1", True, [], 10**400],
+    "wise_ft_alpha": [..., None, "1", True, [], 10**400],
+    "head_init": [..., None, 3, "auto", "zeros", []],
+    "selection": [..., 3, None, "abc", {}, [3], [{}], [[]], [{"lr": 0.1}]],
     "n_features_in": ["3", 2.5, True, 0, -1, []],
     "feature_names_in": [3, "abc", [3], {}, [None]],
 }
@@ -335,11 +353,11 @@ def test_invalid_image_size(fitted, file, size):
 
 def test_unknown_entries_are_ignored(fitted, file):
     tensors, document = read_tensors(save(fitted, file))
-    document |= {"predict": "x", "__class__": "x", "lr": 3, "n_iter_": 99}
+    document |= {"predict": "x", "__class__": "x", "dropout": 0.5, "n_iter_": 99}
     write_tensors(file, tensors, document)
     loaded = FineTunedCNNClassifier.load(file)
     assert vars(loaded).keys() == vars(fitted).keys() - {"net_", "module_"}
-    assert (loaded.lr, loaded.n_iter_) == (1e-4, 1)
+    assert (loaded.dropout, loaded.n_iter_) == (0.0, 1)
 
 
 def test_unknown_parameters(fitted, file):

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from sktl._training.multiclass import encode_multiclass
-from sktl._training.targets import EncodedTargets, validation_mask
+from sktl._training.targets import EncodedTargets, selection_mask, validation_mask
 
 
 def encode(y, sample_weight=None):
@@ -74,3 +74,37 @@ def test_split_without_strata():
     assert held_out.sum() == 10
     np.testing.assert_array_equal(validation_mask(targets, 0.2, 0), held_out)
     assert (validation_mask(targets, 0.2, 1) != held_out).any()
+    selected = selection_mask(targets, 7, 0)
+    assert selected.sum() == 7
+    np.testing.assert_array_equal(selection_mask(targets, 7, 0), selected)
+
+
+@pytest.mark.parametrize("n_held_out", [15, 30, 150])
+def test_selection_mask_is_stratified_and_reproducible(n_held_out):
+    y = np.repeat(["a", "b", "c"], [200, 80, 20])
+    targets = encode(np.random.default_rng(0).permutation(y))
+    held_out = selection_mask(targets, n_held_out, 3)
+    expected = np.array([200, 80, 20]) * n_held_out / 300
+    np.testing.assert_allclose(np.bincount(targets.y[held_out]), expected, atol=1)
+    assert held_out.sum() == n_held_out
+    np.testing.assert_array_equal(selection_mask(targets, n_held_out, 3), held_out)
+    assert (selection_mask(targets, n_held_out, 4) != held_out).any()
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [2, 2, 2, 9], [3, 50], [2] * 20])
+@pytest.mark.parametrize("n_held_out", [1, 5, 10**6])
+def test_selection_mask_of_few_samples(counts, n_held_out):
+    targets = encode(np.repeat(np.arange(len(counts)), counts))
+    held_out = selection_mask(targets, n_held_out, 0)
+    if held_out is None:  # so many that a class may have no sample left
+        assert n_held_out == 10**6
+        return
+    for mask in (held_out, ~held_out):
+        assert mask.sum() >= len(counts)
+    assert len(np.unique(targets.y[~held_out])) == len(counts)
+
+
+def test_selection_mask_is_none_if_a_class_has_one_sample():
+    assert selection_mask(encode(["a"] * 20 + ["b"]), 5, 0) is None
+    weight = [1.0] * 20 + [1.0, 0.0]  # one of the two samples has no weight
+    assert selection_mask(encode(["a"] * 20 + ["b"] * 2, weight), 5, 0) is None

@@ -414,6 +414,29 @@ def test_weights_that_are_not_finite_after_the_last_step(images):
     ):
         trainer.run()
     assert not trainer.state.history
+    assert trainer.diverged
+
+
+def test_outputs_are_those_of_the_network(images):
+    trainer = make_trainer(make_dataset(images), n_trainable_stages=1)
+    trainer.run()
+    assert not trainer.diverged
+    rows = np.array([30, 2, 17, 5])
+    got = trainer.outputs(make_dataset(images, rows))
+    with torch.inference_mode():
+        expected = trainer.network(normalized(images[rows], BACKBONE.preprocessing))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_copied_weights_do_not_change_with_the_network(images):
+    trainer = make_trainer(make_dataset(images))
+    copied = trainer.copy_weights()
+    expected = copy.deepcopy(copied)
+    trainer.run()
+    assert copied.keys() == trainer.network.state_dict().keys()
+    assert all(torch.equal(copied[name], expected[name]) for name in copied)
+    assert not torch.equal(copied["head.1.weight"], trainer.network.head[-1].weight)
 
 
 def test_out_of_memory(images):

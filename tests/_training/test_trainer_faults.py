@@ -18,6 +18,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from conftest import FIXED
 from interrupted_training import KINDS, load_data, make_classifier, run_in_a_fork
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
@@ -60,7 +61,7 @@ def killed(context, directory, name, event, number):
     assert process.exitcode == -signal.SIGKILL or event == "seconds"
     process.close()
     file = directory / "checkpoint" / "fine_tuning.safetensors"
-    return read_tensors(file)[1]["epoch"] if file.exists() else 0
+    return read_tensors(file)[1].get("epoch", 0) if file.exists() else 0
 
 
 # Two rows of kills for each; a run that was killed is resumed, then killed again.
@@ -69,6 +70,10 @@ KILLS = {
     "sgd": [[("gradient", 12), ("write", 2)], [("write", 3), ("gradient", 7)]],
     "stage by stage": [[("epoch", 3), ("batch", 6)], [("batch", 8), ("seconds", 0.1)]],
     "random head": [[("write", 2), ("batch", 11)], [("batch", 14), ("epoch", 2)]],
+    "selection": [
+        [("selection", 2), ("batch", 9)],
+        [("selection", 1), ("selection", 3)],
+    ],
     "no random state": [[("batch", 7), ("epoch", 2)], [("gradient", 8), ("write", 2)]],
 }
 
@@ -105,12 +110,13 @@ def test_killed_training_resumes_to_equal_bits(fork_server, tmp_path, name, kill
         assert torch.equal(value, state[part])
     assert estimator.history_ == expected.history_
     assert estimator.best_epoch_ == expected.best_epoch_
+    assert estimator.selection_ == expected.selection_
     np.testing.assert_array_equal(estimator.predict_proba(X), expected.predict_proba(X))
 
 
 def test_every_kind_of_training_is_killed():
     assert KILLS.keys() == KINDS.keys()
-    assert sum(len(kills) for rows in KILLS.values() for kills in rows) == 20
+    assert sum(len(kills) for rows in KILLS.values() for kills in rows) == 24
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
@@ -189,9 +195,8 @@ def bundled(monkeypatch):
         "NUMEXPR",
     ):
         monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
-    return FineTunedCNNClassifier(
-        "resnet_mini", trainable=1, max_epochs=1, batch_size=20, random_state=0
-    )
+    settings = {**FIXED, "max_epochs": 1, "batch_size": 20, "random_state": 0}
+    return FineTunedCNNClassifier("resnet_mini", trainable=1, **settings)
 
 
 def count_threads(estimator, X, y):

@@ -1,27 +1,43 @@
 """Datasets and trainers of a small network, and comparisons of weights."""
 
+import threading
+from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from conftest import FIXED
+from sklearn.utils import check_random_state
 
 from sktl import FineTunedCNNClassifier
 from sktl._backbones.registry import load_backbone
 from sktl._images.augmentation import augmentation_for
+from sktl._images.sequence import ImageSequence
 from sktl._images.validation import validate_images
+from sktl._training.build import build_initial_model
 from sktl._training.config import TrainerState, TrainingConfig
 from sktl._training.datasets import ImageDataset
-from sktl._training.multiclass import MulticlassTarget
+from sktl._training.decoded_images import DecodedImages
+from sktl._training.multiclass import MulticlassTarget, encode_multiclass
 from sktl._training.network import replace_head
+from sktl._training.targets import validation_mask
 from sktl._training.trainer import Trainer
+from sktl._training.training_sets import (
+    TrainingData,
+    TrainingSets,
+    build_frozen_activations,
+)
 from sktl._utils.random_state import temporary_seed
 
 BACKBONE = load_backbone("tiny", None, random_state=0)
 TARGET = MulticlassTarget(np.array([0, 1]))
 Y = np.repeat([0, 1], 20)
+SEED = int(check_random_state(0).randint(2**31 - 1))  # of random_state=0
 SAMPLE_WEIGHT = np.linspace(0.5, 1.5, 40)
 CONFIG = TrainingConfig(
     n_trainable_stages=2,
+    head_init="linear_probe",
     freeze_batch_norm=False,
     optimizer="adamw",
     lr=0.01,
@@ -34,6 +50,7 @@ CONFIG = TrainingConfig(
     unfreeze_every=None,
     patience=None,
     batch_size=16,
+    evaluation_batch_size=16,
     device=torch.device("cpu"),
     precision="float32",
     verbose=0,
@@ -42,22 +59,57 @@ CONFIG = TrainingConfig(
 
 def make_classifier(backbone="tiny", **parameters):
     """Return a classifier that trains three short epochs."""
-    defaults = {"weights": None, "max_epochs": 3, "batch_size": 16, "random_state": 0}
-    return FineTunedCNNClassifier(backbone, **{**defaults, **parameters})
+    defaults = {**FIXED, "weights": None, "max_epochs": 3, "batch_size": 16}
+    return FineTunedCNNClassifier(
+        backbone, **{**defaults, "random_state": 0, **parameters}
+    )
+
+
+class CountingSequence(ImageSequence):
+    """Count how often each row is decoded."""
+
+    def __init__(self, rows):
+        super().__init__(rows, "auto")
+        self.counts = Counter()
+        self.lock = threading.Lock()
+
+    def __getitem__(self, row):
+        """Decode an image and count it."""
+        with self.lock:
+            self.counts[int(row)] += 1
+        return super().__getitem__(row)
+
+
+def make_parts(images, y=None, sample_weight=None, **parameters):
+    """Return an estimator of pretrained weights and the parts of its training."""
+    estimator = make_classifier(**{"weights": "DEFAULT", **parameters})
+    X = validate_images(images, estimator=estimator, reset=True)
+    y = np.arange(len(X)) % 2 if y is None else y
+    targets = encode_multiclass(
+        len(X), y, sample_weight, class_weight=None, estimator=estimator
+    )
+    fraction = 0.25 if estimator.early_stopping else None
+    data = TrainingData(X, targets, validation_mask(targets, fraction, 0))
+    model = build_initial_model(estimator, targets.target, None, SEED)
+    activations = build_frozen_activations(estimator, model, X)
+    return SimpleNamespace(
+        estimator=estimator,
+        model=model,
+        data=data,
+        activations=activations,
+        sets=TrainingSets(estimator, model, data, activations, SEED),
+    )
 
 
 def make_dataset(images, rows=slice(None), augmentation=None):
     """Return the dataset of some rows of the forty images."""
     rows = np.arange(len(images))[rows]
-    return ImageDataset(
+    decoded = DecodedImages(
         validate_images(images, estimator=make_classifier(), reset=True),
-        rows,
-        Y[rows],
-        SAMPLE_WEIGHT[rows],
-        augmentation=augmentation_for(augmentation, BACKBONE.preprocessing),
+        augmentation_for(augmentation, BACKBONE.preprocessing),
         image_size=16,
-        n_jobs=None,
     )
+    return ImageDataset(decoded, rows, Y[rows], SAMPLE_WEIGHT[rows], n_jobs=None)
 
 
 def make_trainer(train, valid=None, **settings):

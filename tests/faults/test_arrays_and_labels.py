@@ -107,7 +107,8 @@ def test_very_few_images(estimator, n):
 @pytest.mark.parametrize("counts", [[1, 1], [1, 11], [2, 1, 1]])
 def test_one_image_of_a_class(estimator, counts):
     y = np.repeat(list("abc")[: len(counts)], counts)
-    fitted = clone(estimator).fit(STACK[: len(y)], y)
+    with pytest.warns(UserWarning, match="class with one image"):
+        fitted = clone(estimator).fit(STACK[: len(y)], y)
     assert fitted.classes_.tolist() == sorted(set(y))
     assert np.isfinite(fitted.predict_proba(STACK)).all()
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sklearn
 import torch
-from conftest import TinyNet
+from conftest import FIXED, TinyNet
 from reference import normalized
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -40,8 +40,8 @@ def y():
 
 def make_classifier(**options):
     """Return a fast classifier."""
-    options = {"max_epochs": 1, "random_state": 0, "engine": "torch", **options}
-    return FineTunedCNNClassifier("tiny", **options)
+    options = {"random_state": 0, "engine": "torch", **options}
+    return FineTunedCNNClassifier("tiny", **{**FIXED, "max_epochs": 1, **options})
 
 
 def check_equal(one, other):

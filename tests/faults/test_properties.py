@@ -399,6 +399,7 @@ def test_labels_of_a_fine_tuned_classifier(n, folders):
             "tiny",
             trainable="head",
             head_init="random",
+            lr=1e-4,
             max_epochs=max_epochs,
             engine="torch",
             random_state=0,
