@@ -107,15 +107,27 @@ def script(train: Callable[[Any], Any]) -> Callable[[Setting, int], Script]:
     return partial(Script, train)
 
 
+# Settings of fine-tuning besides the learning rate that nothing in the data changes.
+FIXED = {
+    "head_init": "linear_probe",
+    "wise_ft_alpha": 1.0,
+    "lr_schedule": "cosine",
+    "batch_size": 32,
+}
+
 METHODS = [
     Method("frozen", frozen, 1 / 3),
     Method("probe", partial(fine_tuned, max_epochs=0), 1 / 3),
     Method("default", fine_tuned, 25),
-    Method("fixed-1e-4", partial(fine_tuned, lr=1e-4, wise_ft_alpha=0.4), 10),
-    Method("fixed-1e-3", partial(fine_tuned, lr=1e-3, wise_ft_alpha=1.0), 10),
+    Method(
+        "fixed-1e-4",
+        partial(fine_tuned, **{**FIXED, "wise_ft_alpha": 0.4}, lr=1e-4),
+        10,
+    ),
+    Method("fixed-1e-3", partial(fine_tuned, **FIXED, lr=1e-3), 10),
     Method(
         "random-1e-3",
-        partial(fine_tuned, head_init="random", lr=1e-3, wise_ft_alpha=1.0),
+        partial(fine_tuned, **{**FIXED, "head_init": "random"}, lr=1e-3),
         10,
     ),
     # Small batches take longer per image.
@@ -171,7 +183,7 @@ def compute(unit: Unit, images: Images, folder: Path) -> dict[str, Any]:
     predicted = time.perf_counter()
     chosen = {
         name: getattr(classifier, name)
-        for name in ("lr_", "wise_ft_alpha_")
+        for name in ("lr_", "head_init_", "wise_ft_alpha_")
         if hasattr(classifier, name)
     }
     return {
@@ -203,7 +215,7 @@ def compute_missing(
     for i, unit in enumerate(todo, start=1):
         result = compute(unit, images[unit.cell.data], folder)
         write(result, unit.file(out))
-        chosen = "".join(f", {k}={v:.3g}" for k, v in result["chosen"].items())
+        chosen = "".join(f", {k}={v}" for k, v in result["chosen"].items())
         print(
             f"{i}/{len(todo)} {unit.cell.name} seed {unit.seed} {unit.method.name}: "
             f"{result['accuracy']:.3f} in {result['fit_seconds']:.1f} s{chosen}",
