@@ -33,10 +33,8 @@ candidates = strategies(
         "backbone": "resnet_mini",
         "pixel_range": (0, 16),
         "image_size": 32,
-        "batch_size": 64,
         "memory": memory.name,
-    },
-    unlike_photographs=True,
+    }
 )
 
 # %%

@@ -19,9 +19,8 @@ For your own images, in one folder per class:
 
     python examples/three_strategies.py --data FOLDER --backbone resnet18
 
-The network is then fine-tuned with the defaults of ``FineTunedCNNClassifier``, which
-are for photographs. For other images, ``--unlike-photographs`` selects the settings
-that the digits have.
+The network is fine-tuned with the defaults of ``FineTunedCNNClassifier``, which selects
+its learning rate on held-out training images.
 
 With matplotlib (``pip install ".[plot]"``), ``--plot FILE`` saves a plot of the
 accuracy against the number of labels.
@@ -65,33 +64,32 @@ def with_classifier(*steps: Any) -> Pipeline:
     return make_pipeline(*steps, StandardScaler(), LogisticRegression(max_iter=1000))
 
 
-def strategies(
-    shared: dict[str, Any], *, unlike_photographs: bool
-) -> dict[str, BaseEstimator]:
+def strategies(shared: dict[str, Any]) -> dict[str, BaseEstimator]:
     """Return an estimator for each strategy, and for the baselines."""
-    searched = with_classifier(PretrainedFeatures(**shared))
-    # If the images differ from the pretraining data, a linear probe is not a good
-    # initialization, and a higher learning rate than the default is needed. Random
-    # weights need the same.
-    other = {"head_init": "random", "lr": 1e-3}
-    tuned = FineTunedCNNClassifier(**{**shared, "batch_size": 32}, random_state=0)
-    from_scratch = clone(tuned).set_params(weights=None, **other)
-    if unlike_photographs:
-        tuned.set_params(**other)
+    features = with_classifier(PretrainedFeatures(**shared))
+    tuned = FineTunedCNNClassifier(**shared, random_state=0)
+    # There is no probe to start from, and a high learning rate distorts nothing.
+    scratch = {"weights": None, "head_init": "random", "lr": 1e-3}
     return {
         "raw pixels": with_classifier(FunctionTransformer(raw_pixels)),
         "no training: PretrainedClassifier": PretrainedClassifier(**shared),
-        "frozen: penultimate": with_classifier(PretrainedFeatures(**shared)),
+        "frozen: penultimate": features,
         "frozen: layer and pooling searched": GridSearchCV(
-            searched,
-            {
-                "pretrainedfeatures__layer": ["stage1", "stage2", "stage3"],
-                "pretrainedfeatures__pooling": ["avg", 4],
-            },
+            clone(features),
+            [
+                {
+                    "pretrainedfeatures__layer": ["penultimate"],
+                    "pretrainedfeatures__pooling": ["avg"],
+                },
+                {
+                    "pretrainedfeatures__layer": ["stage1", "stage2", "stage3"],
+                    "pretrainedfeatures__pooling": ["avg", 4],
+                },
+            ],
             cv=3,
         ),
         "fine-tuned: from pretrained weights": tuned,
-        "fine-tuned: from random weights": from_scratch,
+        "fine-tuned: from random weights": clone(tuned).set_params(**scratch),
     }
 
 
@@ -171,11 +169,6 @@ def main() -> None:
     """Compare the strategies on digits, or on a folder of images."""
     parser = argparse.ArgumentParser(description="Compare the three strategies")
     parser.add_argument("--data", type=Path, help="one folder per class")
-    parser.add_argument(
-        "--unlike-photographs",
-        action="store_true",
-        help="fine-tune as for the digits: random head, high learning rate",
-    )
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--labels", type=int, default=10, help="per class")
@@ -186,7 +179,6 @@ def main() -> None:
     shared: dict[str, Any] = {
         "backbone": arguments.backbone,
         "weights": arguments.weights,
-        "batch_size": 64,
     }
     if arguments.data:
         files = load_files(arguments.data, load_content=False)
@@ -200,11 +192,7 @@ def main() -> None:
         cv = list(splits(y, n_labels, arguments.repeats, n_test=500))
         # Folds, candidates and repeats use the same images, so features are cached.
         with tempfile.TemporaryDirectory() as memory:
-            estimators = strategies(
-                {**shared, "memory": memory},
-                unlike_photographs=arguments.unlike_photographs or not arguments.data,
-            )
-            return compare(X, y, estimators, cv)
+            return compare(X, y, strategies({**shared, "memory": memory}), cv)
 
     print(
         f"{arguments.labels} labels for each of {len(np.unique(y))} classes, "

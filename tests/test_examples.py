@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.model_selection import ParameterGrid
 
 from sktl import FineTunedCNNClassifier, PretrainedFeatures
 
@@ -103,18 +104,24 @@ def test_the_digest_is_of_the_real_photographs(run, folder, test_data):
     assert example.digest_of(test_data / "hymenoptera") == example.DIGEST
 
 
-def test_three_strategies_fine_tune_photographs_with_the_defaults(monkeypatch):
+def test_three_strategies_fine_tune_with_the_defaults(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     strategies = importlib.import_module("three_strategies").strategies
-    default = FineTunedCNNClassifier()
-    for unlike, head_init, lr in (
-        (False, default.head_init, default.lr),
-        (True, "random", 1e-3),
-    ):
-        estimators = strategies({"backbone": "tiny"}, unlike_photographs=unlike)
-        tuned = estimators["fine-tuned: from pretrained weights"]
-        assert (tuned.head_init, tuned.lr) == (head_init, lr)
-        assert estimators["fine-tuned: from random weights"].lr == 1e-3
+    estimators = strategies({"backbone": "tiny"})
+    tuned = estimators["fine-tuned: from pretrained weights"]
+    default = FineTunedCNNClassifier("tiny", random_state=0)
+    assert tuned.get_params() == default.get_params()
+    assert estimators["fine-tuned: from random weights"].weights is None
+
+
+def test_three_strategies_search_every_layer_of_the_frozen_rows(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    strategies = importlib.import_module("three_strategies").strategies
+    search = strategies({"backbone": "tiny"})["frozen: layer and pooling searched"]
+    names = ("pretrainedfeatures__layer", "pretrainedfeatures__pooling")
+    tried = [tuple(each[n] for n in names) for each in ParameterGrid(search.param_grid)]
+    assert len(tried) == len(set(tried)) == 7
+    assert ("penultimate", "avg") in tried
 
 
 @pytest.mark.docs
@@ -141,9 +148,9 @@ def test_choosing_a_backbone_computes_each_image_once(run, capsys):
 
 @pytest.fixture
 def tiny_imagenet(tmp_path):
-    """Write two files of 150 and 10 random images in 4 categories."""
+    """Write two files of 40 and 10 random images in 4 categories."""
     rng = np.random.default_rng(0)
-    for part, n in (("train", 150), ("val", 10)):
+    for part, n in (("train", 40), ("val", 10)):
         files = []
         for _ in range(n):
             file = io.BytesIO()
@@ -167,7 +174,7 @@ def test_pretraining_resumes_to_the_same_weights(
     common = ["--data", tiny_imagenet, "--epochs", 2, "--precision", "float32"]
     whole, resumed = tmp_path / "whole.safetensors", tmp_path / "again.safetensors"
     example = importlib.import_module("pretrain_resnet_mini")
-    monkeypatch.setattr(example, "BATCH_SIZE", 64)  # two batches per epoch
+    monkeypatch.setattr(example, "BATCH_SIZE", 16)  # two batches per epoch
     # Muon iterates in bfloat16, which is slow on a processor without native support.
     monkeypatch.setitem(example.MUON, "ns_steps", 1)
     run("pretrain_resnet_mini", *common, "--out", whole)
