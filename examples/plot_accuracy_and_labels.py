@@ -59,9 +59,9 @@ print(means.round(3).loc[list(candidates)])
 # These images differ from photographs, so the categories of the network are of little
 # use, and its penultimate features are not better than pixels. Features of a lower
 # stage, averaged over a grid to keep spatial information, are the most accurate with 3
-# labels, and the search finds them in seconds. With 10 and more labels, fine-tuning is
-# as accurate and takes several times as long. Without pretrained weights, it needs many
-# more labels.
+# and 10 labels, and the search finds them in seconds. With 30 labels, fine-tuning is as
+# accurate and takes many times as long. Without pretrained weights, it needs more
+# labels.
 fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
 for name in candidates:
     of_candidate = means.loc[name]
