@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MAX_NUMBER = 2.0**1023  # a larger int in a file has no float
+MAX_NUMBER = 2.0**1023  # a larger int in a file has no float
 LINEAR_PROBE, SOFT_PROBE, RANDOM = "linear_probe", "soft_linear_probe", "random"
 HEAD_INITS = (LINEAR_PROBE, SOFT_PROBE, RANDOM)  # parameter head_init
 
@@ -202,7 +202,7 @@ def parse_selection(rows: Any) -> list[SelectionRow]:
             and isinstance(row.get("valid_losses", []), list)
             and all(
                 type(value) in (int, float)
-                and (0 <= value < _MAX_NUMBER or value == math.inf)
+                and (0 <= value < MAX_NUMBER or value == math.inf)
                 for value in (*(row[n] for n in numbers), *row.get("valid_losses", []))
             )
         )

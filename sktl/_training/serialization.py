@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.weights import load_weights_into, skip_weight_allocation
 from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
-from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
+from sktl._training.config import (
+    HEAD_INITS,
+    MAX_NUMBER,
+    TrainingRecord,
+    parse_selection,
+)
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest, replace_head
@@ -30,7 +35,6 @@ _FORMAT = "sktl fine-tuned model, version 3"
 # A new kind of target adds the function that reads its document.
 _TARGETS = {"multiclass": multiclass_from_document}
 _NUMBER = (int, float)
-_MAX_LR = 2.0**1023  # a larger int has no float
 _MAX_WIDTH = 2**20  # of a hidden layer
 _MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
 
@@ -183,7 +187,7 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
     )
     _require(best_epoch in {0, *epochs}, "its best epoch must be in its history")
     lr, alpha = (_get(document, name, _NUMBER) for name in ("lr", "wise_ft_alpha"))
-    _require(0 <= lr < _MAX_LR and 0 <= alpha <= 1, "its lr and alpha are invalid")
+    _require(0 <= lr < MAX_NUMBER and 0 <= alpha <= 1, "its lr and alpha are invalid")
     head_init = _get(document, "head_init", str)
     _require(head_init in HEAD_INITS, f"its head_init {head_init!r} is unknown")
     return SavedModel(
