@@ -13,6 +13,7 @@ from sktl._backbones.stages import describe_network
 from sktl._images.preprocessing import Preprocessing
 
 _NAME = "resnet_mini"
+_LICENSE = "BSD-3-Clause; trained on images of ImageNet, which permits research use"
 _MIN_SIZE = 8  # pixels: 1 x 1 position is left after three halvings
 _FILE = os.path.join(
     os.path.dirname(os.path.dirname(__file__)), "data", f"{_NAME}.safetensors"
@@ -25,7 +26,11 @@ def names() -> Collection[str]:
 
 
 def resolve(
-    name: str, weights: str | PathLike[str] | None, progress: bool
+    name: str,
+    weights: str | PathLike[str] | None,
+    progress: bool,
+    *,
+    fetch: bool = True,
 ) -> BackboneDefinition:
     """Return the definition of the bundled backbone; see `BackboneSource`."""
     file = _FILE if weights == "DEFAULT" else None
@@ -38,6 +43,8 @@ def resolve(
         None if file is None else _categories(),
         min_size=_MIN_SIZE,
         file=file,
+        known_weights=("DEFAULT",),
+        license=_LICENSE if file == _FILE else None,
     )
 
 

@@ -20,7 +20,11 @@ def names() -> Collection[str]:
 
 
 def resolve(
-    name: str, weights: str | PathLike[str] | None, progress: bool
+    name: str,
+    weights: str | PathLike[str] | None,
+    progress: bool,
+    *,
+    fetch: bool = True,
 ) -> BackboneDefinition:
     """Return the definition of a registered backbone; see `BackboneSource`."""
     file = None
@@ -64,4 +68,5 @@ def add(
         is_registered=True,
         adapt_state_dict=torchvision.adapt_state_dict,
         layout=layout,
+        known_weights=("DEFAULT",),
     )

@@ -91,6 +91,10 @@ class BackboneDefinition:
         parameters of the network.
     layout : {"NCHW", "NHWC"} or None
         Axes of activations for which they can be neither known nor measured.
+    known_weights : tuple of str
+        All names of weights that the source has for this network.
+    license : str or None
+        License of the weights, or None if the source states none.
     """
 
     build: Callable[[int | None], nn.Module]
@@ -104,6 +108,8 @@ class BackboneDefinition:
     is_registered: bool = False
     adapt_state_dict: Callable[[nn.Module, StateDict], StateDict] = _keep_state_dict
     layout: str | None = None
+    known_weights: tuple[str, ...] = ()
+    license: str | None = None
 
 
 class BackboneSource(Protocol):
@@ -113,7 +119,12 @@ class BackboneSource(Protocol):
         """Return the names of the backbones of this source."""
 
     def resolve(
-        self, name: str, weights: str | PathLike[str] | None, progress: bool
+        self,
+        name: str,
+        weights: str | PathLike[str] | None,
+        progress: bool,
+        *,
+        fetch: bool = True,
     ) -> BackboneDefinition:
         """Return the definition of a backbone; download its weights if needed.
 
@@ -125,6 +136,9 @@ class BackboneSource(Protocol):
             Name of weights, path of a file, or None for random weights.
         progress : bool
             Whether to show a progress bar of a download.
+        fetch : bool, default=True
+            Whether the values of the weights are needed. If not, nothing is
+            downloaded, and the definition of weights with a name may have no file.
 
         Raises
         ------

@@ -102,20 +102,28 @@ def names() -> Collection[str]:
 
 
 def resolve(
-    name: str, weights: str | PathLike[str] | None, progress: bool
+    name: str,
+    weights: str | PathLike[str] | None,
+    progress: bool,
+    *,
+    fetch: bool = True,
 ) -> BackboneDefinition:
     """Return the definition of a network of torchvision; see `BackboneSource`."""
     enum = _weights_enum(name)
-    member, file = enum.DEFAULT, None
+    member, file, license_ = enum.DEFAULT, None, None
     short = str(weights).removeprefix(f"{enum.__name__}.")
     if short in enum.__members__:
         member = enum[short]
-        file = str(fetch_weights(member.url, progress=progress))
+        license_ = member.meta.get("license")
+        if fetch:
+            file = str(fetch_weights(member.url, progress=progress))
     elif weights is not None:
         file = weights_path(name, weights, enum.__members__)
         # A file with the name that torchvision gives it has the weights of that name.
-        member = _weights_by_file(name).get(os.path.basename(file), member)
-    return _definition(name, member, file)
+        known = _weights_by_file(name).get(os.path.basename(file))
+        if known is not None:
+            member, license_ = known, known.meta.get("license")
+    return _definition(name, member, file, license_, weights is None)
 
 
 def describe_network(network: nn.Module) -> NetworkStructure:
@@ -189,7 +197,9 @@ def _weights_by_file(name: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(_MAX_DEFINITIONS)
-def _definition(name: str, member: Any, file: str | None) -> BackboneDefinition:
+def _definition(
+    name: str, member: Any, file: str | None, license_: str | None, is_random: bool
+) -> BackboneDefinition:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         # The options of the networks with weights, after loading.
@@ -201,7 +211,7 @@ def _definition(name: str, member: Any, file: str | None) -> BackboneDefinition:
         count = {} if num_classes is None else {"num_classes": num_classes}
         return models.get_model(name, weights=None, **options, **count)
 
-    categories = None if file is None else member.meta["categories"]
+    categories = None if is_random else member.meta["categories"]
     return BackboneDefinition(
         build,
         describe_network,
@@ -212,6 +222,8 @@ def _definition(name: str, member: Any, file: str | None) -> BackboneDefinition:
         weights_name=member.name,
         file=file,
         adapt_state_dict=adapt_state_dict,
+        known_weights=tuple(type(member).__members__),
+        license=license_,
     )
 
 

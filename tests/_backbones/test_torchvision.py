@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import pytest
 import torch
 from torch import nn
 from torchvision import models
@@ -41,6 +42,25 @@ def test_names_and_definitions() -> None:
     definition = torchvision.resolve("vit_b_16", None, False)
     assert (definition.file, definition.categories) == (None, None)
     assert definition.preprocessing.crop_size == definition.min_size == 224
+
+
+def test_weights_that_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torchvision, "fetch_weights")
+    swag = "IMAGENET1K_SWAG_E2E_V1"
+    definition = torchvision.resolve("vit_b_16", swag, False, fetch=False)
+    assert (definition.weights_name, definition.file) == (swag, None)
+    assert definition.preprocessing.crop_size == 384
+    assert "SWAG" in (definition.license or "")
+    assert len(definition.categories or ()) == 1000
+    assert {"DEFAULT", "IMAGENET1K_V1", swag} <= set(definition.known_weights)
+
+
+@pytest.mark.parametrize(("file", "known"), [("w.pth", False), ("{}", True)])
+def test_license_of_a_file(file: str, known: bool) -> None:
+    url = models.RegNet_Y_16GF_Weights.IMAGENET1K_SWAG_LINEAR_V1.url
+    path = file.format(url.rpartition("/")[2])
+    definition = torchvision.resolve("regnet_y_16gf", path, False)
+    assert (definition.license is not None) == known
 
 
 def test_subclasses_keep_the_layout_but_have_no_stages() -> None:
