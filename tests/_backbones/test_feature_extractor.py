@@ -9,7 +9,8 @@ from torchvision.ops import Permute
 
 from sktl._backbones import feature_extractor
 from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
-from sktl._backbones.registry import load_backbone, register_backbone
+from sktl._backbones.register import register_backbone
+from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
 
 # One of each way a layer can be reached, in the words of sktl and of torchvision.
