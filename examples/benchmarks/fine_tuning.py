@@ -37,8 +37,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sktl import FineTunedCNNClassifier
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import count_trainable_stages, replace_head
+from sktl._training.network import count_trainable_stages
 
 LR, WEIGHT_DECAY = 1e-4, 1e-2
 

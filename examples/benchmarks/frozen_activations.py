@@ -43,12 +43,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sktl import FeatureStore, FineTunedCNNClassifier
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import (
-    count_frozen_parts,
-    count_trainable_stages,
-    replace_head,
-)
+from sktl._training.network import count_frozen_parts, count_trainable_stages
 
 RATES, HEADS, DECAYS = [1e-3, 1e-4, 1e-5], [(), (64,)], [1e-2]
 GIGABYTE = 2**30

@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 from transfer_data import Setting
 
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
 from sktl._images.sequence import ImageSequence
-from sktl._training.network import replace_head
 
 Transform = Callable[[Image.Image], Tensor]
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sktl._backbones.feature_extractor import PENULTIMATE
+from sktl._backbones.new_head import NECK
 from sktl._images.augmented_views import AugmentedViews
 from sktl._images.preprocessing import Preprocessing
 from sktl._images.sequence import ImageSequence
@@ -38,7 +39,7 @@ from sktl._inference.feature_cache import Memory, open_cache, open_store
 from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
-from sktl._training.network import NECK, network_digest, output_shape
+from sktl._training.network import network_digest, output_shape
 from sktl._utils.default_dtype import float32_default_if_needed
 
 _MAX_BYTES_IN_MEMORY = 2**30

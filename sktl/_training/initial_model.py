@@ -10,14 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from sktl._backbones.new_head import replace_head, stage_names
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.preprocessing import Preprocessing
-from sktl._training.network import (
-    network_digest,
-    output_shape,
-    replace_head,
-    stage_names,
-)
+from sktl._training.network import network_digest, output_shape
 from sktl._training.targets import Target
 from sktl._utils.random_state import temporary_seed
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sktl._training.network import HEAD, NECK
+from sktl._backbones.new_head import HEAD, NECK
 
 LR_SCHEDULES = {"constant", "cosine", "onecycle"}
 _WARM_UP = 0.1  # fraction of the steps
@@ -78,7 +78,7 @@ def parameter_groups(
     Parameters
     ----------
     network : nn.Sequential
-        From `sktl._training.network.replace_head`.
+        From `sktl._backbones.new_head.replace_head`.
     n_trainable_stages : int
         Number of stages that will ever be trained. The others have no group, since an
         optimizer reads the gradient of each of its parameters in each step.

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.weights import load_weights_into, skip_weight_allocation
 from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
@@ -25,7 +26,7 @@ from sktl._training.config import (
 )
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
-from sktl._training.network import network_digest, replace_head
+from sktl._training.network import network_digest
 from sktl._utils.default_dtype import float32_default
 from sktl._utils.json_values import from_json, to_json
 from sktl._utils.random_state import preserve_rng_state

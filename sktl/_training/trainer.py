@@ -33,11 +33,7 @@ from sktl._training.callbacks import (
 )
 from sktl._training.config import TrainerState, TrainingConfig, check_state_dict
 from sktl._training.datasets import BatchLoader, TrainingDataset
-from sktl._training.network import (
-    NormalizedInput,
-    PartiallyFrozen,
-    interpolate_weights,
-)
+from sktl._training.network import NormalizedInput, PartiallyFrozen, interpolate_weights
 from sktl._training.optim import load_optimizer_state, make_optimizer
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import adapt_callbacks

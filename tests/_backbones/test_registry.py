@@ -21,10 +21,10 @@ from torchvision.models.resnet import BasicBlock
 from sktl._backbones import registered, registry
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import BackboneSpec, list_backbones, load_backbone
 from sktl._images.preprocessing import Preprocessing
-from sktl._training.network import replace_head
 from sktl._utils.keyed_cache import KeyedCache
 
 _SMALL = Preprocessing(resize_size=32, crop_size=32)

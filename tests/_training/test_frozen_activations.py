@@ -13,6 +13,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 
 import sktl._inference.cached_forward
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.augmentation import augmentation_for
 from sktl._images.validation import validate_images
@@ -23,7 +24,6 @@ from sktl._training.datasets import ActivationDataset, ImageDataset
 from sktl._training.decoded_images import DecodedImages
 from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
-from sktl._training.network import replace_head
 from sktl._utils.keyed_cache import KeyedCache
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
-from sktl._training.network import PartiallyFrozen, replace_head
+from sktl._training.network import PartiallyFrozen
 from sktl._training.optim import (
     load_optimizer_state,
     lr_lambda,

@@ -11,6 +11,7 @@ from conftest import FIXED
 from sklearn.utils import check_random_state
 
 from sktl import FineTunedCNNClassifier
+from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
 from sktl._images.augmentation import augmentation_for
 from sktl._images.sequence import ImageSequence
@@ -20,7 +21,6 @@ from sktl._training.config import TrainerState, TrainingConfig
 from sktl._training.datasets import ImageDataset
 from sktl._training.decoded_images import DecodedImages
 from sktl._training.multiclass import MulticlassTarget, encode_multiclass
-from sktl._training.network import replace_head
 from sktl._training.targets import validation_mask
 from sktl._training.trainer import Trainer
 from sktl._training.training_sets import (
