@@ -1,7 +1,8 @@
 """Preprocessing of decoded images: resize, center crop and normalization."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,9 @@ _MAX_ASPECT_RATIO = 32
 MAX_SIZE = 10_000
 #: How an image of any aspect ratio becomes square.
 RESIZE_MODES = ("crop", "squash", "pad")
+_TWO_STEP_MODES = ("squash+crop", "pad+crop")  # to resize_size, then to crop_size
+# Crop modes of timm. With "pad" the shorter side may be rounded to another pixel.
+_TIMM_MODES = {"center": "crop", "squash": "squash+crop", "border": "pad+crop"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +32,8 @@ class Preprocessing:
     Parameters
     ----------
     resize_size : int
-        Size in pixels to which the shorter side is resized, if `resize` is ``"crop"``.
+        Size in pixels to which an image is resized before the center crop, if `resize`
+        has one; with ``"squash"`` and ``"pad"`` it is not used.
 
     crop_size : int
         Side in pixels of the square that the network gets.
@@ -42,12 +47,14 @@ class Preprocessing:
         deviation. Calling a `Preprocessing` does not normalize: it returns uint8
         pixels, which are normalized together with the forward pass.
 
-    resize : {"crop", "squash", "pad"}, default="crop"
+    resize : {"crop", "squash", "pad", "squash+crop", "pad+crop"}, default="crop"
         How an image becomes square. ``"crop"``: resize its shorter side to
         `resize_size` and crop the center, as torchvision does. ``"squash"``: resize it
         to the square, whatever its aspect ratio. ``"pad"``: resize its longer side to
         `crop_size` and fill the rest with `mean`, rounded to 8 bits, which is 0 after
-        normalization, up to this rounding.
+        normalization, up to this rounding. ``"squash+crop"`` and ``"pad+crop"``: resize
+        it to a square of `resize_size`, or its longer side to `resize_size`, and crop
+        or pad the center to `crop_size`, as timm does.
 
     Raises
     ------
@@ -72,9 +79,10 @@ class Preprocessing:
         modes = [mode.value for mode in InterpolationMode]
         if self.interpolation not in modes:
             raise ValueError(f"interpolation must be one of {modes}. Got {self!r}.")
-        if self.resize not in RESIZE_MODES:
+        if self.resize not in RESIZE_MODES + _TWO_STEP_MODES:
             raise ValueError(
-                f"resize must be one of {list(RESIZE_MODES)}. Got {self!r}."
+                f"resize must be one of {[*RESIZE_MODES, *_TWO_STEP_MODES]}. Got "
+                f"{self!r}."
             )
         # Python's types, so that the repr does not depend on the type of the input.
         for name in ("resize_size", "crop_size"):
@@ -138,6 +146,64 @@ class Preprocessing:
             tuple(preset.std),
         )
 
+    @classmethod
+    def from_timm(cls, cfg: Any) -> Self:
+        """Create a preprocessing from the configuration of weights of timm.
+
+        Parameters
+        ----------
+        cfg : mapping or PretrainedCfg of timm
+            ``model.pretrained_cfg``, or the output of
+            ``timm.data.resolve_model_data_config(model)``, or the ``pretrained_cfg`` of
+            the file ``config.json`` of a model hub. For missing values, the defaults of
+            timm are used.
+
+        Returns
+        -------
+        Preprocessing
+            Equivalent to ``timm.data.create_transform`` for evaluation.
+
+        Raises
+        ------
+        TypeError
+            If `cfg` is of another type.
+        ValueError
+            If `cfg` has no ``input_size`` or one that is not square, or a value is
+            unsupported.
+        """
+        if is_dataclass(cfg) and not isinstance(cfg, type):
+            cfg = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
+        if not isinstance(cfg, Mapping):
+            raise TypeError(
+                "cfg must be a pretrained_cfg of timm. Got an object of type "
+                f"{type(cfg).__name__}. Pass model.pretrained_cfg."
+            )
+        size = tuple(cfg.get("input_size") or ())
+        if len(size) != 3 or size[1] != size[2]:
+            raise ValueError(
+                "The input_size in cfg must be (channels, side, side), since images "
+                f"are made square. Got {cfg.get('input_size')!r}. Pass a copy of cfg "
+                "with a square input_size, if the network supports it."
+            )
+        crop_mode = cfg.get("crop_mode") or "center"
+        if crop_mode not in _TIMM_MODES:
+            raise ValueError(
+                f"The crop_mode in cfg must be one of {list(_TIMM_MODES)}. Got "
+                f"{crop_mode!r}."
+            )
+        resize_size = math.floor(size[1] / (cfg.get("crop_pct") or 0.875))
+        resize = _TIMM_MODES[crop_mode]
+        if resize == "squash+crop" and resize_size == size[1]:
+            resize = "squash"  # the same pixels
+        return cls(
+            resize_size,
+            size[1],
+            cfg.get("interpolation") or "bicubic",
+            tuple(cfg.get("mean") or cls.mean),
+            tuple(cfg.get("std") or cls.std),
+            resize,
+        )
+
     def with_image_size(self, side: int) -> Self:
         """Return the same preprocessing for another image size.
 
@@ -169,8 +235,9 @@ class Preprocessing:
         """
         if reducing_gap is None:
             return None
-        # With "pad", the shorter side becomes smaller still: this is a safe bound.
-        size = self.resize_size if self.resize == "crop" else self.crop_size
+        # If it is padded, the shorter side becomes smaller still: a safe bound.
+        is_one_step = self.resize in ("squash", "pad")
+        size = self.crop_size if is_one_step else self.resize_size
         return math.ceil(reducing_gap * size)
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
@@ -185,8 +252,8 @@ class Preprocessing:
         -------
         ndarray of shape (crop_size, crop_size, 3), uint8
             The same pixels as those of torchvision's transforms; for aspect ratios
-            above 32, up to rounding of intermediate results. With ``resize="crop"``, a
-            crop larger than the resized image is padded with black.
+            above 32, up to rounding of intermediate results. A crop larger than the
+            resized image is padded with black, or as `resize` says.
         """
         if self.resize != "crop":
             return self._resize_whole(image)
@@ -198,18 +265,25 @@ class Preprocessing:
         return np.array(tvf.center_crop(image, [self.crop_size]), dtype=np.uint8)
 
     def _resize_whole(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resize a whole image to the square, or pad it to the square."""
+        """Resize a whole image, then crop or pad it to the square."""
         side, mode = self.crop_size, InterpolationMode(self.interpolation)
-        width, height = side, side
+        longest, color = max(image.size), self._mean_color()
         if self.resize == "pad":
-            longest = max(image.size)
             width, height = (max(1, round(side * n / longest)) for n in image.size)
+        elif self.resize == "pad+crop":  # divided in the order in which timm does
+            scale = longest / self.resize_size
+            width, height = (max(1, round(n / scale)) for n in image.size)
+        else:
+            color = (0, 0, 0)
+            width = height = side if self.resize == "squash" else self.resize_size
         if image.height > _MAX_ASPECT_RATIO * image.width:
             # Pillow resizes rows first: one of 1 x 80 million pixels would take 70 GB.
             image = tvf.resize(image, [height, image.width], mode)
         resized = tvf.resize(image, [height, width], mode)  # unchanged if it fits
-        square = Image.new("RGB", (side, side), self._mean_color())
-        square.paste(resized, ((side - width) // 2, (side - height) // 2))
+        square = Image.new("RGB", (side, side), color)
+        square.paste(
+            resized, (_center_offset(width, side), _center_offset(height, side))
+        )
         return np.array(square, dtype=np.uint8)
 
     def _mean_color(self) -> tuple[int, ...]:
@@ -237,6 +311,11 @@ class Preprocessing:
         left, top, right, bottom = corners
         transposed = (top, left, bottom, right)
         return part.resize((self.resize_size, kept), resample, box=transposed)
+
+
+def _center_offset(size: int, side: int) -> int:
+    """Return the offset of a centered crop or padding, as torchvision rounds it."""
+    return (side - size) // 2 if size <= side else -round((size - side) / 2)
 
 
 class Normalization(nn.Module):

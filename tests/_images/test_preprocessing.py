@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from reference import whole_in_square
 from torchvision import models
 from torchvision.transforms import functional as tvf
@@ -97,6 +97,24 @@ def test_whole_images_equal_pillow(
         np.testing.assert_array_equal(tvf.resize(image, [28, 28], mode), expected)
 
 
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resize_size", [28, 35, 20])
+def test_two_step_modes_equal_torchvision(
+    size: tuple[int, int], resize_size: int
+) -> None:
+    image = random_image(*size)
+    squashed = tvf.center_crop(tvf.resize(image, [resize_size] * 2), [28])
+    got = Preprocessing(resize_size, 28, resize="squash+crop")(image)
+    np.testing.assert_array_equal(got, squashed)
+
+    part = ImageOps.contain(image, (resize_size,) * 2, Image.Resampling.BILINEAR)
+    before = [max(0, 28 - n) // 2 for n in part.size]
+    after = [(max(0, 28 - n) + 1) // 2 for n in part.size]
+    padded = tvf.pad(part, [*before, *after], fill=(124, 116, 104))
+    got = Preprocessing(resize_size, 28, resize="pad+crop")(image)
+    np.testing.assert_array_equal(got, tvf.center_crop(padded, [28]))
+
+
 def test_padding_is_zero_after_normalization() -> None:
     preprocessing = Preprocessing(64, 56, resize="pad")
     pixels = torch.from_numpy(preprocessing(random_image(90, 30))[None])
@@ -131,13 +149,17 @@ def test_whole_image_of_extreme_aspect_ratio(
 def test_pixels_are_writable_and_not_shared() -> None:
     image = random_image(8, 8)
     before = np.array(image)
-    for mode in RESIZE_MODES:
+    for mode in (*RESIZE_MODES, "squash+crop", "pad+crop"):
         Preprocessing(8, 8, resize=mode)(image)[:] = 0
         np.testing.assert_array_equal(np.array(image), before)
 
 
 @pytest.mark.parametrize(
-    ("resize", "size"), [("crop", 384), ("squash", 336), ("pad", 336)]
+    ("resize", "size"),
+    [
+        *(("crop", 384), ("squash", 336), ("pad", 336)),
+        *(("squash+crop", 384), ("pad+crop", 384)),
+    ],
 )
 def test_min_decode_size_is_that_of_the_resized_image(resize: str, size: int) -> None:
     preprocessing = Preprocessing(256, 224, resize=resize)
@@ -164,6 +186,79 @@ def test_from_torchvision() -> None:
     assert got.with_image_size(96) == Preprocessing(96, 96, "bicubic", mean, std)
 
 
+TIMM_CFG = {
+    "input_size": (3, 40, 40),
+    "mean": (0.1, 0.5, 1.0),
+    "std": (0.5, 0.25, 0.3),
+    "interpolation": "bilinear",
+}
+
+
+@pytest.mark.parametrize("size", [*SIZES, (153, 576)])
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border", None])
+@pytest.mark.parametrize("crop_pct", [1.0, 0.9, 0.875, 1.15, None])
+def test_equals_transform_of_timm(
+    size: tuple[int, int], crop_mode: str | None, crop_pct: float | None
+) -> None:
+    data = pytest.importorskip("timm.data")
+    cfg = {**TIMM_CFG, "crop_mode": crop_mode, "crop_pct": crop_pct}
+    image = random_image(*size)
+    for interpolation in ("bilinear", "bicubic"):
+        cfg["interpolation"] = interpolation
+        preprocessing = Preprocessing.from_timm(cfg)
+        pixels = preprocessing(image)
+        uint8 = data.create_transform(**cfg, normalize=False)(image)  # (3, h, w)
+        np.testing.assert_array_equal(pixels, uint8.permute(1, 2, 0))
+        got = Normalization(preprocessing)(torch.from_numpy(pixels[None]))[0]
+        expected = data.create_transform(**cfg)(image)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_border_of_timm_rounds_the_shorter_side_as_timm() -> None:
+    # 224 * 153 / 576 is 59.5, which timm rounds to 59 and "pad" to 60.
+    cfg = {"input_size": (3, 224, 224), "crop_pct": 1.0, "crop_mode": "border"}
+    preprocessing = Preprocessing.from_timm(cfg)
+    got = preprocessing(Image.new("RGB", (153, 576), (255, 0, 0)))
+    assert (got[0, :, 0] == 255).sum() == round(153 / (576 / 224)) == 59
+
+
+def test_from_timm_uses_the_defaults_of_timm() -> None:
+    cfg = {"url": "https://x", "input_size": [3, 224, 224], "test_input_size": [3] * 3}
+    assert Preprocessing.from_timm(cfg) == Preprocessing(256, 224, "bicubic")
+    cfg |= {"crop_mode": "squash", "crop_pct": 1.0, "mean": [0.5] * 3, "std": [1] * 3}
+    expected = Preprocessing(224, 224, "bicubic", (0.5,) * 3, (1.0,) * 3, "squash")
+    assert Preprocessing.from_timm(cfg) == expected
+    expected = dataclasses.replace(expected, resize_size=248, resize="squash+crop")
+    assert Preprocessing.from_timm({**cfg, "crop_pct": 0.9}) == expected
+
+
+def test_from_timm_takes_the_objects_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    cfg = timm.get_pretrained_cfg("dm_nfnet_f0.dm_in1k")
+    expected = (213, 192, "squash+crop")
+    resolved = timm.data.resolve_data_config(pretrained_cfg=cfg.to_dict())
+    for each in (cfg, cfg.to_dict(), resolved):
+        got = Preprocessing.from_timm(each)
+        assert (got.resize_size, got.crop_size, got.resize) == expected
+
+
+@pytest.mark.parametrize(
+    ("cfg", "error", "message"),
+    [
+        ("resnet18", TypeError, "cfg must be a pretrained_cfg of timm"),
+        ({"architecture": "x"}, ValueError, "input_size in cfg must be .* Got None"),
+        ({"input_size": (3, 1024, 768)}, ValueError, "side, side.*1024, 768"),
+        ({**TIMM_CFG, "crop_mode": "top"}, ValueError, "crop_mode in cfg must be one"),
+        ({**TIMM_CFG, "interpolation": "random"}, ValueError, "interpolation must be"),
+    ],
+)
+def test_invalid_configuration_of_timm_raises(
+    cfg: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Preprocessing.from_timm(cfg)
+
+
 def test_equality_and_immutability() -> None:
     one = Preprocessing(32, 32, mean=[0, 0, 0], std=[1, 1, 1])  # type: ignore[arg-type]
     other = Preprocessing(32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -182,7 +277,7 @@ def test_equality_and_immutability() -> None:
         ({"crop_size": 10_001}, "crop_size must be at least 1 and at most 10000"),
         ({"resize_size": float("inf")}, "resize_size must be at least 1 and at most"),
         ({"mean": (0.5, 0.5, float("nan"))}, "one finite number"),
-        ({"resize": "stretch"}, r"resize must be one of \['crop', 'squash', 'pad'\]"),
+        ({"resize": "stretch"}, r"resize must be one of \['crop', 'squash'"),
         ({"interpolation": "cubic"}, "interpolation must be one of .*bicubic"),
         ({"mean": (0.5,)}, "one finite number for each of red, green and blue"),
         ({"std": (1.0, 1.0, 0.0)}, "std must be positive"),
