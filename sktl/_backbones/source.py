@@ -22,6 +22,10 @@ def _is_channels_first(layer: str) -> bool | None:
     return False
 
 
+def _no_prefix_tokens(layer: str) -> int:
+    return 0
+
+
 def _keep_state_dict(network: nn.Module, state_dict: StateDict) -> StateDict:
     return state_dict
 
@@ -40,6 +44,10 @@ class NetworkStructure:
         Blocks that run after the last stage.
     reason_not_staged : str or None
         Why the network cannot be split into stages, or None if it can be.
+    neck : sequence of Module or None
+        Blocks from the output of the last stage, or from the images if the network
+        cannot be split, to the penultimate features. None: the blocks of the head
+        before its last linear layer.
     is_trunk_channels_last : bool
         Whether the blocks pass activations of shape ``(n, h, w, c)``, not
         ``(n, c, h, w)``.
@@ -49,15 +57,20 @@ class NetworkStructure:
         Takes the name of a layer; returns whether its activations with four axes are
         ``(n, h, w, c)``, or None if that is not known and has to be measured. Raises a
         ValueError if they have another layout.
+    n_prefix_tokens : callable
+        Takes the name of a layer; returns the number of class and register tokens at
+        the start of its activations ``(n, tokens, c)``.
     """
 
     trunk: Sequence[nn.Module] = ()
     stages: Mapping[str, nn.Module] | None = None
     head: Sequence[nn.Module] = ()
+    neck: Sequence[nn.Module] | None = None
     reason_not_staged: str | None = None
     is_trunk_channels_last: bool = False
     has_fixed_image_size: bool = False
     is_channels_last: Callable[[str], bool | None] = _is_channels_first
+    n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
 
 
 @dataclass(frozen=True)
