@@ -4,8 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sktl._backbones.catalog import list_backbones
     from sktl._backbones.register import register_backbone
-    from sktl._backbones.registry import list_backbones
     from sktl._fine_tuned_cnn_classifier import FineTunedCNNClassifier
     from sktl._images.preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
@@ -31,7 +31,7 @@ _MODULE_OF = {
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
     "Preprocessing": "sktl._images.preprocessing",
-    "list_backbones": "sktl._backbones.registry",
+    "list_backbones": "sktl._backbones.catalog",
     "register_backbone": "sktl._backbones.register",
 }
 

@@ -20,7 +20,12 @@ _FILE = os.path.join(
 )
 
 
-def names() -> Collection[str]:
+def owns(name: str) -> bool:
+    """Return whether a name is that of the bundled backbone."""
+    return name == _NAME
+
+
+def names(pretrained: bool = False) -> Collection[str]:
     """Return the name of the bundled backbone."""
     return frozenset([_NAME])
 

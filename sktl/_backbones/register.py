@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from sktl._backbones import registered, registry
+from sktl._backbones import catalog, registered, registry
 from sktl._backbones.layouts import LAYOUTS
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.random_state import preserve_rng_state
@@ -28,7 +28,8 @@ def register_backbone(
     Parameters
     ----------
     name : str
-        Must differ from the names of the bundled network and of torchvision.
+        Must differ from the names of the bundled network and of torchvision, and not
+        start with ``"timm/"``.
 
     builder : callable
         Called without arguments; returns a network that maps ``(n, 3, h, w)`` to
@@ -71,11 +72,11 @@ def register_backbone(
     """
     if not isinstance(name, str):
         raise TypeError(f"The name of a backbone must be a str. Got {name!r}.")
-    if not name or registry.is_reserved(name):
+    if not name or catalog.is_reserved(name):
         raise ValueError(
             "The name of a registered backbone must not be empty, nor the name of the "
-            f"bundled network or of a network of torchvision. Got {name!r}. Choose "
-            "another name."
+            "bundled network or of a network of torchvision, nor start with 'timm/'. "
+            f"Got {name!r}. Choose another name."
         )
     if not callable(builder) or isinstance(builder, nn.Module):
         raise TypeError(

@@ -14,7 +14,12 @@ from sktl._images.preprocessing import Preprocessing
 definitions: dict[str, BackboneDefinition] = {}
 
 
-def names() -> Collection[str]:
+def owns(name: str) -> bool:
+    """Return whether a name was registered."""
+    return name in names()
+
+
+def names(pretrained: bool = False) -> Collection[str]:
     """Return the names of the registered backbones."""
     return tuple(definitions)  # a copy, since other threads may register
 

@@ -4,7 +4,6 @@ The last used backbones are cached in the process, so that clones of an estimato
 one frozen network.
 """
 
-import difflib
 import hashlib
 import os
 import socket
@@ -16,9 +15,9 @@ from typing import Self
 import torch
 from torch import nn
 
-from sktl._backbones import bundled, registered, torchvision
 from sktl._backbones.backbone import Backbone, LoadedNetwork
-from sktl._backbones.source import BackboneDefinition, BackboneSource, is_path
+from sktl._backbones.catalog import find_source
+from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import check_staged_model, find_head, last_linear
 from sktl._backbones.unwrap import fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
@@ -32,45 +31,12 @@ from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
 
-# The names of a source are reserved, except for those of `registered`.
-_SOURCES: tuple[BackboneSource, ...] = (bundled, torchvision)
-
 # Changes when other axes of a network are pooled, so that no old row is read.
 _LAYOUT_VERSION = 1
 
 # By name, name of the weights, and digest of the file or seed. A search over strategies
 # uses two or three backbones at the same time.
 backbones: KeyedCache[tuple[str, str, str], Backbone] = KeyedCache(max_size=4)
-
-
-def list_backbones() -> list[str]:
-    """Return the names of all backbones.
-
-    Returns
-    -------
-    list of str
-        The bundled network, the classification networks of torchvision, and registered
-        networks, sorted.
-
-    Examples
-    --------
-    >>> from sktl import list_backbones
-    >>> [name for name in list_backbones() if name.startswith("squeezenet")]
-    ['squeezenet1_0', 'squeezenet1_1']
-    """
-    sources = (*_SOURCES, registered)
-    return sorted({name for source in sources for name in source.names()})
-
-
-def is_reserved(name: str) -> bool:
-    """Return whether a name belongs to a source, so that no other network can have it.
-
-    Parameters
-    ----------
-    name : str
-        Name of a backbone.
-    """
-    return any(name in source.names() for source in _SOURCES)
 
 
 def load_backbone(
@@ -132,7 +98,7 @@ def load_backbone(
 def _get_backbone(
     name: str, weights: str | PathLike[str] | None, random_state: int, progress: bool
 ) -> Backbone:
-    definition = _resolve(name, weights, progress)
+    definition = find_source(name).resolve(name, weights, progress)
     if definition.file is None:
         identity = f"seed {random_state}"
     else:
@@ -146,7 +112,7 @@ def _get_backbone(
         # number generators. To prevent a deadlock, that lock is always acquired first.
         with preserve_rng_state():
             # The name may have been registered again meanwhile.
-            definition = _resolve(name, weights, progress)
+            definition = find_source(name).resolve(name, weights, progress)
             create = partial(_build_backbone, name, definition, random_state, identity)
             return backbones.get_or_create(key, create)
 
@@ -237,21 +203,6 @@ class BackboneSpec:
         return backbone
 
 
-def _resolve(
-    name: str, weights: str | PathLike[str] | None, progress: bool
-) -> BackboneDefinition:
-    for source in (*_SOURCES, registered):
-        if name in source.names():
-            return source.resolve(name, weights, progress)
-    close = difflib.get_close_matches(str(name), list_backbones())
-    raise ValueError(
-        f"There is no backbone {name!r}. "
-        f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
-        "list_backbones() returns all names; a registered backbone is available only "
-        "in processes that import a module which registers it."
-    )
-
-
 def _declare_backbone(
     name: str, definition: BackboneDefinition, file: str, digest: str
 ) -> Backbone:
@@ -318,14 +269,19 @@ def _load_network(
     selection = select_state_dict(
         weights.state_dicts, network, head, definition.adapt_state_dict, origin
     )
-    n_outputs = _n_outputs(definition, network)
+    n_outputs = None  # the default
     last = last_linear(network, definition.describe(network))
     weight = selection.state_dict.get(f"{last}.weight")
     if not definition.is_registered and weight is not None and weight.ndim > 0:
-        if len(weight) != n_outputs:  # fine-tuned on another number of categories
-            network = _build_network(definition, len(weight), seed, has_weights=True)
+        if len(weight) != _n_outputs(definition, network):
+            n_outputs = len(weight)  # fine-tuned on another number of categories
+            network = _build_network(definition, n_outputs, seed, has_weights=True)
     fill_missing_head(selection.state_dict, network, selection.missing_head)
     load_weights_into(network, selection.state_dict, origin)
+    if any(value.is_meta for value in [*network.parameters(), *network.buffers()]):
+        # A constant that is not saved, and that was computed into an empty tensor.
+        network = _build_network(definition, n_outputs, seed)
+        load_weights_into(network, selection.state_dict, origin)
     removed = f"{origin}: {selection.removed}." if selection.removed else ""
     return LoadedNetwork(
         _freeze(network), weights.digest, selection.missing_head, removed

@@ -128,8 +128,18 @@ class BackboneDefinition:
 class BackboneSource(Protocol):
     """A source of backbones; a module with these functions is one."""
 
-    def names(self) -> Collection[str]:
-        """Return the names of the backbones of this source."""
+    def owns(self, name: str) -> bool:
+        """Return whether a name belongs to this source, without importing a library."""
+
+    def names(self, pretrained: bool = False) -> Collection[str]:
+        """Return the names of the backbones of this source.
+
+        Parameters
+        ----------
+        pretrained : bool, default=False
+            Whether to return only those with pretrained weights; where a source has
+            names of networks with the name of their weights, then these.
+        """
 
     def resolve(
         self,
@@ -144,7 +154,7 @@ class BackboneSource(Protocol):
         Parameters
         ----------
         name : str
-            One of `names`.
+            A name that the source owns.
         weights : str, path-like or None
             Name of weights, path of a file, or None for random weights.
         progress : bool
@@ -157,8 +167,10 @@ class BackboneSource(Protocol):
         ------
         ConnectionError
             If the weights cannot be downloaded.
+        ImportError
+            If the library of the source is not installed.
         TypeError, ValueError
-            If `weights` is invalid.
+            If `name` or `weights` is invalid.
         """
 
 

@@ -95,8 +95,13 @@ _PARTS: dict[type[nn.Module], tuple[str, str]] = {
 }
 
 
+def owns(name: str) -> bool:
+    """Return whether a name is that of a network of torchvision."""
+    return name in names()
+
+
 @functools.cache  # called in each fit and transform
-def names() -> Collection[str]:
+def names(pretrained: bool = False) -> Collection[str]:
     """Return the names of the classification networks of torchvision."""
     return frozenset(models.list_models(module=models))
 

@@ -2,9 +2,10 @@
 
 Unpickling can execute any code, so ``.pth`` files are read only by torch's restricted
 unpickler; ``.safetensors`` files contain no code. torchvision writes the first digits
-of the sha256 of a file into its name, and checks them once, after the download. Here
-they are checked each time the file is read, which also detects a file that was damaged
-or replaced on disk.
+of the sha256 of a file into its name, and checks them once, after the download. The
+cache of the Hugging Face Hub consists of links to files whose name is their sha256, and
+does not check it. Here both are checked each time the file is read, which also detects
+a file that was damaged or replaced on disk.
 """
 
 import hashlib
@@ -41,6 +42,7 @@ from sktl._utils.keyed_cache import KeyedCache
 
 # The sha256 of torchvision's resnet18-f37072fd.pth begins with f37072fd.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 # Longer than the resolution of time stamps on Linux, macOS and Windows.
 _TICK_NS = 100_000_000
@@ -196,6 +198,7 @@ def _download(url: str, path: Path, progress: bool) -> None:
 
 
 _RANDOM_FILLS = {Tensor.normal_, Tensor.uniform_}
+_RANDOM_FACTORIES = {torch.randn, torch.rand}
 
 
 class skip_weight_allocation(TorchFunctionMode):
@@ -220,7 +223,8 @@ class skip_weight_allocation(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _RANDOM_FILLS:
             return args[0]
-        if func is torch.empty and kwargs.get("device") is None:
+        is_random = func in _RANDOM_FACTORIES
+        if (is_random or func is torch.empty) and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
@@ -323,11 +327,11 @@ def _signature(status: os.stat_result, name: str) -> tuple[str, int, int, int, i
 def _verified_digest(file: BufferedReader, name: str) -> str:
     signature = _signature(os.fstat(file.fileno()), name)
     digest = hashlib.file_digest(file, "sha256").hexdigest()
-    promised = _HASH_IN_NAME.search(os.path.basename(name))
-    if promised and not digest.startswith(promised.group(1)):
+    name, promised = _promised_digest(name)
+    if not digest.startswith(promised):
         raise ValueError(
             f"The sha256 of a weights file must begin as its name says. The name of "
-            f"{name!r} says {promised.group(1)}, its sha256 is {digest}: the file is "
+            f"{name!r} says {promised}, its sha256 is {digest}: the file is "
             "damaged or was changed. If it was downloaded, delete it and it will be "
             "downloaded again; if those digits are not a hash, rename the file."
         )
@@ -338,6 +342,17 @@ def _verified_digest(file: BufferedReader, name: str) -> str:
             _digests.clear()
         _digests[signature] = digest
     return digest
+
+
+def _promised_digest(name: str) -> tuple[str, str]:
+    """Return the file whose name has a sha256, and its first digits, maybe none."""
+    if os.path.islink(name):
+        target = os.path.join(os.path.dirname(name), os.readlink(name))
+        folder, blob = os.path.split(os.path.normpath(target))
+        if os.path.basename(folder) == "blobs" and _HASH.fullmatch(blob):
+            return os.path.join(folder, blob), blob
+    promised = _HASH_IN_NAME.search(os.path.basename(name))
+    return name, promised.group(1) if promised else ""
 
 
 def _read_tensors(file: BufferedReader, path: Path) -> Any:

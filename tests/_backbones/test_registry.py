@@ -20,10 +20,11 @@ from torchvision.models.resnet import BasicBlock
 
 from sktl._backbones import registered, registry
 from sktl._backbones.backbone import Backbone
+from sktl._backbones.catalog import list_backbones
 from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
 from sktl._backbones.new_head import replace_head
 from sktl._backbones.register import register_backbone
-from sktl._backbones.registry import BackboneSpec, list_backbones, load_backbone
+from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.keyed_cache import KeyedCache
 
@@ -327,7 +328,7 @@ def test_a_network_without_stages_or_linear_layer() -> None:
 @pytest.mark.parametrize(
     ("name", "weights", "error", "message"),
     [
-        ("resnet-18", None, ValueError, "Do you mean resnet18"),
+        ("resnet-18", None, ValueError, "Do you mean .*resnet18"),
         ("fcn_resnet50", None, ValueError, "There is no backbone 'fcn_resnet50'"),
         ("resnet50", "V3", ValueError, "IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT"),
         ("resnet50", 3, TypeError, "must be a str, a path or None. Got 3"),

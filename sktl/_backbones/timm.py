@@ -1,0 +1,345 @@
+"""Backbones of timm: ``"timm/<architecture>.<tag>"``, with weights from its hub.
+
+The tag names the weights; without one, an architecture has those that timm has chosen
+as its default. A revision of the repository of the weights may follow, as in
+``"timm/resnet50.a1_in1k@v1"``. timm is imported only if a name asks for it.
+
+Weights files are read by `sktl._backbones.weights`, never by timm. Then timm converts
+the state dict as for its own files: other names of parameters, positions of another
+number of patches.
+"""
+
+import difflib
+import functools
+import importlib.util
+import inspect
+import re
+import threading
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from sktl._backbones.hub import fetch_hub_file
+from sktl._backbones.source import BackboneDefinition, NetworkStructure, weights_path
+from sktl._backbones.unwrap import StateDict
+from sktl._backbones.weights import fetch_weights, skip_weight_allocation
+from sktl._images.preprocessing import Preprocessing
+
+_PREFIX = "timm/"
+_MAX_DEFINITIONS = 32
+_N_TAGS = 8  # in an error message
+_lock = threading.Lock()  # of the replaced function of timm
+
+
+def owns(name: str) -> bool:
+    """Return whether a name is one of timm; timm is not imported."""
+    return isinstance(name, str) and name.startswith(_PREFIX)
+
+
+def without_prefix(name: str) -> str:
+    """Return a name of timm as it is in timm."""
+    return name.removeprefix(_PREFIX)
+
+
+def is_installed() -> bool:
+    """Return whether timm is installed; timm is not imported."""
+    return importlib.util.find_spec("timm") is not None
+
+
+def may_match(pattern: str) -> bool:
+    """Return whether names of timm may match a pattern, as far as it can be known.
+
+    Parameters
+    ----------
+    pattern : str
+        As in `list_backbones`. If it starts with ``"timm/"``, the result is True
+        whether timm is installed or not.
+    """
+    start = re.split(r"[*?\[]", pattern)[0]
+    return owns(start) or (_PREFIX.startswith(start) and is_installed())
+
+
+def names(pretrained: bool = False) -> Collection[str]:
+    """Return the architectures of timm, or its pretrained weights; see the source."""
+    listed = _import_timm().list_models(pretrained=pretrained)
+    return [_PREFIX + name for name in listed]
+
+
+def resolve(
+    name: str,
+    weights: str | PathLike[str] | None,
+    progress: bool,
+    *,
+    fetch: bool = True,
+) -> BackboneDefinition:
+    """Return the definition of a network of timm; see `BackboneSource`."""
+    model = _find_model(name)
+    file = None
+    if weights == "DEFAULT":
+        if not model.cfg.has_weights:
+            architecture = model.name.partition(".")[0]
+            raise ValueError(
+                f"timm has no pretrained weights for {name!r}. "
+                f"{_describe_tags(architecture, model.tags)} Set weights=None for "
+                "random weights, or the path of a file."
+            )
+        if fetch:
+            file = _fetch(model, progress)
+    elif weights is not None:
+        file = weights_path(name, weights, ["DEFAULT"])
+    return _definition(model, file, weights is None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Model:
+    """An architecture of timm, and one of its configurations."""
+
+    name: str  # with the tag
+    cfg: Any  # PretrainedCfg
+    tags: tuple[str, ...]  # of all weights of the architecture
+    revision: str | None
+
+
+def _import_timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"Backbones whose name starts with {_PREFIX!r} require the package timm: "
+            f"{error}. Run pip install 'sktl[timm]'."
+        ) from error
+    return timm
+
+
+@functools.lru_cache(_MAX_DEFINITIONS)  # called in each fit and transform
+def _find_model(name: str) -> _Model:
+    library = _import_timm()
+    full, at, revision = without_prefix(name).partition("@")
+    architecture, _, tag = full.partition(".")
+    if architecture not in library.list_models():
+        raise _unknown_architecture(name, architecture)
+    if at and not revision:
+        raise ValueError(
+            f"A revision must follow the '@' in the name of a backbone. Got {name!r}."
+        )
+    cfgs = library.models.get_arch_pretrained_cfgs(architecture)
+    tags = tuple(
+        each.partition(".")[2] for each, cfg in cfgs.items() if cfg.has_weights
+    )
+    if tag and full not in cfgs:
+        raise ValueError(
+            f"timm has no weights {tag!r} for {_PREFIX + architecture!r}. "
+            f"{_describe_tags(architecture, tags, tag)}"
+        )
+    cfg = library.get_pretrained_cfg(full) or library.models.PretrainedCfg()
+    if cfg.tag and not tag:
+        full = f"{full}.{cfg.tag}"
+    return _Model(full, cfg, tags, revision or None)
+
+
+def _unknown_architecture(name: str, architecture: str) -> ValueError:
+    library = _import_timm()
+    renamed = library.models.get_deprecated_models().get(architecture)
+    close = difflib.get_close_matches(architecture, library.list_models())
+    close = [renamed] if renamed else close
+    advice = f"Do you mean {' or '.join(_PREFIX + each for each in close)}? "
+    return ValueError(
+        f"There is no backbone {name!r} in timm {library.__version__}. "
+        f"{advice if close else ''}list_backbones('timm/*') returns the names of "
+        "timm, and filters them, as in list_backbones('timm/*resnet*')."
+    )
+
+
+def _describe_tags(architecture: str, tags: Collection[str], near: str = "") -> str:
+    if not tags:
+        return f"There are none for {_PREFIX + architecture!r}."
+    shown = difflib.get_close_matches(near, tags, _N_TAGS, 0.0)
+    more = ", ..." if len(tags) > _N_TAGS else ""
+    return f"Its weights have the tags {', '.join(shown)}{more}."
+
+
+def _fetch(model: _Model, progress: bool) -> str:
+    """Return the file of the weights, downloaded if needed."""
+    repository, _, pinned = (model.cfg.hf_hub_id or "").partition("@")
+    if repository:
+        filename = _safe_filename(model.cfg.hf_hub_filename or "pytorch_model.bin")
+        revision = model.revision or pinned or None
+        return str(fetch_hub_file(repository, filename, revision, progress=progress))
+    if model.revision is not None:
+        raise ValueError(
+            f"The weights of {_PREFIX + model.name!r} are not on the Hugging Face Hub, "
+            f"so they have no revisions. Got the revision {model.revision!r}."
+        )
+    return str(fetch_weights(model.cfg.url, progress=progress))
+
+
+def _safe_filename(filename: str) -> str:
+    """Return the name that a repository gives to the same content without a pickle."""
+    if filename.endswith("pytorch_model.bin"):
+        return filename.replace("pytorch_model.bin", "model.safetensors")
+    return f"{filename.rpartition('.')[0]}.safetensors"
+
+
+@functools.lru_cache(_MAX_DEFINITIONS)
+def _definition(model: _Model, file: str | None, is_random: bool) -> BackboneDefinition:
+    def build(num_classes: int | None) -> nn.Module:
+        return _build(
+            model, {} if num_classes is None else {"num_classes": num_classes}
+        )
+
+    return BackboneDefinition(
+        build,
+        _describe_network,
+        _preprocessing(model.cfg),
+        None if is_random else _categories(model.cfg.num_classes),
+        # Whether a transformer supports other sizes, its class tells.
+        has_fixed_image_size=None if model.cfg.fixed_input_size else False,
+        weights_name=model.name,
+        file=file,
+        adapt_state_dict=functools.partial(_adapt_state_dict, model),
+        known_weights=("DEFAULT",) if model.tags else (),
+        license=model.cfg.license,
+    )
+
+
+def _preprocessing(cfg: Any) -> Preprocessing:
+    side = cfg.input_size[-1]
+    return Preprocessing(
+        int(side / cfg.crop_pct), side, cfg.interpolation, cfg.mean, cfg.std
+    )
+
+
+def _build(model: _Model, options: dict[str, Any]) -> Any:
+    create = functools.partial(_import_timm().create_model, model.name)
+    if model.cfg.fixed_input_size:
+        try:
+            # Positions are interpolated for the size of the images.
+            return create(dynamic_img_size=True, **options)
+        except TypeError:  # the class has no such parameter
+            pass
+    return create(**options)
+
+
+def _describe_network(network: nn.Module) -> NetworkStructure:
+    is_dynamic = getattr(network, "dynamic_img_size", False)
+    return NetworkStructure(
+        reason_not_staged="the stages of networks of timm are not known",
+        has_fixed_image_size=not is_dynamic,
+    )
+
+
+def _adapt_state_dict(
+    model: _Model, network: nn.Module, state_dict: StateDict
+) -> StateDict:
+    """Convert a state dict as timm does before it loads one into a network.
+
+    Parameters
+    ----------
+    model : _Model
+        Model of the network.
+    network : Module
+        Network that the state dict is for; only its shapes are read.
+    state_dict : dict of str to Tensor
+        Not modified.
+
+    Returns
+    -------
+    dict of str to Tensor
+        `state_dict` itself, if it has the names and shapes of `network`.
+    """
+    own = network.state_dict()
+    if own.keys() == state_dict.keys() and all(
+        own[name].shape == tensor.shape for name, tensor in state_dict.items()
+    ):
+        return state_dict
+    arguments = _loading_arguments(model.name)
+    convert = arguments["filter_fn"]
+    # Resampled positions must not be rounded to the precision of the file.
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state_dict.items()
+    }
+    try:
+        if convert is None:
+            return tensors
+        has_network = len(inspect.signature(convert).parameters) > 1
+        tensors = convert(tensors, network) if has_network else convert(tensors)
+    # Broad on purpose: a function of timm may fail in any way for a state dict of
+    # another network, whose names are compared with those of the network later.
+    except Exception:
+        return state_dict
+    if not arguments["strict"]:  # files of these networks have more than the network
+        tensors = {name: tensor for name, tensor in tensors.items() if name in own}
+    return tensors
+
+
+class _Loading(Exception):
+    """Carries the arguments of `load_pretrained` out of timm."""
+
+
+@functools.lru_cache(_MAX_DEFINITIONS)
+def _loading_arguments(name: str) -> dict[str, Any]:
+    """Return the arguments with which timm loads weights into a network.
+
+    They are written in the code of timm that creates a network, and are passed to
+    `load_pretrained`, which is therefore replaced in this thread.
+    """
+    library = _import_timm()
+    namespace = library.models.build_model_with_cfg.__globals__
+    thread = threading.get_ident()
+    with _lock:
+        original = namespace["load_pretrained"]
+
+        def stop(*args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() != thread:
+                return original(*args, **kwargs)
+            bound = inspect.signature(original).bind(*args, **kwargs)
+            bound.apply_defaults()
+            raise _Loading(bound.arguments)
+
+        namespace["load_pretrained"] = stop
+        try:
+            with skip_weight_allocation():
+                # A state dict has priority over weights that would be downloaded.
+                overlay = {"state_dict": {"": torch.zeros(1)}}
+                library.create_model(
+                    name, pretrained=True, pretrained_cfg_overlay=overlay
+                )
+        except _Loading as loading:
+            return dict(loading.args[0])
+        finally:
+            namespace["load_pretrained"] = original
+    raise RuntimeError(
+        f"timm {library.__version__} is not supported: it does not load the weights of "
+        f"{name!r} with load_pretrained."
+    )
+
+
+@functools.cache
+def _categories(n_outputs: int) -> tuple[str, ...] | None:
+    """Return the names of the outputs, or None if timm has no table of them.
+
+    The first of the synonyms of a category, as torchvision names those of ImageNet,
+    or all synonyms if several categories have the same first one.
+    """
+    _import_timm()
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": n_outputs})
+    if subset is None:
+        return None
+    if subset == "imagenet-1k":  # with two names that torchvision has made unique
+        return tuple(models.ResNet18_Weights.DEFAULT.meta["categories"])
+    synonyms = ImageNetInfo(subset).label_descriptions()
+    first = [each.split(", ")[0] for each in synonyms]
+    n_uses = Counter(first)
+    return tuple(
+        name if n_uses[name] == 1 else every
+        for name, every in zip(first, synonyms, strict=True)
+    )
