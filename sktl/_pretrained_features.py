@@ -67,10 +67,12 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
           ``dict(torchvision.models.get_model("resnet18").named_modules())``. For a
           module that is called several times, its last output.
         - A list of these: one forward pass, columns side by side.
-    pooling : {"avg", "max", "gem", "flatten"} or int, default="avg"
+    pooling : {"avg", "max", "gem", "cls", "flatten"} or int, default="avg"
         How the positions of a layer are reduced to one vector: by the average, the
         maximum or the generalized mean [2]_; not at all (``"flatten"``); or, for an int
-        k, by averages over a k x k grid, which preserve the spatial layout. No effect
+        k, by averages over a k x k grid, which preserve the spatial layout. In a vision
+        transformer these are the positions of the patches, without class and register
+        tokens, except for ``"flatten"``; ``"cls"`` returns its class token. No effect
         on a layer without positions, such as the penultimate layer of most networks.
     image_size : int or None, default=None
         Side in pixels of the square image that the network gets. None: the size that
@@ -209,7 +211,7 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         **SHARED_CONSTRAINTS,
         "layer": [str, list, tuple],
         "pooling": [
-            StrOptions({"avg", "max", "gem", "flatten"}),
+            StrOptions({"avg", "max", "gem", "cls", "flatten"}),
             Interval(Integral, 1, None, closed="left"),
         ],
     }

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.layouts import is_channels_last
-from sktl._backbones.pooling import pool
+from sktl._backbones.pooling import patch_map, pool
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.default_dtype import float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
@@ -47,7 +47,7 @@ class FeatureExtractor(nn.Module):
     layers : sequence of str
         ``"penultimate"``, names of stages, or names of modules. A name that a stage
         and a module have in common means the stage.
-    pooling : {"avg", "max", "gem", "flatten"} or int
+    pooling : {"avg", "max", "gem", "cls", "flatten"} or int
         See `sktl._backbones.pooling`.
     on_meta : bool, default=False
         Whether the copied parameters and buffers are on the meta device: they have
@@ -85,6 +85,9 @@ class FeatureExtractor(nn.Module):
         for layer in self._layers:
             _check_layer(layer, backbone, stages)
         self._channels_last = channels_last or _channels_last(backbone, self._layers)
+        structure = backbone.structure
+        self._n_prefix_tokens = {n: structure.n_prefix_tokens(n) for n in self._layers}
+        self._has_class_token = structure.has_class_token
 
         memo = _meta_tensors(backbone.network) if on_meta else {}
         self._stages = [name for name in stages if name in self._layers]
@@ -168,8 +171,17 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"The layer {layer!r} {self._pass.lacks_weights}")
         if x.ndim == 4 and self._channels_last[layer]:
             x = x.permute(0, 3, 1, 2)  # (n, h, w, c) -> (n, c, h, w)
+        n_prefix = self._n_prefix_tokens[layer]
+        if x.ndim == 3 and isinstance(self._pooling, int):
+            x = patch_map(x, n_prefix, layer)
         self._pass.shapes[layer] = tuple(x.shape)
-        self._pass.rows[layer] = pool(x, self._pooling, layer)
+        self._pass.rows[layer] = pool(
+            x,
+            self._pooling,
+            layer,
+            n_prefix_tokens=n_prefix,
+            has_class_token=self._has_class_token,
+        )
 
     def _record_input(self, layer: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -60,6 +60,8 @@ class NetworkStructure:
     n_prefix_tokens : callable
         Takes the name of a layer; returns the number of class and register tokens at
         the start of its activations ``(n, tokens, c)``.
+    has_class_token : bool
+        Whether the first of these tokens is the class token.
     """
 
     trunk: Sequence[nn.Module] = ()
@@ -71,6 +73,7 @@ class NetworkStructure:
     has_fixed_image_size: bool = False
     is_channels_last: Callable[[str], bool | None] = _is_channels_first
     n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
+    has_class_token: bool = True
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,7 @@ def describe_network(network: nn.Module) -> NetworkStructure:
             network, models.VisionTransformer | models.MaxVit
         ),
         is_channels_last=functools.partial(_is_channels_last, network),
+        n_prefix_tokens=functools.partial(_n_prefix_tokens, network),
     )
 
 
@@ -242,6 +243,12 @@ def _blocks(network: nn.Module, row: str) -> list[nn.Module]:
         else:
             blocks.append(network.get_submodule(word))
     return blocks
+
+
+def _n_prefix_tokens(network: nn.Module, layer: str) -> int:
+    # The class token is added between the patch embedding and the encoder.
+    is_transformer = isinstance(network, models.VisionTransformer)
+    return int(is_transformer and layer.split(".")[0] == "encoder")
 
 
 def _is_channels_last(network: nn.Module, layer: str) -> bool | None:

@@ -43,6 +43,11 @@ class ModelSpec:
         layers = {"layer": "output"}
         if self.layers:
             layers = {"layer": " + ".join(self.layers), "pooling": str(self.pooling)}
+            # Of torchvision's vision transformers, whose class token was once pooled
+            # together with the patches.
+            has_tokens = any(name.split(".")[0] == "encoder" for name in self.layers)
+            if has_tokens and self.pooling != "flatten":
+                layers["tokens"] = "patches"
         return {
             "backbone": self.backbone.name,
             "weights": self.backbone.digest,

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Permute
 
@@ -238,9 +239,46 @@ def test_widths_of_invalid_layers_raise():
     swin = load_backbone("swin_v2_t", None)
     with pytest.raises(ValueError, match="must return one row per image"):
         layer_widths(swin, ["features.1.0.attn.cpb_mlp"], "flatten", size)
-    vit = load_backbone("vit_b_32", None)
-    with pytest.raises(ValueError, match="needs a layer with rows and columns"):
-        layer_widths(vit, ["encoder"], 2, vit.preprocessing)
+
+
+@pytest.fixture(scope="module")
+def vit():
+    register_backbone(
+        "small_vit",
+        lambda: VisionTransformer(32, 8, 2, 2, 16, 24, num_classes=3),
+        preprocessing=Preprocessing(32, 32),
+    )
+    return load_backbone("small_vit")
+
+
+@pytest.mark.parametrize("layer", ["encoder.layers.encoder_layer_0", "encoder"])
+def test_class_token_and_patches_of_a_transformer(vit, layer):
+    x = torch.randn(2, 3, 32, 32)
+    reference = create_feature_extractor(vit.network, [layer])
+    with torch.inference_mode():
+        tokens = reference(x)[layer]  # (2, 17, 16)
+    assert_close = torch.testing.assert_close
+    assert_close(extract(vit, [layer], "cls", x), tokens[:, 0])
+    assert_close(extract(vit, [layer], "avg", x), tokens[:, 1:].mean(1))
+    assert_close(extract(vit, [layer], "max", x), tokens[:, 1:].amax(1))
+    assert_close(extract(vit, [layer], "flatten", x), tokens.flatten(1))
+    maps = tokens[:, 1:].reshape(2, 4, 4, 16).permute(0, 3, 1, 2)
+    assert_close(extract(vit, [layer], 4, x), maps.flatten(1))
+
+
+def test_penultimate_features_of_a_transformer_are_its_class_token(vit):
+    x = torch.randn(2, 3, 32, 32)
+    both = extract(vit, ["penultimate", "encoder.ln"], "cls", x)
+    torch.testing.assert_close(both[:, :16], both[:, 16:])
+
+
+def test_pooling_that_a_layer_of_a_transformer_does_not_support(vit):
+    size = vit.preprocessing
+    assert layer_widths(vit, ["encoder", "conv_proj"], 2, size) == (64, 64)
+    with pytest.raises(ValueError, match=r"'conv_proj', with .* 4, 4\)"):
+        layer_widths(vit, ["encoder", "conv_proj"], "cls", size)
+    with pytest.warns(UserWarning, match="'encoder', which has 4 x 4 positions"):
+        layer_widths(vit, ["encoder"], 5, size)
 
 
 def test_a_grid_larger_than_a_layer_warns_once():

@@ -72,7 +72,18 @@ def test_every_setting_is_part_of_the_namespace():
     assert len(namespaces) == len(others)
     same = replace(spec, execution=replace(EXECUTION, batch_size=1, n_jobs=2))
     assert same.namespace() == spec.namespace()
+    assert "tokens" not in spec.namespace()
     cropped = model_spec(
         ("stem",), preprocessing=BACKBONE.preprocessing_at(None, "crop")
     )
     assert cropped.namespace() == spec.namespace()
+
+
+@pytest.mark.parametrize("layer", ["encoder", "encoder.layers.encoder_layer_3"])
+def test_pooled_tokens_are_not_read_from_older_caches(layer):
+    # Of torchvision's vision transformers; their class token was once averaged too.
+    old = {"backbone", "weights", "layer", "pooling"}
+    pooled = model_spec(("penultimate", layer)).namespace()
+    flat = model_spec((layer,), "flatten").namespace()
+    assert pooled.keys() - flat.keys() == {"tokens"}
+    assert old < flat.keys()
