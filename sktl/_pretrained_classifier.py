@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._backbones.source import Label
 from sktl._images.file_formats import MAX_PIXELS, FileOptions
 from sktl._images.flattened import ImageShape
 from sktl._images.pixel_values import PixelRange
@@ -168,7 +169,7 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         backbone: str = "resnet18",
         *,
         weights: str | os.PathLike[str] | None = "DEFAULT",
-        label_map: dict[str, Any] | None = None,
+        label_map: dict[Any, Any] | None = None,
         image_size: int | None = None,
         resize: str | None = None,
         image_shape: ImageShape = "auto",
@@ -406,7 +407,7 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         return softmax(logits.astype(np.float64), axis=1)
 
 
-def _category_names(backbone: Backbone, weights: object) -> list[str]:
+def _category_names(backbone: Backbone, weights: object) -> list[Label]:
     """Return unique names of the categories; equal names get their index appended."""
     if backbone.categories is None:
         raise ValueError(
@@ -433,7 +434,7 @@ def _indicator_matrix(class_index: NDArray[np.intp], n_classes: int) -> csr_arra
 
 
 def _classes_from_map(
-    label_map: Mapping[str, Any], categories: Sequence[str], y: NDArray[Any] | None
+    label_map: Mapping[Label, Any], categories: Sequence[Label], y: NDArray[Any] | None
 ) -> tuple[NDArray[Any], csr_array]:
     """Validate a label map; return the classes and ``(n_categories, n_classes)``."""
     if not label_map:
@@ -443,7 +444,7 @@ def _classes_from_map(
         )
     for name in label_map:
         if name not in categories:
-            close = difflib.get_close_matches(str(name), categories, n=5)
+            close = difflib.get_close_matches(str(name), map(str, categories), n=5)
             raise ValueError(
                 "The 'label_map' parameter of PretrainedClassifier must map names of "
                 f"categories to labels. Got {name!r}, which is not one of the "

@@ -289,6 +289,7 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         ExecutionConfig.from_estimator(self)  # raises an error for an invalid device
         backbone = self._load_backbone()
         self._layer_widths = self._compute_layer_widths(backbone)
+        self._backbone_name = backbone.name
         self._fit_settings = self._column_settings()
         copy_feature_metadata(self, validated)
         self.weights_digest_ = backbone.digest
@@ -354,11 +355,12 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         """
         check_is_fitted(self, "weights_digest_")
         check_feature_names_in(self, input_features, generate_names=False)
-        widths = self._layer_widths
+        widths, name = self._layer_widths, self._backbone_name
         if self._fit_settings != self._column_settings():  # set_params after fit
-            widths = self._compute_layer_widths(self._load_backbone())
+            backbone = self._load_backbone()
+            widths, name = self._compute_layer_widths(backbone), backbone.name
         names = [
-            f"{self.backbone}_{layer}_{i}"
+            f"{name}_{layer}_{i}"
             for layer, width in zip(self._layers(), widths, strict=True)
             for i in range(width)
         ]

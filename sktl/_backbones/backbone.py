@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from sktl._backbones.source import BackboneDefinition, NetworkStructure
+from sktl._backbones.source import BackboneDefinition, Label, NetworkStructure
 from sktl._backbones.stages import StagedModel, last_linear, split_into_stages
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.default_dtype import float32_default_if_needed
@@ -150,8 +150,8 @@ class Backbone:
             return split_into_stages(self.structure, side)
 
     @cached_property
-    def categories(self) -> tuple[str, ...] | None:
-        """Names of the outputs, or None if the weights have none."""
+    def categories(self) -> tuple[Label, ...] | None:
+        """Names or labels of the outputs, or None if the weights have none."""
         names = self.definition.categories
         if names is None or self.missing_head:
             return None

@@ -17,6 +17,7 @@ from torch import nn
 
 from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.catalog import find_source
+from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import check_staged_model, find_head, last_linear
 from sktl._backbones.unwrap import fill_missing_head, select_state_dict
@@ -55,7 +56,8 @@ def load_backbone(
     Parameters
     ----------
     name : str
-        One of `list_backbones`.
+        One of `list_backbones`. Of a file of a fine-tuned estimator, the default of
+        the estimators or the name in the file.
 
     weights : str, path-like or None, default="DEFAULT"
         Name of weights of torchvision, downloaded if they are not on this machine; the
@@ -63,7 +65,8 @@ def load_backbone(
         ``.pth.tar``, ``.ckpt`` or ``.bin``; None for random weights. A file with the
         name that torchvision gives it has the preprocessing and categories of these
         weights, any other file those of the default weights; categories only if their
-        number is that of the outputs. The head may be missing in the file.
+        number is that of the outputs. The head may be missing in the file. A file that
+        a fine-tuned estimator has saved has its own network, preprocessing and labels.
 
     random_state : int, default=0
         Seed of random weights. The global random state is not changed.
@@ -98,7 +101,8 @@ def load_backbone(
 def _get_backbone(
     name: str, weights: str | PathLike[str] | None, random_state: int, progress: bool
 ) -> Backbone:
-    definition = find_source(name).resolve(name, weights, progress)
+    name = saved_backbone_name(name, weights)
+    definition = _resolve(name, weights, progress)
     if definition.file is None:
         identity = f"seed {random_state}"
     else:
@@ -112,7 +116,7 @@ def _get_backbone(
         # number generators. To prevent a deadlock, that lock is always acquired first.
         with preserve_rng_state():
             # The name may have been registered again meanwhile.
-            definition = find_source(name).resolve(name, weights, progress)
+            definition = _resolve(name, weights, progress)
             create = partial(_build_backbone, name, definition, random_state, identity)
             return backbones.get_or_create(key, create)
 
@@ -201,6 +205,23 @@ class BackboneSpec:
                 "a file system that all machines share."
             )
         return backbone
+
+
+def _resolve(
+    name: str, weights: str | PathLike[str] | None, progress: bool
+) -> BackboneDefinition:
+    saved = find_saved_network(weights)
+    if saved is None or weights is None:
+        return find_source(name).resolve(name, weights, progress)
+    own = saved.architecture.backbone
+    try:
+        definition = find_source(own).resolve(own, None, progress)
+    except ValueError as error:
+        raise ValueError(
+            f"The backbone of the fine-tuned network in {str(weights)!r} must be "
+            f"known. Got: {error}"
+        ) from error
+    return saved.definition(definition, weights)
 
 
 def _declare_backbone(

@@ -17,6 +17,8 @@ from torch import nn
 from sktl._backbones.unwrap import SUFFIXES, StateDict
 from sktl._images.preprocessing import Preprocessing
 
+Label = str | int | float | bool
+
 
 def _is_channels_first(layer: str) -> bool | None:
     return False
@@ -77,6 +79,22 @@ class NetworkStructure:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """A new head, from the penultimate features to the outputs.
+
+    Attributes
+    ----------
+    hidden_layer_sizes : tuple of int
+        Widths of the hidden layers.
+    dropout : float
+        Dropout probability before each layer.
+    """
+
+    hidden_layer_sizes: tuple[int, ...] = ()
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
 class BackboneDefinition:
     """Everything that is needed to create a backbone, apart from the weights.
 
@@ -89,7 +107,8 @@ class BackboneDefinition:
     preprocessing : Preprocessing
         Transform the weights were trained with.
     categories : tuple of str or None
-        Names of the outputs.
+        Names of the outputs. Of a fine-tuned network, its class labels, which may be
+        int, float or bool as well.
     min_size : int
         Minimum side of an image in pixels.
     has_fixed_image_size : bool or None
@@ -111,12 +130,14 @@ class BackboneDefinition:
         All names of weights that the source has for this network.
     license : str or None
         License of the weights, or None if the source states none.
+    heads : tuple of HeadConfig
+        Heads that replaced the original one, in the order of the fine-tunings.
     """
 
     build: Callable[[int | None], nn.Module]
     describe: Callable[[nn.Module], NetworkStructure]
     preprocessing: Preprocessing
-    categories: tuple[str, ...] | None
+    categories: tuple[Label, ...] | None
     min_size: int = 1
     has_fixed_image_size: bool | None = False
     weights_name: str = ""
@@ -126,6 +147,7 @@ class BackboneDefinition:
     layout: str | None = None
     known_weights: tuple[str, ...] = ()
     license: str | None = None
+    heads: tuple[HeadConfig, ...] = ()
 
 
 class BackboneSource(Protocol):

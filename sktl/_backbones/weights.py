@@ -39,6 +39,7 @@ from sktl._backbones.unwrap import (
     find_state_dicts,
 )
 from sktl._utils.keyed_cache import KeyedCache
+from sktl._utils.tensor_file import parse_tensors, read_document
 
 # The sha256 of torchvision's resnet18-f37072fd.pth begins with f37072fd.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.")
@@ -77,8 +78,9 @@ def load_weights(path: str | PathLike[str]) -> Weights:
     ----------
     path : str or path-like
         A file of ``torch.save(network.state_dict(), path)``, or a ``.safetensors``
-        file, with a name that ends in one of `SUFFIXES`. The state dict may be the
-        value of a key such as ``"state_dict"``, see `sktl._backbones.unwrap`.
+        file, with a name that ends in one of `SUFFIXES`; or a file of `write_tensors`.
+        The state dict may be the value of a key such as ``"state_dict"``, see
+        `sktl._backbones.unwrap`.
 
     Returns
     -------
@@ -94,7 +96,8 @@ def load_weights(path: str | PathLike[str]) -> Weights:
         name, cannot be read without executing code, or contains no state dict.
     """
     path = Path(_regular_file(path)[0])
-    if not path.name.endswith(SUFFIXES):
+    is_own_file = read_document(path) is not None
+    if not is_own_file and not path.name.endswith(SUFFIXES):
         raise ValueError(
             f"Weights must be a file that ends in {', '.join(SUFFIXES)}. Got "
             f"{str(path)!r}. Save a network with torch.save(network.state_dict(), "
@@ -104,7 +107,10 @@ def load_weights(path: str | PathLike[str]) -> Weights:
     with path.open("rb") as file:
         digest = _verified_digest(file, str(path))
         file.seek(0)
-        loaded = _read_tensors(file, path)
+        if is_own_file:  # which has a sha256 of its tensors
+            loaded, _ = parse_tensors(file.read(), str(path))
+        else:
+            loaded = _read_tensors(file, path)
     state_dicts = find_state_dicts(loaded)
     _check_found(state_dicts, loaded, path)
     return Weights(state_dicts, digest)

@@ -234,7 +234,8 @@ class BaseFineTunedCNN(MemoryAccess):
                 epochs = [row["epoch"] for row in rows]
                 ax.plot(epochs, [row[name] for row in rows], label=name)
         ax.axvline(self.best_epoch_, color="0.8", zorder=0, label="best")
-        ax.set(xlabel="epoch", title=f"{self.backbone}, {self.trainable} trained")
+        backbone = self._fitted_model.architecture.backbone
+        ax.set(xlabel="epoch", title=f"{backbone}, {self.trainable} trained")
         ax.legend()
         return ax
 

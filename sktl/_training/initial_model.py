@@ -12,6 +12,8 @@ from torch import nn
 
 from sktl._backbones.new_head import replace_head, stage_names
 from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._backbones.saved_network import Architecture
+from sktl._backbones.source import HeadConfig
 from sktl._images.preprocessing import Preprocessing
 from sktl._training.network import network_digest, output_shape
 from sktl._training.targets import Target
@@ -100,6 +102,8 @@ class FittedModel:
         Decodes the outputs.
     config : ModelConfig
         Parameters that define the network.
+    architecture : Architecture
+        How to build the network.
     digest : str
         Digest of the network.
     pretrained : PretrainedPrefix
@@ -113,6 +117,7 @@ class FittedModel:
     preprocessing: Preprocessing
     target: Target
     config: ModelConfig
+    architecture: Architecture
     digest: str
     pretrained: PretrainedPrefix
     prefix: FrozenPrefix | None
@@ -130,6 +135,8 @@ class InitialModel:
         Preprocessing of the images.
     config : ModelConfig
         Parameters that define the network.
+    architecture : Architecture
+        How to build the network.
     digest : str
         Digest of the weights that the training starts from, without a new head.
     pretrained : PretrainedPrefix
@@ -139,6 +146,7 @@ class InitialModel:
     network: nn.Sequential
     preprocessing: Preprocessing
     config: ModelConfig
+    architecture: Architecture
     digest: str
     pretrained: PretrainedPrefix
 
@@ -191,10 +199,12 @@ class InitialModel:
                 dropout=config.dropout,
             )
         spec = BackboneSpec.to(backbone, weights, weights_seed)
+        head = HeadConfig(config.hidden_layer_sizes, config.dropout)
         return cls(
             network,
             backbone.preprocessing_at(config.image_size, config.resize),
             config,
+            Architecture(backbone.name, (*backbone.definition.heads, head)),
             backbone.digest,
             PretrainedPrefix(len(network) - 1, spec),
         )
@@ -234,6 +244,7 @@ class InitialModel:
             copy.deepcopy(fitted.network),
             fitted.preprocessing,
             config,
+            fitted.architecture,
             fitted.digest,
             fitted.pretrained,
         )
@@ -271,6 +282,7 @@ class InitialModel:
             self.preprocessing,
             target,
             self.config,
+            self.architecture,
             network_digest(network),
             pretrained,
             prefix,

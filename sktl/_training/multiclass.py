@@ -1,6 +1,5 @@
 """Multiclass targets: one class per image, of any label type."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,13 +17,10 @@ from torch.nn import functional as F
 from sktl._training.classifier_net import ClassifierNet
 from sktl._training.linear_probe import fit_linear_probe
 from sktl._training.targets import EncodedTargets, Target
-from sktl._utils.json_values import from_json, to_json
-from sktl._utils.labels import check_labels
+from sktl._utils.labels import check_labels, labels_from_json, labels_to_json
 from sktl._utils.sklearn_compat import check_sample_weight
 
 _LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
-# Of bool, int, float, str and object, as NumPy writes them.
-_LABEL_DTYPE = re.compile(r"[<>|=]([biuf][1248]|f16|U\d{1,4}|O)", re.ASCII)
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -150,11 +146,7 @@ class MulticlassTarget:
 
     def to_document(self) -> dict[str, Any]:
         """Return the classes as values that JSON can hold."""
-        return {
-            "kind": "multiclass",
-            "classes": to_json(self.classes.tolist()),
-            "dtype": self.classes.dtype.str,
-        }
+        return {"kind": "multiclass", **labels_to_json(self.classes)}
 
 
 def multiclass_from_document(document: dict[str, Any]) -> MulticlassTarget:
@@ -174,21 +166,7 @@ def multiclass_from_document(document: dict[str, Any]) -> MulticlassTarget:
     ValueError
         If it is not such a description.
     """
-    classes, dtype = document.get("classes"), document.get("dtype")
-    if not isinstance(classes, list):
-        raise ValueError("its classes must be a list")
-    if not isinstance(dtype, str) or not _LABEL_DTYPE.fullmatch(dtype):
-        raise ValueError("its classes must have a valid dtype of labels")
-    labels = list(from_json(classes))
-    if not all(isinstance(label, bool | int | float | str) for label in labels):
-        raise ValueError("its classes must be str, int, float or bool")
-    try:
-        decoded = np.array(labels, np.dtype(dtype))
-    except (OverflowError, TypeError) as error:
-        raise ValueError(f"its classes must have a valid dtype: {error}") from error
-    if decoded.tolist() != labels or len(np.unique(decoded)) < max(2, len(labels)):
-        raise ValueError("its classes must be at least two different labels")
-    return MulticlassTarget(decoded)
+    return MulticlassTarget(labels_from_json(document))
 
 
 def encode_multiclass(

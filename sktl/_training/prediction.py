@@ -57,6 +57,6 @@ def predict_outputs(
         lambda: copy.deepcopy(fitted.network),
         fitted.preprocessing,
         execution.for_network(fitted.network),
-        name=f"the fine-tuned {fitted.config.backbone}",
+        name=f"the fine-tuned {fitted.architecture.backbone}",
     )
     return forward(model, images, fitted.preprocessing, execution)

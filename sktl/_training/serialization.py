@@ -8,16 +8,21 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import BackboneSpec, load_backbone
-from sktl._backbones.weights import load_weights_into, skip_weight_allocation
-from sktl._images.preprocessing import RESIZE_MODES, Preprocessing
+from sktl._backbones.saved_network import (
+    FORMAT,
+    parse_architecture,
+    parse_head,
+    parse_preprocessing,
+)
+from sktl._backbones.weights import load_weights_into
+from sktl._images.preprocessing import RESIZE_MODES
 from sktl._training.config import (
     HEAD_INITS,
     MAX_NUMBER,
@@ -28,16 +33,19 @@ from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPre
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.network import network_digest
 from sktl._utils.default_dtype import float32_default
-from sktl._utils.json_values import from_json, to_json
+from sktl._utils.json_values import (
+    from_json,
+    get_value,
+    is_list_of,
+    require,
+    to_json,
+)
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "sktl fine-tuned model, version 3"
 # A new kind of target adds the function that reads its document.
 _TARGETS = {"multiclass": multiclass_from_document}
 _NUMBER = (int, float)
-_MAX_WIDTH = 2**20  # of a hidden layer
-_MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +110,11 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
     """
     fitted, names = model.fitted, model.feature_names_in
     document = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "estimator": model.estimator,
         "parameters": {k: to_json(v) for k, v in model.parameters.items()},
         "network": asdict(fitted.config),
+        "architecture": asdict(fitted.architecture),
         "preprocessing": asdict(fitted.preprocessing),
         "target": fitted.target.to_document(),
         **asdict(model.record),
@@ -140,7 +149,7 @@ def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> Saved
     """
     tensors, document = read_tensors(Path(path).expanduser())
     estimator = estimators[0]
-    if document.get("format") != _FORMAT or (
+    if document.get("format") != FORMAT or (
         document.get("estimator") not in estimators
     ):
         raise ValueError(
@@ -158,18 +167,18 @@ def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> Saved
 
 
 def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
-    parameters = _get(document, "parameters", dict)
+    parameters = get_value(document, "parameters", dict)
     names = document.get("feature_names_in")
     if names is not None:
-        _require(_is_list_of(names, str), "its feature names must be a list of str")
+        require(is_list_of(names, str), "its feature names must be a list of str")
         names = np.array(names, dtype=object)
     n_features = document.get("n_features_in")
-    _require(
+    require(
         n_features is None or (type(n_features) is int and n_features > 0),
         "its number of features must be a positive int",
     )
-    history = _get(document, "history", list)
-    _require(
+    history = get_value(document, "history", list)
+    require(
         all(
             isinstance(row, dict)
             and {"epoch", "train_loss"} <= row.keys()
@@ -180,19 +189,19 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
         "its history must be a list of rows of numbers",
     )
     epochs = [row["epoch"] for row in history]
-    best_epoch = _get(document, "best_epoch", int)
+    best_epoch = get_value(document, "best_epoch", int)
     first = epochs[0] if epochs else 1
-    _require(
+    require(
         first in (0, 1) and epochs == list(range(first, first + len(epochs))),
         "its history must have consecutive epochs from 0 or 1",
     )
-    _require(best_epoch in {0, *epochs}, "its best epoch must be in its history")
-    lr, alpha = (_get(document, name, _NUMBER) for name in ("lr", "wise_ft_alpha"))
-    _require(0 <= lr < MAX_NUMBER and 0 <= alpha <= 1, "its lr and alpha are invalid")
-    head_init = _get(document, "head_init", str)
-    _require(head_init in HEAD_INITS, f"its head_init {head_init!r} is unknown")
+    require(best_epoch in {0, *epochs}, "its best epoch must be in its history")
+    lr, alpha = (get_value(document, name, _NUMBER) for name in ("lr", "wise_ft_alpha"))
+    require(0 <= lr < MAX_NUMBER and 0 <= alpha <= 1, "its lr and alpha are invalid")
+    head_init = get_value(document, "head_init", str)
+    require(head_init in HEAD_INITS, f"its head_init {head_init!r} is unknown")
     return SavedModel(
-        _get(document, "estimator", str),
+        get_value(document, "estimator", str),
         {name: from_json(value) for name, value in parameters.items()},
         _parse_fitted(document, tensors),
         TrainingRecord(
@@ -209,94 +218,45 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
 
 
 def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> FittedModel:
-    config = _parse_config(_get(document, "network", dict))
-    described = _get(document, "target", dict)
-    kind = _get(described, "kind", str)
-    _require(kind in _TARGETS, f"its kind of target {kind!r} is unknown")
+    config = _parse_config(get_value(document, "network", dict))
+    described = get_value(document, "target", dict)
+    kind = get_value(described, "kind", str)
+    require(kind in _TARGETS, f"its kind of target {kind!r} is unknown")
     target = _TARGETS[kind](described)
-    network = _build_network(config, target.n_outputs, tensors)
+    architecture = parse_architecture(document)
+    # Only the heads are built without memory and random numbers.
+    backbone = load_backbone(architecture.backbone, None)
+    with float32_default(), preserve_rng_state():
+        built = architecture.build(backbone, target.n_outputs).network
+    load_weights_into(built, tensors, "Those of the file")
+    network = cast(nn.Sequential, built.eval())
     return FittedModel(
         network,
-        _parse_preprocessing(_get(document, "preprocessing", dict)),
+        parse_preprocessing(document),
         target,
         config,
+        architecture,
         network_digest(network),
         # Which parts have the weights of the backbone is not saved, so that nothing
         # that is cached for the backbone is used.
-        PretrainedPrefix(0, BackboneSpec(config.backbone, None, 0, "")),
+        PretrainedPrefix(0, BackboneSpec(architecture.backbone, None, 0, "")),
         None,
     )
 
 
 def _parse_config(document: dict[str, Any]) -> ModelConfig:
     size, resize = document.get("image_size"), document.get("resize")
-    widths = _get(document, "hidden_layer_sizes", list)
-    _require(size is None or type(size) is int, "its image_size must be an int or None")
-    _require(
+    require(size is None or type(size) is int, "its image_size must be an int or None")
+    require(
         resize is None or resize in RESIZE_MODES,
         f"its resize must be None or one of {list(RESIZE_MODES)}",
     )
-    _require(
-        all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
-        f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
-    )
-    dropout = _get(document, "dropout", _NUMBER)
-    _require(0 <= dropout < 1, "its dropout must be in [0, 1)")
+    head = parse_head(document)
     return ModelConfig(
-        _get(document, "backbone", str),
-        _get(document, "weights", str),
+        get_value(document, "backbone", str),
+        get_value(document, "weights", str),
         size,
         resize,
-        tuple(widths),
-        float(dropout),
+        head.hidden_layer_sizes,
+        head.dropout,
     )
-
-
-def _parse_preprocessing(document: dict[str, Any]) -> Preprocessing:
-    mean, std = _get(document, "mean", list), _get(document, "std", list)
-    _require(
-        _is_list_of(mean + std, int, float)
-        and all(abs(value) < _MAX_NORMALIZATION for value in mean + std),
-        "its mean and std must be lists of small numbers",
-    )
-    return Preprocessing(
-        _get(document, "resize_size", int),
-        _get(document, "crop_size", int),
-        _get(document, "interpolation", str),
-        tuple(mean),
-        tuple(std),
-        _get(document, "resize", str),
-    )
-
-
-def _build_network(
-    config: ModelConfig, n_outputs: int, tensors: dict[str, Tensor]
-) -> nn.Sequential:
-    backbone = load_backbone(config.backbone, None)
-    # No memory is allocated for the widths in the file, which may be invalid.
-    with float32_default(), preserve_rng_state(), skip_weight_allocation():
-        network = replace_head(
-            backbone,
-            n_outputs,
-            hidden_layer_sizes=config.hidden_layer_sizes,
-            dropout=config.dropout,
-        )
-    load_weights_into(network, tensors, "Those of the file")
-    return network.eval()
-
-
-def _get(document: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    value = document.get(name)
-    # A bool is an int to isinstance, but not to JSON.
-    valid = isinstance(value, kind) and not isinstance(value, bool)
-    _require(valid, f"its {name!r} is missing or has an invalid type")
-    return value
-
-
-def _is_list_of(values: Any, *kinds: type) -> bool:
-    return isinstance(values, list) and all(type(value) in kinds for value in values)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -1,6 +1,7 @@
-"""Parameter values as JSON."""
+"""Parameter values as JSON, and validation of JSON values from files."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -74,3 +75,40 @@ def from_json(value: Any) -> Any:
             raise ValueError("a dict must be a list of pairs of a key and a value")
         result[pair[0]] = from_json(pair[1])
     return result
+
+
+def get_value(
+    document: Mapping[str, Any], name: str, kind: type | tuple[type, ...]
+) -> Any:
+    """Return a value of a JSON object from a file.
+
+    Parameters
+    ----------
+    document : mapping of str
+        The object.
+    name : str
+        Key of the value.
+    kind : type or tuple of type
+        Its type. A bool is not an int.
+
+    Raises
+    ------
+    ValueError
+        If it is missing or has another type.
+    """
+    value = document.get(name)
+    # A bool is an int to isinstance, but not to JSON.
+    valid = isinstance(value, kind) and not isinstance(value, bool)
+    require(valid, f"its {name!r} is missing or has an invalid type")
+    return value
+
+
+def is_list_of(values: Any, *kinds: type) -> bool:
+    """Return whether a JSON value is a list of values of these types exactly."""
+    return isinstance(values, list) and all(type(value) in kinds for value in values)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with a message about a file if a condition is false."""
+    if not condition:
+        raise ValueError(message)

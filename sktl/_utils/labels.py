@@ -1,6 +1,7 @@
-"""Validation of class labels, and missing values."""
+"""Validation of class labels, missing values, and labels as JSON."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,11 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.multiclass import check_classification_targets
 
+from sktl._utils.json_values import from_json, to_json
 from sktl._utils.sklearn_compat import check_y
+
+# Of bool, int, float, str and object, as NumPy writes them.
+_LABEL_DTYPE = re.compile(r"[<>|=]([biuf][1248]|f16|U\d{1,4}|O)", re.ASCII)
 
 
 def check_labels(y: Any, estimator: BaseEstimator) -> NDArray[Any]:
@@ -48,6 +53,51 @@ def is_missing(value: object) -> bool:
         or (isinstance(value, float | np.floating) and bool(np.isnan(value)))
         or type(value).__name__ in ("NAType", "NaTType")
     )
+
+
+def labels_to_json(labels: NDArray[Any]) -> dict[str, Any]:
+    """Return class labels as values that JSON can hold.
+
+    Raises
+    ------
+    TypeError
+        If they are not str, int, float or bool.
+    """
+    return {"classes": to_json(labels.tolist()), "dtype": labels.dtype.str}
+
+
+def labels_from_json(document: Mapping[str, Any]) -> NDArray[Any]:
+    """Return the class labels that `labels_to_json` converted.
+
+    Parameters
+    ----------
+    document : mapping of str
+        From a file; anything that JSON can hold may be in it.
+
+    Returns
+    -------
+    ndarray of shape (n_classes,)
+
+    Raises
+    ------
+    ValueError
+        If it does not have at least two different labels and their dtype.
+    """
+    classes, dtype = document.get("classes"), document.get("dtype")
+    if not isinstance(classes, list):
+        raise ValueError("its classes must be a list")
+    if not isinstance(dtype, str) or not _LABEL_DTYPE.fullmatch(dtype):
+        raise ValueError("its classes must have a valid dtype of labels")
+    labels = list(from_json(classes))
+    if not all(isinstance(label, bool | int | float | str) for label in labels):
+        raise ValueError("its classes must be str, int, float or bool")
+    try:
+        decoded = np.array(labels, np.dtype(dtype))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"its classes must have a valid dtype: {error}") from error
+    if decoded.tolist() != labels or len(np.unique(decoded)) < max(2, len(labels)):
+        raise ValueError("its classes must be at least two different labels")
+    return decoded
 
 
 def _elements(y: Any) -> Iterable[Any]:

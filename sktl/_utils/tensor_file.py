@@ -20,6 +20,9 @@ from torch import Tensor
 
 from sktl._utils.files import write_atomically
 
+_MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
+_PARSE_ERRORS = (LookupError, RecursionError, TypeError, ValueError)
+
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
@@ -74,7 +77,31 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     ValueError
         If the file was not written by `write_tensors`, or is damaged.
     """
-    content = Path(path).read_bytes()
+    return parse_tensors(Path(path).read_bytes(), str(path))
+
+
+def parse_tensors(
+    content: bytes, name: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the document in the content of a file; verify both.
+
+    Parameters
+    ----------
+    content : bytes
+        Content of a file written by `write_tensors`.
+    name : str
+        Name of the file, for the error message.
+
+    Returns
+    -------
+    tensors, document
+        As from `read_tensors`.
+
+    Raises
+    ------
+    ValueError
+        As in `read_tensors`.
+    """
     try:
         tensors = safetensors.torch.load(content)
         (length,) = struct.unpack("<Q", content[:8])
@@ -85,18 +112,41 @@ def read_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
         if not is_intact or not isinstance(document, dict):
             raise ValueError("its sha256 does not match its content")
     # Deeply nested JSON raises RecursionError.
-    except (
-        SafetensorError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except (SafetensorError, *_PARSE_ERRORS) as error:
         raise ValueError(
-            f"{str(path)!r} must be an unmodified file written by sktl. Got an invalid "
+            f"{name!r} must be an unmodified file written by sktl. Got an invalid "
             f"file: {str(error) or type(error).__name__}. Nothing in it was executed."
         ) from error
     return tensors, document
+
+
+def read_document(path: str | PathLike[str]) -> dict[str, Any] | None:
+    """Return the document in the header of a file, without reading its tensors.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Any file.
+
+    Returns
+    -------
+    dict of str or None
+        JSON document, which is not verified. None if the header has none: the file was
+        not written by `write_tensors`, or it is damaged.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= _MAX_HEADER else b""
+    try:
+        document = json.loads(json.loads(header)["__metadata__"]["sktl"])
+    except _PARSE_ERRORS:
+        return None
+    return document if isinstance(document, dict) else None
 
 
 def state_dict_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -295,7 +295,10 @@ INVALID_VALUES = {
         {},
         [10**30],
     ],
-    "network.backbone": [..., 3, None, "resnet81"],
+    "network.backbone": [..., 3, None],
+    "architecture": [..., 3, [], None, {}],
+    "architecture.backbone": [..., 3, None, "resnet81"],
+    "architecture.heads": [..., 3, None, [], [3], [{}], {}],
     "network.weights": [..., 3, None],
     "network.image_size": ["20", 2.5, True, []],
     "network.resize": ["stretch", 3, True, []],
@@ -336,7 +339,7 @@ def test_file_made_by_hand(fitted, file, part, value):
 
 def test_invalid_width_allocates_no_memory(fitted, file):
     tensors, document = read_tensors(save(fitted, file))
-    document["network"]["hidden_layer_sizes"] = [2**20]
+    document["architecture"]["heads"][0]["hidden_layer_sizes"] = [2**20]
     write_tensors(file, tensors, document)
     with pytest.raises(ValueError, match=r"model\.safetensors.*names and shapes"):
         FineTunedCNNClassifier.load(file)
@@ -379,7 +382,7 @@ def test_fitted_model_of_a_file(fitted, file):
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError])
 @pytest.mark.parametrize(
-    "name", ["load_backbone", "replace_head", "load_weights_into", "from_json"]
+    "name", ["load_backbone", "parse_architecture", "load_weights_into", "from_json"]
 )
 def test_error_of_our_own_code_is_not_called_damage(
     fitted, file, monkeypatch, name, error
@@ -405,7 +408,7 @@ def test_split_parameters(parameters):
 
 def test_unknown_backbone(fitted, file):
     tensors, document = read_tensors(save(fitted, file))
-    document["network"]["backbone"] = "resnet81"
+    document["architecture"]["backbone"] = "resnet81"
     write_tensors(file, tensors, document)
     with pytest.raises(
         ValueError, match=r"no backbone 'resnet81'.* Do you mean resnet18"

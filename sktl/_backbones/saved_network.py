@@ -1,0 +1,341 @@
+"""Networks that a fine-tuned estimator has saved, as backbones.
+
+A saved file names the backbone that was fine-tuned and describes the heads that
+replaced its own, so that the network can be built without the original weights. The
+network has the stages of the backbone, with the fine-tuned weights.
+"""
+
+import copy
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from sktl._backbones.backbone import Backbone, LoadedNetwork
+from sktl._backbones.new_head import HEAD, NECK, replace_head
+from sktl._backbones.source import (
+    BackboneDefinition,
+    HeadConfig,
+    Label,
+    NetworkStructure,
+    is_path,
+)
+from sktl._backbones.weights import file_digest, skip_weight_allocation
+from sktl._images.preprocessing import Preprocessing
+from sktl._utils.json_values import get_value, is_list_of, require
+from sktl._utils.keyed_cache import KeyedCache
+from sktl._utils.labels import labels_from_json
+from sktl._utils.tensor_file import read_document
+
+FORMAT = "sktl fine-tuned model, version 4"
+#: Default of the parameter `backbone`, which cannot be told from a value of the user.
+DEFAULT_BACKBONE = "resnet18"
+
+_MAX_WIDTH = 2**20  # of a hidden layer
+_MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What is needed to build a fine-tuned network, apart from its number of outputs.
+
+    Attributes
+    ----------
+    backbone : str
+        Name of the backbone that was fine-tuned.
+    heads : tuple of HeadConfig
+        Heads that replaced its own, in the order of the fine-tunings. The last layer
+        of each is replaced by the next one.
+    """
+
+    backbone: str
+    heads: tuple[HeadConfig, ...]
+
+    def build(self, backbone: Backbone, n_outputs: int) -> Backbone:
+        """Return the fine-tuned network, with weights that are not its own.
+
+        Parameters
+        ----------
+        backbone : Backbone
+            With the name of `backbone`.
+        n_outputs : int
+            Number of outputs of the last head.
+
+        Returns
+        -------
+        Backbone
+            Its network is one from `replace_head`. The parameters of the heads have no
+            memory, since the widths in a file may be invalid.
+        """
+        with skip_weight_allocation():
+            for head in self.heads:
+                backbone = _with_new_head(backbone, head, n_outputs)
+        return backbone
+
+
+@dataclass(frozen=True)
+class SavedNetwork:
+    """Description of the network in a saved file.
+
+    Attributes
+    ----------
+    architecture : Architecture
+        How to build it.
+    preprocessing : Preprocessing
+        Preprocessing of its images.
+    labels : tuple of str, int, float or bool
+        Class labels, in the order of the outputs.
+    """
+
+    architecture: Architecture
+    preprocessing: Preprocessing
+    labels: tuple[Label, ...]
+
+    def definition(
+        self, backbone: BackboneDefinition, file: str | PathLike[str]
+    ) -> BackboneDefinition:
+        """Return the definition of a backbone with this network.
+
+        Parameters
+        ----------
+        backbone : BackboneDefinition
+            Of the backbone that was fine-tuned, with random weights.
+        file : str or path-like
+            The saved file.
+
+        Returns
+        -------
+        BackboneDefinition
+            The categories are the class labels.
+        """
+
+        # Built when `build` is called, whose caller decides about random numbers.
+        @functools.cache
+        def template() -> Backbone:
+            network = backbone.build(None)
+            own = Backbone(
+                self.architecture.backbone,
+                "",
+                backbone,
+                lambda: LoadedNetwork(network, ""),
+            )
+            return self.architecture.build(own, len(self.labels))
+
+        return replace(
+            backbone,
+            build=lambda num_classes: copy.deepcopy(template().network),
+            describe=lambda network: template().definition.describe(network),
+            preprocessing=self.preprocessing,
+            categories=self.labels,
+            file=os.fspath(file),
+            adapt_state_dict=lambda network, state_dict: state_dict,
+            known_weights=(),
+            license=None,
+            heads=self.architecture.heads,
+        )
+
+
+# By digest of the file.
+_saved: KeyedCache[str, SavedNetwork | None] = KeyedCache(max_size=32)
+
+
+def find_saved_network(weights: object) -> SavedNetwork | None:
+    """Return the description of the network in a saved file.
+
+    Parameters
+    ----------
+    weights : object
+        Value of the parameter `weights`.
+
+    Returns
+    -------
+    SavedNetwork or None
+        None if it is not the path of a saved file.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or was saved by another version.
+    """
+    if not isinstance(weights, PathLike) and not (
+        isinstance(weights, str) and is_path(weights)
+    ):
+        return None
+    path = os.path.expanduser(weights)
+    if not os.path.isfile(path):
+        return None
+    return _saved.get_or_create(file_digest(path), lambda: _read(path))
+
+
+def saved_backbone_name(name: str, weights: object) -> str:
+    """Return the name of a backbone: that in a saved file, if `weights` is one.
+
+    Parameters
+    ----------
+    name : str
+        Value of the parameter `backbone`.
+    weights : object
+        Value of the parameter `weights`.
+
+    Returns
+    -------
+    str
+        Name of a backbone.
+
+    Raises
+    ------
+    ValueError
+        If `name` is neither the default nor the name in the file.
+    """
+    saved = find_saved_network(weights)
+    if saved is None:
+        return name
+    own = saved.architecture.backbone
+    if name not in (own, DEFAULT_BACKBONE):
+        raise ValueError(
+            f"The weights {str(weights)!r} were fine-tuned from the backbone {own!r}, "
+            f"so the 'backbone' parameter must be {own!r} or its default. Got "
+            f"{name!r}. Remove the parameter, or choose other weights."
+        )
+    return own
+
+
+def parse_architecture(document: Mapping[str, Any]) -> Architecture:
+    """Return the architecture in the document of a saved file.
+
+    Parameters
+    ----------
+    document : mapping of str
+        From a file; anything that JSON can hold may be in it.
+
+    Returns
+    -------
+    Architecture
+
+    Raises
+    ------
+    ValueError
+        If a value is missing or invalid.
+    """
+    described = get_value(document, "architecture", dict)
+    heads = get_value(described, "heads", list)
+    require(
+        len(heads) > 0 and all(isinstance(head, dict) for head in heads),
+        "its heads must be a list of descriptions",
+    )
+    return Architecture(
+        get_value(described, "backbone", str), tuple(map(parse_head, heads))
+    )
+
+
+def parse_head(document: Mapping[str, Any]) -> HeadConfig:
+    """Return the head that a JSON object describes, as `parse_architecture` does."""
+    widths = get_value(document, "hidden_layer_sizes", list)
+    require(
+        all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
+        f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
+    )
+    dropout = get_value(document, "dropout", (int, float))
+    require(0 <= dropout < 1, "its dropout must be in [0, 1)")
+    return HeadConfig(tuple(widths), float(dropout))
+
+
+def parse_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
+    """Return the preprocessing of a saved file, as `parse_architecture` does."""
+    described = get_value(document, "preprocessing", dict)
+    mean, std = get_value(described, "mean", list), get_value(described, "std", list)
+    require(
+        is_list_of(mean + std, int, float)
+        and all(abs(value) < _MAX_NORMALIZATION for value in mean + std),
+        "its mean and std must be lists of small numbers",
+    )
+    return Preprocessing(
+        get_value(described, "resize_size", int),
+        get_value(described, "crop_size", int),
+        get_value(described, "interpolation", str),
+        tuple(mean),
+        tuple(std),
+        get_value(described, "resize", str),
+    )
+
+
+def _read(path: str) -> SavedNetwork | None:
+    document = read_document(path)
+    if document is None:
+        return None
+    if document.get("format") != FORMAT:
+        raise ValueError(
+            "Weights must be a state dict or a file that a fine-tuned estimator of "
+            f"this version of sktl has saved. Got {path!r} of the format "
+            f"{document.get('format')!r}."
+        )
+    try:
+        target = get_value(document, "target", dict)
+        kind = target.get("kind")
+        require(kind == "multiclass", f"its kind of target {kind!r} is unknown")
+        return SavedNetwork(
+            parse_architecture(document),
+            parse_preprocessing(document),
+            tuple(labels_from_json(target).tolist()),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{path!r} must be an unchanged file of a fine-tuned estimator. Got: "
+            f"{error}"
+        ) from error
+
+
+def _with_new_head(backbone: Backbone, head: HeadConfig, n_outputs: int) -> Backbone:
+    """Return a backbone with the network that `replace_head` returns."""
+    network = replace_head(
+        backbone,
+        n_outputs,
+        hidden_layer_sizes=head.hidden_layer_sizes,
+        dropout=head.dropout,
+    )
+    describe = functools.partial(_describe_network, backbone)
+    return Backbone(
+        backbone.name,
+        backbone.digest,
+        replace(backbone.definition, describe=describe),
+        lambda: LoadedNetwork(network, backbone.digest),
+    )
+
+
+def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructure:
+    """Describe a network that `replace_head` has made from a backbone."""
+    parts = dict(network.named_children())
+    neck, head = parts.pop(NECK), parts.pop(HEAD)
+    names = {module: name for name, module in backbone.network.named_modules()}
+    stages = backbone.staged_model.stages if backbone.staged_model else {}
+    structure = backbone.structure
+
+    def own_name(layer: str) -> str | None:
+        """Return the name of a layer in the backbone, or None if it has none."""
+        stage, _, inside = layer.partition(".")
+        if not inside or stage not in stages:
+            return layer if layer in stages else None
+        return names.get(stages[stage].get_submodule(inside))
+
+    def is_channels_last(layer: str) -> bool | None:
+        own = own_name(layer)
+        return None if own is None else structure.is_channels_last(own)
+
+    def n_prefix_tokens(layer: str) -> int:
+        own = own_name(layer)
+        return 0 if own is None else structure.n_prefix_tokens(own)
+
+    return replace(
+        structure,
+        trunk=(),
+        stages=parts,
+        head=[nn.Sequential(neck, head)],
+        neck=[neck, *list(head.children())[:-1]],
+        is_trunk_channels_last=False,
+        is_channels_last=is_channels_last,
+        n_prefix_tokens=n_prefix_tokens,
+    )
