@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sktl._backbones.catalog import list_backbones
     from sktl._backbones.register import register_backbone
+    from sktl._describe_backbone import describe_backbone
     from sktl._fine_tuned_cnn_classifier import FineTunedCNNClassifier
     from sktl._images.preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
@@ -20,6 +21,7 @@ __all__ = [
     "Preprocessing",
     "PretrainedClassifier",
     "PretrainedFeatures",
+    "describe_backbone",
     "list_backbones",
     "register_backbone",
 ]
@@ -31,6 +33,7 @@ _MODULE_OF = {
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
     "Preprocessing": "sktl._images.preprocessing",
+    "describe_backbone": "sktl._describe_backbone",
     "list_backbones": "sktl._backbones.catalog",
     "register_backbone": "sktl._backbones.register",
 }

@@ -208,6 +208,12 @@ class Backbone:
         """The module named `penultimate`: an ``nn.Linear`` or an ``nn.Conv2d``."""
         return self.network.get_submodule(self.penultimate)
 
+    @property
+    def has_fixed_image_size(self) -> bool:
+        """Whether the network supports only images of one size."""
+        is_fixed = self.definition.has_fixed_image_size
+        return self.structure.has_fixed_image_size if is_fixed is None else is_fixed
+
     def preprocessing_at(
         self, image_size: int | None, resize: str | None = None
     ) -> Preprocessing:
@@ -235,10 +241,7 @@ class Backbone:
             own = replace(own, resize=resize)
         if image_size is None:
             return own
-        is_fixed = self.definition.has_fixed_image_size
-        if is_fixed is None:
-            is_fixed = self.structure.has_fixed_image_size
-        if is_fixed and image_size != own.crop_size:
+        if self.has_fixed_image_size and image_size != own.crop_size:
             raise ValueError(
                 f"The backbone {self.name!r} supports only images of {own.crop_size} "
                 f"pixels a side. Got image_size={image_size}. Set image_size=None, or "

@@ -408,4 +408,5 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
         f"({', '.join(stages) or 'this network has none'}) or of a module of "
         f"{backbone.name!r}. Got {layer!r} instead."
         f"{' The closest names: ' + ', '.join(close) + '.' if close else ''}"
+        f" describe_backbone({backbone.name!r}) shows the stages."
     )

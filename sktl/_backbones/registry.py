@@ -98,6 +98,36 @@ def load_backbone(
     return backbone
 
 
+def declare_without_weights(
+    name: str, weights: str | PathLike[str] | None, *, on_meta: bool
+) -> Backbone:
+    """Return a backbone whose weights are neither downloaded nor read.
+
+    Parameters
+    ----------
+    name, weights
+        As in `load_backbone`.
+    on_meta : bool
+        Whether parameters and buffers are on the meta device: they have shapes, but no
+        values and no memory. Otherwise they are random.
+
+    Returns
+    -------
+    Backbone
+        Not shared, and without a digest.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `load_backbone`.
+    """
+    definition = find_source(name).resolve(name, weights, False, fetch=False)
+    network = _build_network(definition, None, 0, has_weights=on_meta)
+    network = network.to("meta" if on_meta else "cpu", torch.float32)
+    loaded = LoadedNetwork(network.eval().requires_grad_(False), digest="")
+    return Backbone(name, "", definition, lambda: loaded)
+
+
 def _get_backbone(
     name: str, weights: str | PathLike[str] | None, random_state: int, progress: bool
 ) -> Backbone:

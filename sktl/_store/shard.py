@@ -32,6 +32,7 @@ _STORE_FILE_NAME = re.compile(
     r"|space(\.json|-[0-9a-f]{12}\.tmp)"
 )
 KEY_BYTES = 32  # of a sha256
+BYTES_BESIDES_ROW = KEY_BYTES + 4  # key and checksum
 DTYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}  # safetensors name: NumPy name
 _MAX_HEADER_BYTES = 2**20
 # A folder may change twice within one tick of the clock of the file system and keep its

@@ -92,7 +92,9 @@ def build_config(
     if estimator.batch_size == "auto" and not single_epoch:
         batch_size = default_batch_size(n_images, max_epochs)
     return TrainingConfig(
-        n_trainable_stages=count_trainable_stages(estimator.trainable, model.stages),
+        n_trainable_stages=count_trainable_stages(
+            estimator.trainable, model.stages, estimator.backbone
+        ),
         head_init=head_init,
         # The linear probe is fitted on features with the pretrained statistics.
         freeze_batch_norm=head_init != RANDOM and estimator.weights is not None,

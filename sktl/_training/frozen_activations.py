@@ -38,12 +38,12 @@ from sktl._inference.extract_features import extract_features
 from sktl._inference.feature_cache import Memory, open_cache, open_store
 from sktl._inference.model_spec import ModelSpec
 from sktl._store.feature_store import FeatureStore
+from sktl._store.shard import BYTES_BESIDES_ROW
 from sktl._training.initial_model import FrozenPrefix, PretrainedPrefix
 from sktl._training.network import network_digest, output_shape
 from sktl._utils.default_dtype import float32_default_if_needed
 
 _MAX_BYTES_IN_MEMORY = 2**30
-_STORE_BYTES_PER_ROW = 36  # hash and checksum, besides the row
 
 
 class FrozenActivations:
@@ -201,7 +201,7 @@ class FrozenActivations:
     def max_bytes(self, n_frozen: int) -> int:
         """Return how much the activations at a frozen depth can add to a store."""
         row_bytes = 4 * int(np.prod(self._shape(n_frozen)))
-        return len(self._images) * (row_bytes + _STORE_BYTES_PER_ROW)
+        return len(self._images) * (row_bytes + BYTES_BESIDES_ROW)
 
     def _shape(self, n_frozen: int) -> tuple[int, ...]:
         """Return the shape of the activations of one image."""

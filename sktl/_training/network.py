@@ -95,7 +95,9 @@ def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
         return tuple(evaluated(image).shape[1:])
 
 
-def count_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
+def count_trainable_stages(
+    trainable: str | int, stages: Sequence[str], backbone: str
+) -> int:
     """Return the number of stages, counted from the head, that are trained.
 
     Parameters
@@ -104,6 +106,8 @@ def count_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
         The parameter of the estimator.
     stages : sequence of str
         Names of the stages, in order.
+    backbone : str
+        Name of the backbone, for the error message.
 
     Returns
     -------
@@ -115,6 +119,7 @@ def count_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
     ValueError
         If there is no such stage, or if there are fewer stages.
     """
+    advice = f"describe_backbone({backbone!r}) shows the stages."
     if trainable == "head":
         return 0
     if trainable == "all":
@@ -125,13 +130,13 @@ def count_trainable_stages(trainable: str | int, stages: Sequence[str]) -> int:
             raise ValueError(
                 "The 'trainable' parameter must be 'head', 'all', a number of stages, "
                 f"or one of the stages {', '.join(stages)}. Got {trainable!r} instead."
-                f"{f' Do you mean {close[0]!r}?' if close else ''}"
+                f"{f' Do you mean {close[0]!r}?' if close else ''} {advice}"
             )
         return len(stages) - list(stages).index(trainable)
     if not 0 <= trainable <= len(stages):
         raise ValueError(
             f"The 'trainable' parameter must be from 0 to {len(stages)}, the number of "
-            f"stages. Got {trainable!r} instead."
+            f"stages. Got {trainable!r} instead. {advice}"
         )
     return int(trainable)
 

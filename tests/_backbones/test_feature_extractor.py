@@ -165,7 +165,8 @@ def test_layers_without_one_row_per_image_raise(noise):
 def test_errors_list_the_available_layers(noise):
     backbone = load_backbone("squeezenet1_1", None)
     with pytest.raises(
-        ValueError, match=r"Got 'clasifier' .* closest names: classifier"
+        ValueError,
+        match=r"Got 'clasifier' .* classifier.* describe_backbone\('squ",
     ):
         FeatureExtractor(backbone, ["clasifier"], "avg")
     with pytest.raises(ValueError, match=r"\(stem, stage1, stage2, stage3\)"):

@@ -43,7 +43,7 @@ def test_frozen_stages_do_not_change(family, trainable):
     network = replace_head(load_backbone(family, None), 3)
     before = copy.deepcopy(network.state_dict())
     names = stage_names(network)
-    n_trainable = count_trainable_stages(trainable, names)
+    n_trainable = count_trainable_stages(trainable, names, "resnet_mini")
     one_step(PartiallyFrozen(network, n_trainable))
     trained = ("head.", *(f"{n}." for n in names[len(names) - n_trainable :]))
     trained += ("neck.",) if n_trainable else ()
@@ -87,7 +87,7 @@ def test_unfreeze(n_trainable):
     [("head", 0), ("all", 4), (0, 0), (2, 2), (4, 4), ("stage3", 1), ("stem", 4)],
 )
 def test_count_trainable_stages(trainable, expected):
-    assert count_trainable_stages(trainable, STAGES) == expected
+    assert count_trainable_stages(trainable, STAGES, "net") == expected
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,11 @@ def test_count_trainable_stages(trainable, expected):
 )
 def test_invalid_trainable(trainable, reason):
     with pytest.raises(ValueError, match=reason):
-        count_trainable_stages(trainable, STAGES)
-    with pytest.raises(ValueError, match="Do you mean 'stage3'"):
-        count_trainable_stages("stage_3", STAGES)
+        count_trainable_stages(trainable, STAGES, "net")
+    with pytest.raises(
+        ValueError, match=r"Do you mean 'stage3'\? describe_backbone\('net'\) shows"
+    ):
+        count_trainable_stages("stage_3", STAGES, "net")
 
 
 def test_bfloat16_returns_float32():
