@@ -4,6 +4,7 @@ A fit trains more than once if it selects its settings: first on parts of the da
 on all of it. An image is decoded only once, and passes through the frozen prefix once.
 """
 
+import functools
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -123,7 +124,6 @@ class TrainingSets:
         self._model = model
         self._data = data
         self._activations = activations
-        self._images = self._decoded(data.images, estimator.augmentation)
         self._views: tuple[DecodedImages, FrozenActivations] | None = None
         if self._is_augmented and estimator.augmentation_views is not None:
             self._views = self._make_views(seed)
@@ -183,6 +183,11 @@ class TrainingSets:
     @property
     def _is_augmented(self) -> bool:
         return self._estimator.augmentation is not None
+
+    @functools.cached_property
+    def _images(self) -> DecodedImages:
+        """All images; fixed views do not need them."""
+        return self._decoded(self._data.images, self._estimator.augmentation)
 
     def _make_views(self, seed: int) -> tuple[DecodedImages, FrozenActivations]:
         estimator, preprocessing = self._estimator, self._model.preprocessing

@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 from trainer_helpers import CountingSequence, make_parts
 
+from sktl._images.augmented_views import AugmentedViews
+from sktl._training.decoded_images import DecodedImages
 from sktl._training.training_sets import TrainingData, TrainingSets
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
@@ -86,6 +88,20 @@ def test_images_are_decoded_once_for_all_sets(images):
             np.testing.assert_array_equal(pixels_of(dataset), expected)
     assert set(counting.counts.values()) == {1}
     assert len(counting.counts) == 40
+
+
+def test_images_are_not_cached_beside_their_views(images, monkeypatch):
+    cached = []
+
+    class Recorded(DecodedImages):
+        def __init__(self, images, *arguments):
+            cached.append(type(images))
+            super().__init__(images, *arguments)
+
+    monkeypatch.setattr("sktl._training.training_sets.DecodedImages", Recorded)
+    parts = make_parts(images, augmentation="flip", augmentation_views=2)
+    parts.sets.train(np.arange(40))
+    assert cached == [AugmentedViews]
 
 
 def test_augmentation_that_is_a_function(images):
