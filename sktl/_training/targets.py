@@ -128,25 +128,18 @@ def validation_mask(
     ValueError
         If a stratified split is impossible.
     """
-    held_out = np.zeros(len(targets.rows), dtype=bool)
     if validation_fraction is None:
-        return held_out
-    strata = targets.target.strata(targets.y)
+        return np.zeros(len(targets.rows), dtype=bool)
     got = f"Got validation_fraction={validation_fraction!r}"
     try:
-        _, valid = train_test_split(
-            np.arange(len(targets.rows)),
-            test_size=validation_fraction,
-            stratify=strata,
-            random_state=seed,
-        )
+        held_out = _stratified_mask(targets, validation_fraction, seed)
     except ValueError as error:
         raise ValueError(
             "early_stopping holds out a stratified validation set, which must be "
             f"possible. {got} of {len(targets.rows)} images: {error} Change "
             "validation_fraction, or set early_stopping=False."
         ) from error
-    held_out[valid] = True
+    strata = targets.target.strata(targets.y)
     if strata is not None:
         missing = np.setdiff1d(strata[held_out], strata[~held_out])
         if len(missing):
@@ -167,7 +160,7 @@ def selection_mask(
     targets : EncodedTargets
         Targets of all samples.
     n_held_out : int
-        Number of samples to hold out; one per class at least.
+        Number of samples to hold out; at least one per class, at most half.
     seed : int
         Seed of the split.
 
@@ -176,18 +169,27 @@ def selection_mask(
     ndarray of shape (n,), bool, or None
         True for held-out samples. None if a class has less than two samples.
     """
-    n = len(targets.rows)
     strata = targets.target.strata(targets.y)
     if strata is not None:
         counts = np.unique(strata, return_counts=True)[1]
         if counts.min() < 2:
             return None
-        n_held_out = min(max(n_held_out, len(counts)), n - len(counts))
-    held_out = np.zeros(n, dtype=bool)
+        # At most half, so that each class has a sample in the other part.
+        n_held_out = min(max(n_held_out, len(counts)), len(strata) // 2)
+    return _stratified_mask(targets, n_held_out, seed)
+
+
+def _stratified_mask(
+    targets: EncodedTargets, test_size: float, seed: int
+) -> NDArray[np.bool_]:
+    """Return the mask of a random part of the samples, of a fraction or a number."""
+    n = len(targets.rows)
     _, rows = train_test_split(
-        np.arange(n), test_size=n_held_out, stratify=strata, random_state=seed
+        np.arange(n),
+        test_size=test_size,
+        stratify=targets.target.strata(targets.y),
+        random_state=seed,
     )
+    held_out = np.zeros(n, dtype=bool)
     held_out[rows] = True
-    if strata is not None and len(np.unique(strata[~held_out])) < len(counts):
-        return None
     return held_out
