@@ -42,36 +42,73 @@ _WEIGHTS, _BEST, _INITIAL, _OPTIMIZER = "weights.", "best.", "initial.", "optimi
 
 
 class Checkpoint:
-    """The checkpoint file of one run.
+    """The checkpoint file of one run. It is read once, when this object is made.
 
     Parameters
     ----------
     directory : str or path-like
-        Directory of the file, created if needed. One run at a time may use it.
-    fingerprint : mapping of str
-        From `run_fingerprint`.
+        Directory of the file. One run at a time may use it.
 
     Raises
     ------
     NotADirectoryError
         If the directory is a file.
+    ValueError
+        If the checkpoint file is damaged.
     """
 
-    def __init__(
-        self, directory: str | os.PathLike[str], fingerprint: Mapping[str, Any]
-    ) -> None:
-        self._file = _file_in(directory)
-        folder = self._file.parent
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        if not os.fspath(directory):
+            raise ValueError(
+                "The 'checkpoint' parameter must be the name of a directory. Got ''."
+            )
+        folder = Path(directory).expanduser()
         if folder.exists() and not folder.is_dir():
             raise NotADirectoryError(
                 "The 'checkpoint' parameter must be a directory. Got "
                 f"{str(folder)!r}, which is a file."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / f"{_NAME}.safetensors"
+        self._tensors, self._document = _read(self._file)
+        self._fingerprint: dict[str, Any] = {}
+
+    def seed(self, default: int) -> int:
+        """Return the seed of the run in the file; `default` if there is no file."""
+        return int(self._document.get("seed", default))
+
+    def open(self, fingerprint: Mapping[str, Any]) -> list[SelectionRow]:
+        """Create the directory if needed, and make sure that the file is of this run.
+
+        Parameters
+        ----------
+        fingerprint : mapping of str
+            From `run_fingerprint`.
+
+        Returns
+        -------
+        list of SelectionRow
+            The rows of the selection of this run, as far as it came.
+
+        Raises
+        ------
+        ValueError
+            If the file belongs to another run: names the differences.
+        """
         self._fingerprint = dict(fingerprint)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        for partial in self._file.parent.glob(f"{_NAME}-*.tmp"):  # of a killed process
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        if not self._document:
+            return []
+        self._check_fingerprint(self._document.get("fingerprint"))
+        try:
+            return parse_selection(self._document.get("selection"))
+        except ValueError as error:
+            raise self._unfit(error) from error
 
     def resume(self, trainer: Trainer) -> bool:
-        """Load the state of this run into a trainer.
+        """Load the state of this run into a trainer, and forget it.
 
         Parameters
         ----------
@@ -81,22 +118,16 @@ class Checkpoint:
         Returns
         -------
         bool
-            Whether there was a checkpoint.
+            Whether the file has the state of a training.
 
         Raises
         ------
         ValueError
-            If the file is damaged, or belongs to another run: names the differences.
+            If the state does not fit the network or its optimizer.
         """
-        for partial in self._file.parent.glob(f"{_NAME}-*.tmp"):  # of a killed process
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        content = _read(self._file)
-        if content is None:
-            return False
-        tensors, document = content
-        self._check_fingerprint(document.get("fingerprint"))
-        if document.get("phase") == _SELECTION:
+        tensors, document = self._tensors, self._document
+        self._tensors, self._document = {}, {}  # up to four times the network
+        if not document or document.get("phase") == _SELECTION:
             return False
         try:
             trainer.load_state(
@@ -107,23 +138,6 @@ class Checkpoint:
         except ValueError as error:
             raise self._unfit(error) from error
         return True
-
-    def read_selection(self) -> list[SelectionRow]:
-        """Return the rows of the selection of this run, as far as it came.
-
-        Raises
-        ------
-        ValueError
-            As in `resume`.
-        """
-        content = _read(self._file)
-        if content is None:
-            return []
-        self._check_fingerprint(content[1].get("fingerprint"))
-        try:
-            return parse_selection(content[1].get("selection"))
-        except ValueError as error:
-            raise self._unfit(error) from error
 
     def save_selection(self, state: TrainerState) -> None:
         """Write the rows of the selection; warn if that fails.
@@ -257,42 +271,12 @@ def run_fingerprint(
     }
 
 
-def checkpoint_seed(directory: str | os.PathLike[str], default: int) -> int:
-    """Return the seed of the run whose checkpoint is in a directory.
-
-    Parameters
-    ----------
-    directory : str or path-like
-        As in `Checkpoint`.
-    default : int
-        Returned if there is no checkpoint.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged.
-    """
-    content = _read(_file_in(directory))
-    return default if content is None else int(content[1]["seed"])
-
-
-def _file_in(directory: str | os.PathLike[str]) -> Path:
-    if not os.fspath(directory):
-        raise ValueError(
-            "The 'checkpoint' parameter must be the name of a directory. Got ''."
-        )
-    return Path(directory).expanduser() / f"{_NAME}.safetensors"
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return tensors and document of a checkpoint file; both are empty without one."""
     try:
         tensors, document = read_tensors(file)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return {}, {}
     except ValueError as error:
         raise ValueError(f"{error} Delete it to start again.") from error
     seed = document.get("seed")

@@ -18,7 +18,7 @@ from sktl._training.build import (
     build_trainer,
     fit_head,
 )
-from sktl._training.checkpoint import Checkpoint, checkpoint_seed, run_fingerprint
+from sktl._training.checkpoint import Checkpoint, run_fingerprint
 from sktl._training.config import (
     LINEAR_PROBE,
     RANDOM,
@@ -86,10 +86,7 @@ def fit_model(
     """
     parts = _prepare(estimator, images, targets, fitted, partial=partial)
     model, data, activations = parts.model, parts.data, parts.activations
-    checkpoint = _open_checkpoint(parts) if parts.uses_checkpoint else None
-    if checkpoint is not None:
-        parts.state.selection = checkpoint.read_selection()
-    config = _settings(parts, checkpoint)
+    checkpoint, config = parts.checkpoint, _settings(parts)
     callbacks = copy_callbacks(estimator.callbacks)
     trainer = build_trainer(model, data, parts.sets, config, parts.state, callbacks)
     if checkpoint is None or not checkpoint.resume(trainer):
@@ -132,6 +129,8 @@ class _Parts:
         Of the data.
     state : TrainerState
         State to start from.
+    checkpoint : Checkpoint or None
+        Open, if the parameters define one.
     is_new, partial : bool
         Whether the training starts from the backbone; whether it is that of
         `partial_fit`.
@@ -143,13 +142,9 @@ class _Parts:
     activations: FrozenActivations
     sets: TrainingSets
     state: TrainerState
+    checkpoint: Checkpoint | None
     is_new: bool
     partial: bool
-
-    @property
-    def uses_checkpoint(self) -> bool:
-        """Whether the parameters define a checkpoint."""
-        return not self.partial and self.estimator.checkpoint is not None
 
     @property
     def fits_probe(self) -> bool:
@@ -179,8 +174,10 @@ def _prepare(
     partial: bool,
 ) -> _Parts:
     seed = int(check_random_state(estimator.random_state).randint(2**31 - 1))
+    checkpoint = None
     if not partial and estimator.checkpoint is not None:
-        seed = checkpoint_seed(estimator.checkpoint, default=seed)
+        checkpoint = Checkpoint(estimator.checkpoint)
+        seed = checkpoint.seed(default=seed)
     model = build_initial_model(estimator, targets.target, fitted, seed)
     min_size = model.preprocessing.min_decode_size(estimator.reducing_gap)
     images = images.subset(targets.rows.tolist()).with_min_decode_size(min_size)
@@ -192,18 +189,16 @@ def _prepare(
     is_new = fitted is None
     if partial and not is_new:
         state = TrainerState(seed, estimator.n_iter_, list(estimator.history_))
-    return _Parts(estimator, model, data, activations, sets, state, is_new, partial)
-
-
-def _open_checkpoint(parts: _Parts) -> Checkpoint:
-    estimator, data = parts.estimator, parts.data
-    fingerprint = run_fingerprint(
-        estimator.get_params(deep=False), data.images, data.targets, parts.model.digest
+    if checkpoint is not None:
+        parameters = estimator.get_params(deep=False)
+        fingerprint = run_fingerprint(parameters, images, targets, model.digest)
+        state.selection = checkpoint.open(fingerprint)
+    return _Parts(
+        estimator, model, data, activations, sets, state, checkpoint, is_new, partial
     )
-    return Checkpoint(estimator.checkpoint, fingerprint)
 
 
-def _settings(parts: _Parts, checkpoint: Checkpoint | None) -> TrainingConfig:
+def _settings(parts: _Parts) -> TrainingConfig:
     """Return the settings of the training; select those that are "auto"."""
     estimator, held_out = parts.estimator, parts.data.held_out
     safe = _safe_settings(parts)
@@ -219,7 +214,7 @@ def _settings(parts: _Parts, checkpoint: Checkpoint | None) -> TrainingConfig:
             _warn_of_safe_settings(safe)
             return safe
         held_out = mask
-    best = _select(parts, safe, held_out, checkpoint)
+    best = _select(parts, safe, held_out)
     if not best.n_epochs:  # nothing is trained, since nothing was better than the probe
         return replace(safe, wise_ft_alpha=0.0, max_epochs=0)
     return replace(
@@ -251,7 +246,6 @@ def _select(
     parts: _Parts,
     config: TrainingConfig,
     held_out: NDArray[np.bool_],
-    checkpoint: Checkpoint | None,
 ) -> SelectionRow:
     """Return the best row of the selection, which `parts.state` has afterwards."""
     estimator, rows = parts.estimator, parts.state.selection
@@ -270,8 +264,8 @@ def _select(
         alphas = (config.wise_ft_alpha,)
 
     def save() -> None:
-        if checkpoint is not None:
-            checkpoint.save_selection(parts.state)
+        if parts.checkpoint is not None:
+            parts.checkpoint.save_selection(parts.state)
 
     lr = "auto" if estimator.lr == "auto" else config.lr
     tried = candidates(lr, estimator.head_init, config.batch_size)

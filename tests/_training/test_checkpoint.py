@@ -18,7 +18,7 @@ from skorch.callbacks import Callback
 import sktl._training.checkpoint
 from sktl import FineTunedCNNClassifier
 from sktl._training import trainer
-from sktl._training.checkpoint import checkpoint_seed
+from sktl._training.checkpoint import Checkpoint
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
@@ -106,6 +106,15 @@ def test_completed_run_is_only_read(images, estimator, file, monkeypatch):
     monkeypatch.setattr("sktl._training.checkpoint.write_tensors", None)
     assert_equal_fits(estimator.fit(images, Y), expected)
     assert file.read_bytes() == before
+
+
+def test_file_is_read_once(images, estimator, file, monkeypatch):
+    interrupt(estimator, images, Y)
+    read = []
+    name = "sktl._training.checkpoint.read_tensors"
+    monkeypatch.setattr(name, lambda path: read.append(path) or read_tensors(path))
+    assert estimator.fit(images, Y).n_iter_ == 4
+    assert read == [file]
 
 
 @pytest.mark.parametrize(
@@ -415,7 +424,7 @@ def test_tilde_is_expanded(images, estimator, tmp_path, monkeypatch):
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     estimator.set_params(checkpoint="~/runs", max_epochs=1).fit(images, Y)
     assert (tmp_path / "runs" / "fine_tuning.safetensors").exists()
-    assert checkpoint_seed("~/runs", -1) != -1
+    assert Checkpoint("~/runs").seed(-1) != -1
 
 
 def test_empty_name(images, estimator):
@@ -424,13 +433,13 @@ def test_empty_name(images, estimator):
 
 
 def test_checkpoint_seed(images, estimator, tmp_path, file):
-    assert checkpoint_seed(tmp_path, 5) == 5
-    assert checkpoint_seed(tmp_path / "nothing", 5) == 5
+    assert Checkpoint(tmp_path).seed(5) == 5
+    assert Checkpoint(tmp_path / "nothing").seed(5) == 5
     estimator.set_params(random_state=None, max_epochs=1).fit(images, Y)
-    assert checkpoint_seed(tmp_path, -1) == read_tensors(file)[1]["seed"] >= 0
+    assert Checkpoint(tmp_path).seed(-1) == read_tensors(file)[1]["seed"] >= 0
     file.write_bytes(b"")
     with pytest.raises(ValueError, match=str(file)):
-        checkpoint_seed(tmp_path, 5)
+        Checkpoint(tmp_path).seed(5)
 
 
 @pytest.mark.parametrize("weights", [None, "DEFAULT"])
@@ -442,7 +451,7 @@ def test_resumed_run_without_random_state_uses_the_seed_of_the_file(
         backbone="tiny" if weights is None else "five stages", trainable=1
     )
     interrupt(estimator, images, Y)
-    seed = checkpoint_seed(tmp_path, -1)
+    seed = Checkpoint(tmp_path).seed(-1)
     estimator.fit(images, Y)
     fixed = SimpleNamespace(randint=lambda high: seed)
     monkeypatch.setattr("sktl._training.fit.check_random_state", lambda state: fixed)

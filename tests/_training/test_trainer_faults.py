@@ -26,7 +26,7 @@ from sklearn.model_selection import GridSearchCV
 from skorch.callbacks import Callback
 
 from sktl import FineTunedCNNClassifier
-from sktl._training.checkpoint import checkpoint_seed
+from sktl._training.checkpoint import Checkpoint
 from sktl._utils.tensor_file import read_tensors
 
 PROGRAM = Path(__file__).parents[1] / "interrupted_training.py"
@@ -95,7 +95,7 @@ def test_killed_training_resumes_to_equal_bits(fork_server, tmp_path, name, kill
     X, y = load_data()
     epochs = [killed(fork_server, tmp_path, name, *kill) for kill in kills]
     assert epochs == sorted(epochs)
-    seed = checkpoint_seed(tmp_path / "checkpoint", -1)
+    seed = Checkpoint(tmp_path / "checkpoint").seed(-1)
     estimator = make_classifier(tmp_path, name).fit(X, y)
     expected = make_classifier(tmp_path, name, checkpoint=None)  # never interrupted
     fixed = SimpleNamespace(randint=lambda high: seed)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from interrupted_training import load_data, make_classifier
 
 from sktl import FineTunedCNNClassifier
-from sktl._training.checkpoint import Checkpoint, checkpoint_seed
+from sktl._training.checkpoint import Checkpoint
 from sktl._utils.tensor_file import _digest
 
 
@@ -121,6 +121,7 @@ class Checkpoints:
         self.X, self.y = self.X[::2], self.y[::2]
         self.folder = folder / "input"
         self.runs = []
+        opened = Checkpoint.open
         for name in ("adamw", "sgd"):
             estimator = make_classifier(
                 folder, name, max_epochs=3, checkpoint=self.folder
@@ -132,11 +133,18 @@ class Checkpoints:
             file.unlink()
             captured = {}
 
-            def capture(checkpoint, trainer, captured=captured):
-                captured.update(checkpoint=checkpoint, trainer=trainer)
+            def capture_run(checkpoint, fingerprint, captured=captured):
+                captured["fingerprint"] = fingerprint
+                return opened(checkpoint, fingerprint)
+
+            def capture_trainer(checkpoint, trainer, captured=captured):
+                captured["trainer"] = trainer
                 return True
 
-            with mock.patch.object(Checkpoint, "resume", capture):
+            with (
+                mock.patch.object(Checkpoint, "open", capture_run),
+                mock.patch.object(Checkpoint, "resume", capture_trainer),
+            ):
                 estimator.fit(self.X, self.y)
             file.unlink()
             self.runs.append((estimator, content, expected, captured))
@@ -163,8 +171,9 @@ class Checkpoints:
         self.file.write_bytes(changed)
         suffix = " (valid sha256)" if valid_sha256 else ""
         try:
-            checkpoint_seed(self.folder, default=0)
-            captured["checkpoint"].resume(captured["trainer"])
+            checkpoint = Checkpoint(self.folder)
+            checkpoint.open(captured["fingerprint"])
+            checkpoint.resume(captured["trainer"])
         except ValueError as error:
             return refused(error, self.file) + suffix
         try:
