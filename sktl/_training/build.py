@@ -1,24 +1,131 @@
-"""Assembly of a training from the parameters of an estimator and its data.
+"""Assembly of a fit from the parameters of an estimator and its data.
 
 Modules below this one get typed settings, and never see the estimator.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.utils import check_random_state
 
+from sktl._images.sequence import ImageSequence
 from sktl._inference.execution import ExecutionConfig
+from sktl._training.checkpoint import Checkpoint, run_fingerprint
 from sktl._training.config import RANDOM, TrainerState, TrainingConfig
+from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
-from sktl._training.targets import EncodedTargets, Target
+from sktl._training.targets import EncodedTargets, Target, validation_mask
 from sktl._training.trainer import Trainer, warn_of_shared_gpu
-from sktl._training.training_sets import TrainingData, TrainingSets
+from sktl._training.training_sets import (
+    TrainingData,
+    TrainingSets,
+    build_frozen_activations,
+)
 
 _N_STEPS = 300  # of a training, if the batch size can be chosen
 _BATCH_SIZES = (8, 32)
+
+
+@dataclass(frozen=True, eq=False)
+class FitParts:
+    """What one fit consists of.
+
+    Attributes
+    ----------
+    estimator : FineTunedCNNClassifier
+        Its parameters are read.
+    model : InitialModel
+        The network.
+    data : TrainingData
+        Images and targets.
+    activations : FrozenActivations
+        Of all images.
+    sets : TrainingSets
+        Of the data.
+    state : TrainerState
+        State to start from.
+    checkpoint : Checkpoint or None
+        Open, if the parameters define one.
+    is_new, partial : bool
+        Whether the training starts from the backbone; whether it is that of
+        `partial_fit`.
+    """
+
+    estimator: Any
+    model: InitialModel
+    data: TrainingData
+    activations: FrozenActivations
+    sets: TrainingSets
+    state: TrainerState
+    checkpoint: Checkpoint | None
+    is_new: bool
+    partial: bool
+
+    @property
+    def fits_probe(self) -> bool:
+        """Whether the head is initialized with a linear probe."""
+        targets = self.data.targets
+        linear_probe = self.estimator.head_init != RANDOM
+        return self.is_new and linear_probe and targets.target.is_complete(targets.y)
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether the weights are interpolated with those of the linear probe."""
+        estimator = self.estimator
+        pretrained = estimator.weights is not None
+        return (
+            self.fits_probe
+            and pretrained
+            and not (self.partial or estimator.early_stopping)
+        )
+
+
+def prepare_fit(
+    estimator: Any,
+    images: ImageSequence,
+    targets: EncodedTargets,
+    fitted: FittedModel | None,
+    *,
+    partial: bool,
+) -> FitParts:
+    """Return the parts of a fit; nothing is computed yet.
+
+    Parameters
+    ----------
+    estimator, images, targets, fitted, partial
+        As in `sktl._training.fit.fit_model`.
+
+    Returns
+    -------
+    FitParts
+    """
+    seed = int(check_random_state(estimator.random_state).randint(2**31 - 1))
+    checkpoint = None
+    if not partial and estimator.checkpoint is not None:
+        checkpoint = Checkpoint(estimator.checkpoint)
+        seed = checkpoint.seed(default=seed)
+    model = build_initial_model(estimator, targets.target, fitted, seed)
+    min_size = model.preprocessing.min_decode_size(estimator.reducing_gap)
+    images = images.subset(targets.rows.tolist()).with_min_decode_size(min_size)
+    fraction = estimator.validation_fraction if estimator.early_stopping else None
+    data = TrainingData(images, targets, validation_mask(targets, fraction, seed))
+    activations = build_frozen_activations(estimator, model, images)
+    sets = TrainingSets(estimator, model, data, activations, seed)
+    state = TrainerState(seed)
+    is_new = fitted is None
+    if partial and not is_new:
+        state = TrainerState(seed, estimator.n_iter_, list(estimator.history_))
+    if checkpoint is not None:
+        parameters = estimator.get_params(deep=False)
+        fingerprint = run_fingerprint(parameters, images, targets, model.digest)
+        state.selection = checkpoint.open(fingerprint)
+    return FitParts(
+        estimator, model, data, activations, sets, state, checkpoint, is_new, partial
+    )
 
 
 def build_initial_model(
@@ -54,46 +161,32 @@ def build_initial_model(
 
 
 def build_config(
-    estimator: Any,
-    model: InitialModel,
-    n_images: int,
-    *,
-    lr: float,
-    head_init: str,
-    wise_ft_alpha: float,
-    max_epochs: int,
-    single_epoch: bool = False,
+    parts: FitParts, *, lr: float, head_init: str, wise_ft_alpha: float
 ) -> TrainingConfig:
     """Return the settings of the training that the parameters of an estimator define.
 
     Parameters
     ----------
-    estimator : FineTunedCNNClassifier
-        Its parameters are read.
-    model : InitialModel
-        The network.
-    n_images : int
-        Number of images in the training set.
+    parts : FitParts
+        The fit. `partial_fit` trains one epoch at a constant learning rate.
     lr, head_init, wise_ft_alpha
-        The values of these parameters where they are ``"auto"``.
-    max_epochs : int
-        Number of epochs.
-    single_epoch : bool, default=False
-        Whether the last epoch is trained at a constant learning rate and its weights
-        are kept, as by `partial_fit`.
+        The values of these parameters, which may be ``"auto"`` in the estimator.
 
     Returns
     -------
     TrainingConfig
     """
+    estimator = parts.estimator
+    max_epochs = parts.state.epoch + 1 if parts.partial else estimator.max_epochs
     execution = ExecutionConfig.from_estimator(estimator)
     warn_of_shared_gpu(execution.device)
     batch_size = execution.batch_size
-    if estimator.batch_size == "auto" and not single_epoch:
+    if estimator.batch_size == "auto" and not parts.partial:
+        n_images = int((~parts.data.held_out).sum())
         batch_size = default_batch_size(n_images, max_epochs)
     return TrainingConfig(
         n_trainable_stages=count_trainable_stages(
-            estimator.trainable, model.stages, estimator.backbone
+            estimator.trainable, parts.model.stages, estimator.backbone
         ),
         head_init=head_init,
         # The linear probe is fitted on features with the pretrained statistics.
@@ -102,7 +195,7 @@ def build_config(
         lr=lr,
         layer_decay=estimator.layer_decay,
         weight_decay=estimator.weight_decay,
-        lr_schedule="constant" if single_epoch else estimator.lr_schedule,
+        lr_schedule="constant" if parts.partial else estimator.lr_schedule,
         max_epochs=max_epochs,
         label_smoothing=estimator.label_smoothing,
         wise_ft_alpha=wise_ft_alpha,
@@ -137,27 +230,16 @@ def default_batch_size(n_images: int, max_epochs: int) -> int:
 
 
 def build_trainer(
-    model: InitialModel,
-    data: TrainingData,
-    sets: TrainingSets,
-    config: TrainingConfig,
-    state: TrainerState,
-    callbacks: Sequence[Any],
+    parts: FitParts, config: TrainingConfig, callbacks: Sequence[Any]
 ) -> Trainer:
     """Return the trainer of a model on all of its data.
 
     Parameters
     ----------
-    model : InitialModel
-        The network.
-    data : TrainingData
-        Images and targets.
-    sets : TrainingSets
-        Of the same data.
+    parts : FitParts
+        The fit.
     config : TrainingConfig
         Settings.
-    state : TrainerState
-        State to start from.
     callbacks : sequence of skorch callbacks
         Callbacks of the user, from `copy_callbacks`.
 
@@ -165,6 +247,7 @@ def build_trainer(
     -------
     Trainer
     """
+    model, data, sets = parts.model, parts.data, parts.sets
     valid = None
     if config.patience is not None:
         valid = sets.valid(np.flatnonzero(data.held_out))
@@ -175,7 +258,7 @@ def build_trainer(
         sets.train(np.flatnonzero(~data.held_out)),
         valid,
         config=config,
-        state=state,
+        state=parts.state,
         callbacks=callbacks,
     )
 

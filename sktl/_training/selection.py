@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sktl._training.build import fit_head
+from sktl._training.build import FitParts, fit_head
 from sktl._training.config import (
     LINEAR_PROBE,
     SOFT_PROBE,
@@ -27,11 +27,8 @@ from sktl._training.config import (
     TrainerState,
     TrainingConfig,
 )
-from sktl._training.frozen_activations import FrozenActivations
-from sktl._training.initial_model import InitialModel
 from sktl._training.network import interpolate_weights, soften_head
 from sktl._training.trainer import Trainer
-from sktl._training.training_sets import TrainingData, TrainingSets
 
 
 @dataclass(frozen=True)
@@ -140,47 +137,24 @@ class SettingsSelection:
 
     Parameters
     ----------
-    model : InitialModel
-        The network to train. It is not changed.
-    data : TrainingData
-        Images and targets.
-    sets : TrainingSets
-        Of the same data.
-    activations : FrozenActivations
-        Of all images of the data.
+    parts : FitParts
+        The fit. Its network is not changed.
     config : TrainingConfig
         Settings of the training that follows.
     held_out : ndarray of shape (n,), bool
         Mask of the images that the candidates are compared on. They may be the
-        validation set of the data.
-    seed : int
-        Seed of the linear probe and of the trainings.
-    fits_probe : bool
-        Whether a linear probe can be fitted, which heads are initialized with.
+        validation set of the fit.
     """
 
     def __init__(
-        self,
-        model: InitialModel,
-        data: TrainingData,
-        sets: TrainingSets,
-        activations: FrozenActivations,
-        config: TrainingConfig,
-        *,
-        held_out: NDArray[np.bool_],
-        seed: int,
-        fits_probe: bool,
+        self, parts: FitParts, config: TrainingConfig, held_out: NDArray[np.bool_]
     ) -> None:
-        self._model = model
-        self._targets = data.targets
-        self._activations = activations
-        self._is_trained = ~(held_out | data.held_out)
-        self._train = sets.train(np.flatnonzero(self._is_trained))
-        self._valid = sets.valid(np.flatnonzero(held_out))
-        self._fraction = float(self._is_trained.sum() / (~data.held_out).sum())
+        self._parts = parts
+        self._targets = parts.data.targets
+        self._is_trained = ~(held_out | parts.data.held_out)
+        self._train = parts.sets.train(np.flatnonzero(self._is_trained))
+        self._valid = parts.sets.valid(np.flatnonzero(held_out))
         self._held_out = held_out
-        self._seed = seed
-        self._fits_probe = fits_probe
         self._config = replace(
             config, patience=None, wise_ft_alpha=1.0, unfreeze_every=None
         )
@@ -188,10 +162,11 @@ class SettingsSelection:
     @functools.cached_property
     def _initial_network(self) -> nn.Sequential:
         """The network that all trainings start from; a resumed fit may not need it."""
-        model = replace(self._model, network=copy.deepcopy(self._model.network))
-        if self._fits_probe:
-            features = self._activations.features()
-            fit_head(model, self._targets, features, self._is_trained, self._seed)
+        parts = self._parts
+        model = replace(parts.model, network=copy.deepcopy(parts.model.network))
+        if parts.fits_probe:
+            features, seed = parts.activations.features(), parts.state.seed
+            fit_head(model, self._targets, features, self._is_trained, seed)
         return model.network
 
     def run(
@@ -214,8 +189,8 @@ class SettingsSelection:
         after_each : callable
             Called after each training, to write a checkpoint.
         """
-        max_epochs = self._config.max_epochs
-        plan = plan_trainings(len(candidates), max_epochs, self._fraction)
+        fraction = self._is_trained.sum() / (~self._parts.data.held_out).sum()
+        plan = plan_trainings(len(candidates), self._config.max_epochs, float(fraction))
         tried = {(row.lr, row.head_init) for row in rows}
         for each, n_epochs in zip(candidates, plan, strict=False):
             if (each.lr, each.head_init) not in tried:
@@ -231,7 +206,7 @@ class SettingsSelection:
     def evaluate_probe(self) -> SelectionRow:
         """Return the row of the linear probe, before any training."""
         config = replace(self._config, lr=0.0, head_init=LINEAR_PROBE, max_epochs=0)
-        features = self._activations.features()[self._held_out]
+        features = self._parts.activations.features()[self._held_out]
         head = self._initial_network[-1].eval()
         with torch.inference_mode():
             outputs = head(torch.from_numpy(features))
@@ -244,12 +219,12 @@ class SettingsSelection:
         network = copy.deepcopy(self._initial_network)
         trainer = Trainer(
             network,
-            self._model.preprocessing,
+            self._parts.model.preprocessing,
             self._targets.target,
             self._train,
             None,
             config=config,
-            state=TrainerState(self._seed),
+            state=TrainerState(self._parts.state.seed),
         )
         initial = trainer.copy_weights()
         if config.head_init == SOFT_PROBE:

@@ -1,5 +1,7 @@
 """Tests of the assembly of a training from the parameters of an estimator."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -22,22 +24,14 @@ pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 
 def make_config(parts, **options):
-    estimator = parts.estimator
-    given = {
-        "lr": estimator.lr,
-        "head_init": estimator.head_init,
-        "wise_ft_alpha": estimator.wise_ft_alpha,
-        "max_epochs": estimator.max_epochs,
-    }
-    n_images = int((~parts.data.held_out).sum())
-    return build_config(estimator, parts.model, n_images, **{**given, **options})
+    names = ("lr", "head_init", "wise_ft_alpha")
+    given = {name: getattr(parts.estimator, name) for name in names}
+    return build_config(parts, **{**given, **options})
 
 
-def make_trainer(parts, state=None, **options):
-    state = TrainerState(0) if state is None else state
+def make_trainer(parts, **options):
     callbacks = copy_callbacks(parts.estimator.callbacks)
-    config = make_config(parts, **options)
-    return build_trainer(parts.model, parts.data, parts.sets, config, state, callbacks)
+    return build_trainer(parts, make_config(parts, **options), callbacks)
 
 
 def initialize_head(trainer, parts):
@@ -70,10 +64,10 @@ def test_callbacks_are_copied(images):
     assert all(each is not callback for each in callbacks)
 
 
-def test_single_epoch_has_a_constant_learning_rate(images):
+def test_partial_fit_is_one_epoch_of_a_constant_learning_rate(images):
     parts = make_parts(images, lr=0.5, lr_schedule="cosine", max_epochs=7)
-    options = {"wise_ft_alpha": 1.0, "max_epochs": 4, "single_epoch": True}
-    trainer = make_trainer(parts, TrainerState(0, epoch=3), **options)
+    parts = replace(parts, state=TrainerState(0, epoch=3), partial=True)
+    trainer = make_trainer(parts, wise_ft_alpha=1.0)
     initialize_head(trainer, parts)
     trainer.run()
     assert [row["epoch"] for row in trainer.state.history] == [0, 4]
@@ -84,9 +78,10 @@ def test_single_epoch_has_a_constant_learning_rate(images):
 def test_settings_that_are_numbers_replace_those_of_the_estimator(images):
     auto = dict.fromkeys(("lr", "head_init", "wise_ft_alpha"), "auto")
     parts = make_parts(images, max_epochs=7, **auto)
-    chosen = {"lr": 0.5, "head_init": "random", "wise_ft_alpha": 0.2, "max_epochs": 2}
+    chosen = {"lr": 0.5, "head_init": "random", "wise_ft_alpha": 0.2}
     config = make_config(parts, **chosen)
     assert {name: getattr(config, name) for name in chosen} == chosen
+    assert config.max_epochs == 7
 
 
 @pytest.mark.parametrize("n_images", [1, 85, 300, 1000, 10**6])
@@ -100,13 +95,13 @@ def test_default_batch_size_is_the_largest_with_enough_steps(n_images, max_epoch
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "single_epoch", "expected"),
+    ("batch_size", "partial", "expected"),
     [("auto", False, default_batch_size(30, 90)), ("auto", True, 32), (5, False, 5)],
 )
-def test_batch_size(images, batch_size, single_epoch, expected):
-    parts = make_parts(images, early_stopping=True, batch_size=batch_size)
-    config = make_config(parts, max_epochs=90, single_epoch=single_epoch)
-    assert config.batch_size == expected
+def test_batch_size(images, batch_size, partial, expected):
+    options = {"early_stopping": True, "batch_size": batch_size, "max_epochs": 90}
+    parts = replace(make_parts(images, **options), partial=partial)
+    assert make_config(parts).batch_size == expected
 
 
 def test_initial_model_continues_a_fitted_one(images):

@@ -454,7 +454,7 @@ def test_resumed_run_without_random_state_uses_the_seed_of_the_file(
     seed = Checkpoint(tmp_path).seed(-1)
     estimator.fit(images, Y)
     fixed = SimpleNamespace(randint=lambda high: seed)
-    monkeypatch.setattr("sktl._training.fit.check_random_state", lambda state: fixed)
+    monkeypatch.setattr("sktl._training.build.check_random_state", lambda state: fixed)
     assert_equal_fits(
         estimator, clone(estimator).set_params(checkpoint=None).fit(images, Y)
     )

@@ -1,6 +1,7 @@
 """Tests of the selection of settings by short trainings on a part of the data."""
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -10,11 +11,11 @@ from reference import normalized
 from scipy.special import softmax
 from scipy.stats import sem
 from sklearn.metrics import accuracy_score, log_loss
-from trainer_helpers import SEED, equal_bits, make_classifier, make_parts
+from trainer_helpers import equal_bits, make_classifier, make_parts
 
 from sktl._training import selection
 from sktl._training.build import build_config
-from sktl._training.config import RANDOM, SelectionRow
+from sktl._training.config import SelectionRow
 from sktl._training.selection import (
     ALPHAS,
     CANDIDATES,
@@ -34,27 +35,10 @@ WEIGHT = np.linspace(0.5, 1.5, 40)
 HELD_OUT = np.arange(40) % 3 == 0
 
 
-def make_selection(parts, max_epochs=4, held_out=HELD_OUT):
-    estimator = parts.estimator
-    config = build_config(
-        estimator,
-        parts.model,
-        40,
-        lr=1.0,
-        head_init=estimator.head_init,
-        wise_ft_alpha=0.4,
-        max_epochs=max_epochs,
-    )
-    return SettingsSelection(
-        parts.model,
-        parts.data,
-        parts.sets,
-        parts.activations,
-        config,
-        held_out=held_out,
-        seed=SEED,
-        fits_probe=estimator.head_init != RANDOM,
-    )
+def make_selection(parts, held_out=HELD_OUT):
+    head_init = parts.estimator.head_init
+    config = build_config(parts, lr=1.0, head_init=head_init, wise_ft_alpha=0.4)
+    return SettingsSelection(parts, replace(config, max_epochs=4), held_out)
 
 
 def run(parts, tried, alphas=ALPHAS, rows=None, **options):

@@ -102,7 +102,9 @@ def test_killed_training_resumes_to_equal_bits(fork_server, tmp_path, name, kill
     with contextlib.ExitStack() as stack:
         if estimator.random_state is None:
             stack.enter_context(
-                mock.patch("sktl._training.fit.check_random_state", return_value=fixed)
+                mock.patch(
+                    "sktl._training.build.check_random_state", return_value=fixed
+                )
             )
         expected.fit(X, y)
     state = expected.module_.state_dict()

@@ -3,7 +3,6 @@
 import threading
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,18 +15,12 @@ from sktl._backbones.registry import load_backbone
 from sktl._images.augmentation import augmentation_for
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import validate_images
-from sktl._training.build import build_initial_model
+from sktl._training.build import prepare_fit
 from sktl._training.config import TrainerState, TrainingConfig
 from sktl._training.datasets import ImageDataset
 from sktl._training.decoded_images import DecodedImages
 from sktl._training.multiclass import MulticlassTarget, encode_multiclass
-from sktl._training.targets import validation_mask
 from sktl._training.trainer import Trainer
-from sktl._training.training_sets import (
-    TrainingData,
-    TrainingSets,
-    build_frozen_activations,
-)
 from sktl._utils.random_state import temporary_seed
 
 BACKBONE = load_backbone("tiny", None, random_state=0)
@@ -81,24 +74,15 @@ class CountingSequence(ImageSequence):
 
 
 def make_parts(images, y=None, sample_weight=None, **parameters):
-    """Return an estimator of pretrained weights and the parts of its training."""
-    estimator = make_classifier(**{"weights": "DEFAULT", **parameters})
+    """Return the parts of the fit of an estimator of pretrained weights."""
+    defaults = {"weights": "DEFAULT", "validation_fraction": 0.25}
+    estimator = make_classifier(**{**defaults, **parameters})
     X = validate_images(images, estimator=estimator, reset=True)
     y = np.arange(len(X)) % 2 if y is None else y
     targets = encode_multiclass(
         len(X), y, sample_weight, class_weight=None, estimator=estimator
     )
-    fraction = 0.25 if estimator.early_stopping else None
-    data = TrainingData(X, targets, validation_mask(targets, fraction, 0))
-    model = build_initial_model(estimator, targets.target, None, SEED)
-    activations = build_frozen_activations(estimator, model, X)
-    return SimpleNamespace(
-        estimator=estimator,
-        model=model,
-        data=data,
-        activations=activations,
-        sets=TrainingSets(estimator, model, data, activations, SEED),
-    )
+    return prepare_fit(estimator, X, targets, None, partial=False)
 
 
 def make_dataset(images, rows=slice(None), augmentation=None):
