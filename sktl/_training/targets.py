@@ -167,9 +167,9 @@ def selection_mask(
     Returns
     -------
     ndarray of shape (n,), bool, or None
-        True for held-out samples. None if a class has less than two samples.
+        True for held-out samples. None if a class has only one sample.
     """
-    strata = targets.target.strata(targets.y)
+    strata = targets.target.strata(targets.y[targets.sample_weight > 0])
     if strata is not None:
         counts = np.unique(strata, return_counts=True)[1]
         if counts.min() < 2:
@@ -182,14 +182,15 @@ def selection_mask(
 def _stratified_mask(
     targets: EncodedTargets, test_size: float, seed: int
 ) -> NDArray[np.bool_]:
-    """Return the mask of a random part of the samples, of a fraction or a number."""
-    n = len(targets.rows)
-    _, rows = train_test_split(
-        np.arange(n),
+    """Return the mask of a random part of the samples of positive weight."""
+    # Samples of weight 0, by a class weight of 0, can be compared on nothing.
+    rows = np.flatnonzero(targets.sample_weight)
+    _, chosen = train_test_split(
+        rows,
         test_size=test_size,
-        stratify=targets.target.strata(targets.y),
+        stratify=targets.target.strata(targets.y[rows]),
         random_state=seed,
     )
-    held_out = np.zeros(n, dtype=bool)
-    held_out[rows] = True
+    held_out = np.zeros(len(targets.rows), dtype=bool)
+    held_out[chosen] = True
     return held_out

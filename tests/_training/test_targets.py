@@ -8,12 +8,12 @@ from sktl._training.multiclass import encode_multiclass
 from sktl._training.targets import EncodedTargets, selection_mask, validation_mask
 
 
-def encode(y, sample_weight=None):
+def encode(y, sample_weight=None, class_weight=None):
     return encode_multiclass(
         len(y),
         y,
         sample_weight,
-        class_weight=None,
+        class_weight=class_weight,
         estimator=LogisticRegression(),
     )
 
@@ -105,3 +105,16 @@ def test_selection_mask_is_none_if_a_class_has_one_sample():
     assert selection_mask(encode(["a"] * 20 + ["b"]), 5, 0) is None
     weight = [1.0] * 20 + [1.0, 0.0]  # one of the two samples has no weight
     assert selection_mask(encode(["a"] * 20 + ["b"] * 2, weight), 5, 0) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_samples_of_a_class_weight_of_zero_are_not_held_out(seed):
+    y = ["a"] * 198 + ["b"] * 2
+    targets = encode(y, class_weight={"a": 0, "b": 1})
+    for held_out in (
+        validation_mask(targets, 0.1, seed),
+        selection_mask(targets, 30, seed),
+    ):
+        assert held_out.shape == (200,)
+        assert targets.sample_weight[held_out].tolist() == [1]
+    assert selection_mask(encode(y[:-1], class_weight={"a": 0}), 30, seed) is None
