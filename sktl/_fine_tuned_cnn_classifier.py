@@ -245,7 +245,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     Then all images are trained on, with the same bits as if the selected settings had
     been passed. A fit takes up to 2.5 times as long as with fixed settings. If a class
     has only one image, or in `partial_fit`, ``"auto"`` means ``lr=1e-4`` and
-    ``wise_ft_alpha=0.4``; a fitted estimator that continues keeps `lr_`.
+    ``wise_ft_alpha=0.4``; a fitted estimator that continues keeps `lr_` and
+    `head_init_`.
 
     The worker processes of a search share the cores. They would also share a GPU:
     search with ``n_jobs=1`` there.

@@ -66,12 +66,14 @@ def _safe_settings(parts: FitParts) -> TrainingConfig:
     lr, alpha, head_init = estimator.lr, estimator.wise_ft_alpha, estimator.head_init
     if lr == "auto":
         lr = _SAFE_LR if parts.is_new else estimator.lr_
+    if head_init == "auto":
+        head_init = LINEAR_PROBE if parts.is_new else estimator.head_init_
     if not parts.interpolates:
         alpha = 1.0
     return build_config(
         parts,
         lr=float(lr),
-        head_init=LINEAR_PROBE if head_init == "auto" else head_init,
+        head_init=head_init,
         wise_ft_alpha=_SAFE_ALPHA if alpha == "auto" else float(alpha),
     )
 

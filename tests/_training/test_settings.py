@@ -162,14 +162,16 @@ def test_early_stopping_selects_on_its_validation_set(images, monkeypatch):
 
 @pytest.mark.parametrize("method", ["partial_fit", "warm_start"])
 def test_continued_training_does_not_select(images, candidates, method):
-    estimator = make_auto().fit(images, NOISY)
+    estimator = make_auto(head_init="soft_linear_probe").fit(images, NOISY)
+    estimator.set_params(head_init="auto")
     expected, n_tried = selected(estimator), len(candidates.settings)
     if method == "partial_fit":
         estimator.partial_fit(images, NOISY)
     else:
         estimator.set_params(warm_start=True).fit(images, NOISY)
     assert len(candidates.settings) == n_tried
-    assert estimator.lr_ == expected["lr"]
+    continued = {**expected, "wise_ft_alpha": 1.0}
+    assert selected(estimator) == continued
     assert estimator.history_[-1]["lr"] <= estimator.lr_
     first = make_auto().partial_fit(images, NOISY, classes=[0, 1])
     assert len(candidates.settings) == n_tried
