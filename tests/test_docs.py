@@ -177,7 +177,11 @@ PAGES = [
         for page in PAGES
     ],
 )
-def test_code_of_a_page_prints_the_documented_output(page, folder_of_digits):
+def test_code_of_a_page_prints_the_documented_output(
+    page, folder_of_digits, monkeypatch
+):
+    # As for a script in that folder.
+    monkeypatch.syspath_prepend(folder_of_digits)
     with contextlib.chdir(folder_of_digits):
         run_blocks(page, BLOCK.findall(page.read_text()))
 

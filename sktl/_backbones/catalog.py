@@ -88,9 +88,8 @@ def find_source(name: str) -> BackboneSource:
     raise ValueError(
         f"There is no backbone {name!r}. "
         f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
-        "list_backbones() returns all names, list_backbones('timm/*') those of timm; a "
-        "registered backbone is available only in processes that import a module which "
-        "registers it."
+        "list_backbones() returns all names, list_backbones('timm/*') those of timm. "
+        "Call register_backbone in this process, for a network of your own."
     )
 
 

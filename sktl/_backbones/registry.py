@@ -10,13 +10,15 @@ import socket
 from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
+from sktl._backbones import registered
 from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.catalog import find_source
+from sktl._backbones.registration import Registration
 from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import check_staged_model, find_head, last_linear
@@ -32,12 +34,16 @@ from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
 
+# Key in the state of a `BackboneSpec`.
+_REGISTRATIONS = "registrations"
+
 # Changes when other axes of a network are pooled, so that no old row is read.
 _LAYOUT_VERSION = 1
 
-# By name, name of the weights, and digest of the file or seed. A search over strategies
-# uses two or three backbones at the same time.
-backbones: KeyedCache[tuple[str, str, str], Backbone] = KeyedCache(max_size=4)
+# By name, registration or name of the weights, and digest of the file or seed. A search
+# over strategies uses two or three backbones at the same time.
+backbones: KeyedCache[tuple[str, Registration | str, str], Backbone]
+backbones = KeyedCache(max_size=4)
 
 
 def load_backbone(
@@ -137,7 +143,7 @@ def _get_backbone(
         identity = f"seed {random_state}"
     else:
         identity = file_digest(definition.file)
-    key = (name, definition.weights_name, identity)
+    key = (name, definition.registration or definition.weights_name, identity)
     if definition.file is None or definition.is_registered:
         backbone = backbones.get(key)
         if backbone is not None:
@@ -145,8 +151,6 @@ def _get_backbone(
         # A builder may load another backbone, under the lock of the global random
         # number generators. To prevent a deadlock, that lock is always acquired first.
         with preserve_rng_state():
-            # The name may have been registered again meanwhile.
-            definition = _resolve(name, weights, progress)
             create = partial(_build_backbone, name, definition, random_state, identity)
             return backbones.get_or_create(key, create)
 
@@ -177,6 +181,17 @@ class BackboneSpec:
     weights: str | None
     random_state: int
     digest: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state, with the registration of the backbone, if there is one."""
+        own = registered.registrations_to_pickle(self.name, with_others=False)
+        return {**vars(self), _REGISTRATIONS: own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state, and register the backbone if this process does not know it."""
+        for registration in state.pop(_REGISTRATIONS, []):
+            registered.restore(registration)
+        vars(self).update(state)
 
     @classmethod
     def to(
@@ -293,6 +308,11 @@ def _build_backbone(
         content = f"{network} {definition.preprocessing} {digest}"
         if backbone.structure.is_channels_last("") is None:
             content += f" {definition.layout} {_LAYOUT_VERSION}"
+        registration = definition.registration
+        if registration is not None and registration.stages:
+            content += f" {registration.stages} {registration.head}"
+        if registration is not None and registration.n_prefix_tokens:
+            content += f" {registration.n_prefix_tokens} tokens"
         backbone.digest = hashlib.sha256(content.encode()).hexdigest()
     return backbone
 

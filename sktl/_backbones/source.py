@@ -14,6 +14,7 @@ from typing import Protocol
 
 from torch import nn
 
+from sktl._backbones.registration import Registration
 from sktl._backbones.unwrap import SUFFIXES, StateDict
 from sktl._images.preprocessing import Preprocessing
 
@@ -118,9 +119,9 @@ class BackboneDefinition:
         categories are used.
     file : str or None
         Weights file; None for random weights.
-    is_registered : bool
-        Whether the network is from `register_backbone`: it is built with all its
-        values, and may have any number of outputs.
+    registration : Registration or None
+        Of a network from `register_backbone`: it is built with all its values, and may
+        have any number of outputs.
     adapt_state_dict : callable
         Takes a network and a state dict; returns the state dict with the names of the
         parameters of the network.
@@ -142,12 +143,17 @@ class BackboneDefinition:
     has_fixed_image_size: bool | None = False
     weights_name: str = ""
     file: str | None = None
-    is_registered: bool = False
+    registration: Registration | None = None
     adapt_state_dict: Callable[[nn.Module, StateDict], StateDict] = _keep_state_dict
     layout: str | None = None
     known_weights: tuple[str, ...] = ()
     license: str | None = None
     heads: tuple[HeadConfig, ...] = ()
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the network is from `register_backbone`."""
+        return self.registration is not None
 
 
 class BackboneSource(Protocol):

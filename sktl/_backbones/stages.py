@@ -11,8 +11,9 @@ Stages share their modules with the network: freezing, training or moving a stag
 the same to the network.
 """
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from sktl._backbones.source import NetworkStructure
 from sktl._backbones.unwrap import Head
 
 # Names with another meaning where the name of a stage is expected.
-_RESERVED = {"head", "network", "penultimate"}
+_RESERVED = {"head", "neck", "network", "penultimate"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,15 +154,28 @@ def check_staged_model(
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, image_size, image_size)
     x = torch.randn(shape, generator=generator, dtype=torch.float32)
+    cause: Exception | None = None
     with torch.inference_mode():
-        expected, got = network(x.clone()), staged(x)
-    if expected.shape != got.shape or not torch.allclose(
-        expected, got, rtol=1e-4, atol=1e-5, equal_nan=True
-    ):
+        expected = network(x.clone())
+        try:
+            is_same = _is_close(staged(x.clone()), expected)
+        except Exception as error:  # wrong modules may raise anything
+            is_same, cause = False, error
+    if not is_same:
+        calls = [_record_calls(network, run, x) for run in (network, staged)]
         raise ValueError(
             f"The `stages` of a {kind}, run in order, followed by its `head`, must "
-            "have the output of the network. Got another output. Move all other "
-            "operations of `forward` into a stage or the head."
+            f"have the output of the network. Got {_first_difference(*calls)}. Each "
+            "operation of `forward` must be a module of a stage or of the head."
+        ) from cause
+
+
+def check_stage_name(name: object) -> None:
+    """Raise a ValueError if a stage cannot have this name."""
+    if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+        raise ValueError(
+            "The name of a stage must be one word such as 'stage1', other than "
+            f"{', '.join(sorted(_RESERVED))}. Got {name!r}."
         )
 
 
@@ -233,20 +247,67 @@ def _modules(blocks: Iterable[nn.Module]) -> set[nn.Module]:
     return {module for block in blocks for module in block.modules()}
 
 
+def _record_calls(
+    network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
+) -> list[tuple[str, Tensor]]:
+    """Return the names and inputs of the modules that run, in the order of the calls.
+
+    These are the modules of the network without children. At the end is the output of
+    the run, with an empty name, unless it raised an exception.
+    """
+    calls: list[tuple[str, Tensor]] = []
+
+    def record(name: str, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], Tensor):
+            calls.append((name, inputs[0].clone()))
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=n: record(name, inputs))
+        for n, module in network.named_modules()
+        if n and next(module.children(), None) is None
+    ]
+    # The caller reports the exception.
+    with torch.inference_mode(), contextlib.suppress(Exception):
+        calls.append(("", run(x.clone())))
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _first_difference(
+    expected: list[tuple[str, Tensor]], got: list[tuple[str, Tensor]]
+) -> str:
+    """Describe the first call of two runs that is not the same."""
+    before = "at the beginning"
+    for (name, wanted), (other, found) in zip(expected, got, strict=False):
+        if other != name:
+            runs = repr(other) if other else "no other module"
+            return f"{before} {runs}, where the network runs {name or 'none'!r}"
+        what = f"the input of {name!r}" if name else "the output"
+        if found.shape != wanted.shape:
+            shapes = f"{tuple(found.shape)} instead of {tuple(wanted.shape)}"
+            return f"{what} with the shape {shapes}"
+        if not _is_close(found, wanted):
+            return f"{what} with other values, {before}"
+        before = f"after {name!r}"
+    return f"an error {before}"
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(
+        a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True
+    )
+
+
 def _own_stages(stages: Any) -> dict[str, nn.Module]:
     """Return the stages by name; raise if a stage or its name is invalid."""
     is_mapping = isinstance(stages, nn.ModuleDict | Mapping)
     named = dict(stages.items()) if is_mapping else _named(stages)
     for name, stage in named.items():
-        if (
-            not isinstance(stage, nn.Module)
-            or not isinstance(name, str)
-            or not name.isidentifier()
-            or name in _RESERVED
-        ):
+        check_stage_name(name)
+        if not isinstance(stage, nn.Module):
             raise ValueError(
-                "The `stages` of a network must be modules, with names such as "
-                f"'stage1' other than {', '.join(sorted(_RESERVED))}. Got "
+                "The `stages` of a network must be modules. Got "
                 f"{name!r}: a {type(stage).__name__}."
             )
     return named

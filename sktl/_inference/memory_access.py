@@ -10,13 +10,13 @@ import os
 from multiprocessing import current_process
 from typing import Any, Self
 
-from sklearn.base import BaseEstimator
+from sktl._inference.portable_backbone import PortableBackbone
 
 _LOADED = "_loaded_memory"
 _PICKLED_BY = "_pickled_by"
 
 
-class MemoryAccess(BaseEstimator):
+class MemoryAccess(PortableBackbone):
     """Base class of estimators with a `memory`, which is read-only after loading.
 
     A fitted estimator from a pickle reads its `memory` and does not write to it, until

@@ -143,7 +143,8 @@ class BaseFineTunedCNN(MemoryAccess):
         OSError
             If the file cannot be written.
         TypeError
-            If the labels are not str, int, float or bool.
+            If the labels are not str, int, float or bool, or if the backbone was
+            registered with a builder that other processes cannot import.
         """
         check_is_fitted(self)
         parameters, others = split_parameters(self.get_params(deep=False))
@@ -172,13 +173,18 @@ class BaseFineTunedCNN(MemoryAccess):
         save_model(model, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> Self:
         """Load an estimator that `save` has written; nothing in the file is executed.
 
         Parameters
         ----------
         path : str or path-like
             Name of the file.
+        trusted : list of str, default=()
+            References such as ``"my_module:build"`` of builders that may be imported
+            and called. Required only for a backbone that `register_backbone` added
+            where the file was saved, and that is not registered in this process. The
+            builder and the other arguments are then registered as they are in the file.
 
         Returns
         -------
@@ -190,11 +196,15 @@ class BaseFineTunedCNN(MemoryAccess):
         OSError
             If the file cannot be read.
         ValueError
-            If it is another file or damaged, or if its backbone is unknown.
+            If it is another file or damaged, or if its backbone is unknown; the message
+            says which line registers or trusts it.
+        TypeError
+            If `trusted` is not a list of str.
         """
         # A server may load the model once, and then fork its workers.
         with single_openmp_thread():
-            saved = load_model(path, [each.__name__ for each in cls.__mro__])
+            names = [each.__name__ for each in cls.__mro__]
+            saved = load_model(path, names, trusted)
         unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
         if unknown:
             raise ValueError(

@@ -21,6 +21,11 @@ from sktl._backbones.saved_network import (
     parse_head,
     parse_preprocessing,
 )
+from sktl._backbones.saved_registration import (
+    check_trusted,
+    registration_to_document,
+    restore_registration,
+)
 from sktl._backbones.weights import load_weights_into
 from sktl._images.preprocessing import RESIZE_MODES
 from sktl._training.config import (
@@ -106,7 +111,8 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
     OSError
         If the file cannot be written.
     TypeError
-        If the labels are not str, int, float or bool.
+        If the labels are not str, int, float or bool, or other processes cannot import
+        the builder of a registered backbone.
     """
     fitted, names = model.fitted, model.feature_names_in
     document = {
@@ -115,6 +121,7 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         "parameters": {k: to_json(v) for k, v in model.parameters.items()},
         "network": asdict(fitted.config),
         "architecture": asdict(fitted.architecture),
+        "registration": registration_to_document(fitted.architecture.backbone),
         "preprocessing": asdict(fitted.preprocessing),
         "target": fitted.target.to_document(),
         **asdict(model.record),
@@ -125,7 +132,11 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
     write_tensors(Path(path).expanduser(), fitted.network.state_dict(), document)
 
 
-def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> SavedModel:
+def load_model(
+    path: str | os.PathLike[str],
+    estimators: Sequence[str],
+    trusted: Sequence[str] = (),
+) -> SavedModel:
     """Read a file that `save_model` has written.
 
     Parameters
@@ -135,6 +146,8 @@ def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> Saved
     estimators : sequence of str
         Names of the class that loads the file and of its base classes; the file must
         be of one of them.
+    trusted : sequence of str, default=()
+        References of builders of registered backbones that may be imported.
 
     Returns
     -------
@@ -146,6 +159,8 @@ def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> Saved
         If the file cannot be read.
     ValueError
         If it is another file or damaged, or if its backbone is unknown.
+    TypeError
+        If `trusted` is not a list of str.
     """
     tensors, document = read_tensors(Path(path).expanduser())
     estimator = estimators[0]
@@ -157,7 +172,9 @@ def load_model(path: str | os.PathLike[str], estimators: Sequence[str]) -> Saved
             f"format {document.get('format')!r} and the estimator "
             f"{document.get('estimator')!r}."
         )
+    check_trusted(document, trusted, path=str(path), estimator=estimator)
     try:
+        restore_registration(document)
         return _parse(document, tensors)
     except ValueError as error:
         raise ValueError(

@@ -5,14 +5,16 @@ import torch
 from torch import nn
 
 from sktl._backbones import registered
+from sktl._backbones.registration import Registration, portable_builder
 from sktl._images.preprocessing import Preprocessing
 
 
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> nn.Linear:
-    monkeypatch.setattr(registered, "definitions", {})
+    monkeypatch.setattr(registered, "registrations", {})
     layer = nn.Linear(3, 2)
-    registered.add("mine", lambda: layer, Preprocessing(8, 8), ("a", "b"))
+    builder = portable_builder("mine", lambda: layer)
+    registered.add(Registration("mine", builder, Preprocessing(8, 8), ("a", "b")))
     return layer
 
 

@@ -34,7 +34,7 @@ _SMALL = Preprocessing(resize_size=32, crop_size=32)
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start each test without cached or registered backbones."""
-    monkeypatch.setattr(registered, "definitions", {})
+    monkeypatch.setattr(registered, "registrations", {})
     monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
 
 

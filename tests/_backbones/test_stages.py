@@ -356,10 +356,12 @@ def test_a_network_without_linear_layer_has_no_head() -> None:
     assert (head.name, head.tensors, head.last) == ("", set(), set())
 
 
-@pytest.mark.parametrize("name", ["head", "network", "penultimate", "block.1", ""])
+@pytest.mark.parametrize(
+    "name", ["head", "neck", "network", "penultimate", "block.1", ""]
+)
 def test_names_of_own_stages_are_checked(name: str) -> None:
     network = nn.Module()
     network.stages = {name: nn.Identity()}  # type: ignore[assignment]
     network.head = nn.Linear(1, 1)
-    with pytest.raises(ValueError, match=r"`stages` of a network must be modules"):
+    with pytest.raises(ValueError, match="The name of a stage must be one word"):
         split_into_stages(network, 32)

@@ -16,7 +16,7 @@ from unittest import mock
 import joblib
 import numpy as np
 import pytest
-from conftest import FIXED
+from conftest import FIXED, TinyNet
 from joblib.parallel import ThreadingBackend
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
@@ -27,8 +27,10 @@ import sktl
 from sktl import (
     FeatureStore,
     FineTunedCNNClassifier,
+    Preprocessing,
     PretrainedClassifier,
     PretrainedFeatures,
+    register_backbone,
 )
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._images.validation import validate_images
@@ -153,6 +155,16 @@ def test_rows_of_a_dask_worker_have_equal_bits(paths, tmp_path):
     assert {pid for pid, _ in here} == {str(os.getpid())}
     assert {pid for pid, _ in there}.isdisjoint({str(os.getpid())})
     assert sum(int(n) for _, n in there) == len(paths)
+
+
+@pytest.mark.parametrize("builder", [TinyNet, lambda: TinyNet()])
+def test_workers_know_registered_networks(engine, images, builder):
+    register_backbone("mine", builder, preprocessing=Preprocessing(16, 16))
+    mine = PretrainedFeatures("mine", batch_size=8)
+    expected = mine.transform(images)
+    with joblib.parallel_config(**engine):
+        got = mine.set_params(n_jobs=2).transform(images)
+    np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize("kind", ["paths", "arrays"])

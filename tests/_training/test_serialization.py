@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FIXED
+from conftest import FIXED, TinyNet
 from safetensors import safe_open
 from safetensors.torch import load_file
 from sklearn.base import clone
@@ -416,22 +416,23 @@ def test_unknown_backbone(fitted, file):
         FineTunedCNNClassifier.load(file)
 
 
+def network_of_width(width):
+    network = TinyNet()
+    network.stages["stage1"] = torch.nn.Conv2d(8, width, 3)
+    network.head[-1] = torch.nn.Linear(width, 5)
+    return network
+
+
+def network_of_width_4():
+    return network_of_width(4)
+
+
 def test_backbone_registered_with_another_network(images, file):
-    def builder(width):
-        from conftest import TinyNet
-
-        network = TinyNet()
-        network.stages["stage1"] = torch.nn.Conv2d(8, width, 3)
-        network.head[-1] = torch.nn.Linear(width, 5)
-        return network
-
-    for width in (4, 6):
+    for builder in (network_of_width_4, lambda: network_of_width(6)):
         register_backbone(
-            "changing width",
-            lambda w=width: builder(w),
-            preprocessing=Preprocessing(16, 16),
+            "changing width", builder, preprocessing=Preprocessing(16, 16)
         )
-        if width == 4:
+        if builder is network_of_width_4:
             fit(images, backbone="changing width").save(file)
     with pytest.raises(ValueError, match=r"its backbone must be known.* another shape"):
         FineTunedCNNClassifier.load(file)

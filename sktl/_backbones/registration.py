@@ -1,0 +1,184 @@
+"""What `register_backbone` records, in a form that other processes understand.
+
+A process that unpickles a registration imports the builder by its reference, such as
+``"my_module:build"``, when the network is built.
+"""
+
+import copyreg
+import importlib
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from typing import Any, NoReturn
+
+from torch import nn
+
+from sktl._images.preprocessing import Preprocessing
+
+Builder = Callable[[], nn.Module]
+
+# Modules of a script or a notebook, which another process does not import.
+_MAIN = {"__main__", "__mp_main__"}
+
+
+@dataclass(frozen=True)
+class ImportedBuilder:
+    """A builder that is imported when it is called.
+
+    Attributes
+    ----------
+    reference : str
+        Module and name of a function or class, such as ``"my_module:build"``.
+    """
+
+    reference: str
+
+    def __call__(self) -> nn.Module:
+        """Build the network.
+
+        Raises
+        ------
+        ImportError
+            If there is no such module, or no such name in it.
+        TypeError
+            If it is not callable.
+        """
+        module, _, name = self.reference.partition(":")
+        try:
+            builder = attrgetter(name)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise ImportError(
+                f"The builder {self.reference!r} of a registered backbone must be "
+                f"importable. Got: {error}. Add the folder of the module to the "
+                "PYTHONPATH of this process."
+            ) from error
+        if not callable(builder):
+            raise TypeError(
+                f"The builder {self.reference!r} of a registered backbone must be "
+                f"callable. Got {type(builder).__name__}."
+            )
+        network: nn.Module = builder()
+        return network
+
+
+class LocalBuilder(type):
+    """Type of the classes that stand for a builder without a reference.
+
+    A lambda or a function of a script can be called in this process only, so pickle
+    refuses such a class. cloudpickle, with which joblib, Dask and Ray send tasks to
+    their workers, pickles classes of any type by value, and unpickles the same one to
+    the same object: the workers get the function.
+    """
+
+    builder: Builder
+
+    def __call__(cls) -> nn.Module:
+        """Build the network."""
+        return cls.builder()
+
+
+def _refuse_to_pickle(builder: LocalBuilder) -> NoReturn:
+    raise pickle.PicklingError(_not_importable(builder))
+
+
+copyreg.pickle(LocalBuilder, _refuse_to_pickle)
+
+
+def _not_importable(builder: LocalBuilder) -> str:
+    function = builder.builder
+    origin = getattr(function, "__module__", None)
+    name = getattr(function, "__qualname__", type(function).__name__)
+    return (
+        f"The builder of the backbone {builder.__name__!r} must be a function or class "
+        "that other processes can import, to be pickled or saved. Got "
+        f"{f'{origin}:{name}' if origin else name}. Define it at the top level of a "
+        "module, import it from there, call register_backbone again, and then pickle "
+        "or save."
+    )
+
+
+@dataclass(frozen=True)
+class Registration:
+    """Arguments of `register_backbone`.
+
+    Attributes
+    ----------
+    name, preprocessing, categories, layout, n_prefix_tokens
+        As in `register_backbone`, with `categories` as a tuple.
+    builder : ImportedBuilder or LocalBuilder
+        See `Registration.create`.
+    stages : tuple of (name, names of modules), or None
+        The stages in order.
+    head : tuple of str
+        Names of the modules of the head. In `stages` and `head`, a name with
+        parentheses is the text of a module, see `sktl._backbones.named_modules`.
+    is_restored : bool
+        Whether it comes from a pickle or a saved file, not from `register_backbone`.
+    """
+
+    name: str
+    builder: Builder
+    preprocessing: Preprocessing
+    categories: tuple[str, ...] | None = None
+    layout: str | None = None
+    n_prefix_tokens: int = 0
+    stages: tuple[tuple[str, tuple[str, ...]], ...] | None = None
+    head: tuple[str, ...] = ()
+    is_restored: bool = field(default=False, compare=False)
+
+    @property
+    def reference(self) -> str:
+        """The reference of the builder.
+
+        Raises
+        ------
+        TypeError
+            If it has none.
+        """
+        if isinstance(self.builder, LocalBuilder):
+            raise TypeError(_not_importable(self.builder))
+        assert isinstance(self.builder, ImportedBuilder)
+        return self.builder.reference
+
+    @property
+    def is_importable(self) -> bool:
+        """Whether the builder has a reference."""
+        return isinstance(self.builder, ImportedBuilder)
+
+    def differences(self, other: "Registration") -> list[str]:
+        """Return the names of the arguments with other values."""
+        return [
+            each.name
+            for each in fields(self)
+            if each.compare and getattr(self, each.name) != getattr(other, each.name)
+        ]
+
+
+def portable_builder(name: str, builder: Callable[[], Any]) -> Builder:
+    """Return a builder that can be pickled as far as possible.
+
+    Parameters
+    ----------
+    name : str
+        Name of the backbone, for the error message.
+    builder : callable
+        Argument of `register_backbone`.
+
+    Returns
+    -------
+    ImportedBuilder or LocalBuilder
+        The first if importing the name of the function from its module gives this
+        function.
+    """
+    module = getattr(builder, "__module__", None)
+    qualname = getattr(builder, "__qualname__", "")
+    if isinstance(module, str) and module not in _MAIN:
+        try:
+            found = attrgetter(qualname)(sys.modules.get(module))
+        except AttributeError:
+            found = None
+        if found is builder:
+            return ImportedBuilder(f"{module}:{qualname}")
+    return LocalBuilder(name, (), {"builder": staticmethod(builder)})
