@@ -103,7 +103,7 @@ def describe_backbone(
 
     weights : str, path-like or None, default="DEFAULT"
         As in the estimators. They determine the preprocessing, the categories and the
-        license.
+        license. A file that `FineTunedCNNClassifier.save` wrote has its own network.
 
     image_size : int or None, default=None
         Side of the images in pixels. None: that of the weights.
@@ -176,7 +176,7 @@ def describe_backbone(
     costs = [part["n_multiply_adds"] for part in parts]
     stages = list(backbone.staged_model.stages) if backbone.staged_model else []
     return BackboneDescription(
-        name=name,
+        name=backbone.name,
         weights=_weights_name(weights, definition.weights_name),
         known_weights=list(definition.known_weights),
         license=definition.license,

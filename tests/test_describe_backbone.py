@@ -162,6 +162,17 @@ def test_network_that_reads_values():
     assert "not measured" in str(description)
 
 
+def test_saved_file_has_its_own_network(images, tmp_path):
+    y = ["ant", "bee"] * 20
+    tuned = FineTunedCNNClassifier("five stages", trainable=1, max_epochs=0)
+    tuned.fit(images, y).save(tmp_path / "tuned.safetensors")
+    description = describe_backbone("resnet18", weights=tmp_path / "tuned.safetensors")
+    assert description.name == "five stages"
+    assert description.n_categories == 2
+    assert description.parts[-1]["n_channels"] == 2
+    assert description.parts[:-1] == describe_backbone("five stages").parts[:-1]
+
+
 def test_default_dtype_changes_nothing():
     expected = describe_backbone("resnet_mini")
     torch.set_default_dtype(torch.float64)

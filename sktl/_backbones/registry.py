@@ -112,7 +112,8 @@ def declare_without_weights(
     Parameters
     ----------
     name, weights
-        As in `load_backbone`.
+        As in `load_backbone`. Of a file that a fine-tuned estimator has saved, only the
+        description of its network is used.
     on_meta : bool
         Whether parameters and buffers are on the meta device: they have shapes, but no
         values and no memory. Otherwise they are random.
@@ -127,7 +128,8 @@ def declare_without_weights(
     TypeError, ValueError
         As `load_backbone`.
     """
-    definition = find_source(name).resolve(name, weights, False, fetch=False)
+    name = saved_backbone_name(name, weights)
+    definition = _resolve(name, weights, progress=False, fetch=False)
     network = _build_network(definition, None, 0, has_weights=on_meta)
     network = network.to("meta" if on_meta else "cpu", torch.float32)
     loaded = LoadedNetwork(network.eval().requires_grad_(False), digest="")
@@ -253,11 +255,15 @@ class BackboneSpec:
 
 
 def _resolve(
-    name: str, weights: str | PathLike[str] | None, progress: bool
+    name: str,
+    weights: str | PathLike[str] | None,
+    progress: bool,
+    *,
+    fetch: bool = True,
 ) -> BackboneDefinition:
     saved = find_saved_network(weights)
     if saved is None or weights is None:
-        return find_source(name).resolve(name, weights, progress)
+        return find_source(name).resolve(name, weights, progress, fetch=fetch)
     own = saved.architecture.backbone
     try:
         definition = find_source(own).resolve(own, None, progress)
