@@ -232,7 +232,8 @@ class SettingsSelection:
         try:
             trainer.run()
         except ValueError:
-            if not trainer.diverged:
+            # A learning rate that was passed is not replaced by another candidate.
+            if not trainer.diverged or self._parts.estimator.lr != "auto":
                 raise
             return [self._row(config, 1.0, None)]
         last, rows = trainer.copy_weights(), []

@@ -183,12 +183,18 @@ def test_tried_candidates_are_not_repeated(images):
 
 
 def test_candidate_that_diverges_is_not_selected(images):
-    parts = make_parts(images, Y, batch_size=8)
+    parts = make_parts(images, Y, batch_size=8, lr="auto")
     tried = [Candidate(1e30, "linear_probe"), Candidate(1e-3, "linear_probe")]
     first, *rest = run(parts, tried)
     assert (first.lr, first.valid_loss) == (1e30, math.inf)
     assert [row.lr for row in rest] == [1e-3] * len(ALPHAS)
     assert choose([first, *rest]) in rest
+
+
+def test_learning_rate_that_was_passed_must_not_diverge(images):
+    parts = make_parts(images, Y, batch_size=8, lr=1e30)
+    with pytest.raises(ValueError, match=r"must be finite.*lr=1e\+30. Reduce lr"):
+        run(parts, [Candidate(1e30, "linear_probe")])
 
 
 def test_candidate_whose_outputs_are_not_finite_is_not_selected(images):
