@@ -45,7 +45,8 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
     Parameters
     ----------
     backbone : str, default="resnet18"
-        Name of a network, see `list_backbones`. Its weights must have categories.
+        Name of a network, see `list_backbones`. It must have a classification head,
+        whose categories have names or, to learn labels from examples, may have none.
     weights : str or path-like, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
@@ -118,7 +119,8 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        Sorted class labels: names of categories, or your own labels.
+        Sorted class labels: names of categories, or your own labels. Of weights that
+        `FineTunedCNNClassifier` has saved, the labels of its training, of their type.
     class_proba_given_category_ : array of shape (n_categories, n_classes), maybe sparse
         Probability of each class given each category of the network, in the order of
         the network.
@@ -140,6 +142,7 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
     category, where an image is distributed over the categories by the probabilities of
     the network, and adds one to each count (Laplace smoothing). The probability of a
     class is then the sum over categories of p(class | category) p(category | image).
+    The categories need no names for that.
 
     If several categories of a network have the same name, their indices are appended:
     ``"crane (134)"`` and ``"crane (517)"``.
@@ -227,7 +230,8 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         Raises
         ------
         ValueError
-            If the weights have no categories, `label_map` has a key that is not a
+            If the weights have no categories and `y` is None or `label_map` is given,
+            the network has no classification head, `label_map` has a key that is not a
             category, or `X` or `y` is invalid.
         ConnectionError
             If weights must be downloaded and there is no connection.
@@ -235,16 +239,18 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         validated = copy.copy(self)  # a failed fit leaves the estimator unchanged
         images = validated._validate_images(X, reset=True)
         backbone = self._load_backbone()
-        categories = _category_names(backbone, self.weights)
         if y is not None:
             y = check_labels(y, self)
             check_consistent_length(images, y)
         if self.label_map is not None:
+            categories = _category_names(backbone, self.weights)
             classes, class_proba = _classes_from_map(self.label_map, categories, y)
         elif y is None:
+            categories = _category_names(backbone, self.weights)
             classes, class_index = np.unique(categories, return_inverse=True)
             class_proba = _indicator_matrix(class_index, len(classes))
         else:
+            _check_head(backbone, self.weights)
             sample_weight = check_sample_weight(sample_weight, y, dtype=np.float64)
             category_proba = self._category_proba(backbone, images, read_only=False)
             classes, class_proba = _learn_classes(category_proba, y, sample_weight)
@@ -411,16 +417,37 @@ def _category_names(backbone: Backbone, weights: object) -> list[Label]:
     """Return unique names of the categories; equal names get their index appended."""
     if backbone.categories is None:
         raise ValueError(
-            "PretrainedClassifier requires weights with named categories. Got "
-            f"weights={str(weights)!r} of {backbone.name!r}, which have none: they are "
-            "random, or their head is missing or not the one of the named weights. Use "
-            "PretrainedFeatures, or register_backbone(..., categories=...)."
+            "PretrainedClassifier requires weights with named categories, or images "
+            f"with labels. Got weights={str(weights)!r} of {backbone.name!r}, which "
+            "have no names: they are random, or their head is missing or not the one "
+            "of the named weights. Pass y to fit, or use PretrainedFeatures, or "
+            "register_backbone(..., categories=...)."
         )
     n_uses = Counter(backbone.categories)
     return [
         name if n_uses[name] == 1 else f"{name} ({i})"
         for i, name in enumerate(backbone.categories)
     ]
+
+
+def _check_head(backbone: Backbone, weights: object) -> None:
+    """Raise if the outputs of a network are not those of a trained head."""
+    if backbone.categories is not None:
+        return
+    if weights is None and not backbone.definition.is_registered:
+        reason = "whose weights are random"
+    elif backbone.missing_head:
+        reason = "whose head is missing in the weights"
+    elif not backbone.has_classification_head:
+        reason = "which has none: its outputs are features"
+    else:
+        return
+    raise ValueError(
+        "PretrainedClassifier requires a network with a trained classification head. "
+        f"Got weights={str(weights)!r} of {backbone.name!r}, {reason}. Use "
+        "PretrainedFeatures with a classifier such as LogisticRegression, or "
+        "FineTunedCNNClassifier."
+    )
 
 
 def _indicator_matrix(class_index: NDArray[np.intp], n_classes: int) -> csr_array:

@@ -1,5 +1,7 @@
 """PretrainedClassifier, compared with the plain network and plain arithmetic."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torchvision import models
 
 from sktl import Preprocessing, PretrainedClassifier, register_backbone
 from sktl._backbones.registry import load_backbone
+from sktl._backbones.resnet_mini import ResNetMini
 
 CATEGORIES = ("zebra", "ant", "crane", "bee", "crane")
 
@@ -221,11 +224,55 @@ def test_a_failed_fit_keeps_the_fitted_state(images, y, tmp_path):
     np.testing.assert_array_equal(mine.predict(images), expected)
 
 
-def test_weights_without_a_head_raise(tmp_path, images):
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (None, r"named categories.*head is missing"),
+        ([0, 1] * 20, r"trained classification head.*is missing.* PretrainedFeatures"),
+    ],
+)
+def test_weights_without_a_head_raise(tmp_path, images, y, message):
     state = load_backbone("resnet_mini").network.state_dict()
     body = {name: v for name, v in state.items() if not name.startswith("head.")}
     torch.save(body, tmp_path / "body.pth")
     classifier = PretrainedClassifier("resnet_mini", weights=tmp_path / "body.pth")
-    for y in (None, [0, 1] * 20):
-        with pytest.raises(ValueError, match=r"named categories.*head is missing"):
-            classifier.fit(images, y)
+    with pytest.raises(ValueError, match=message):
+        classifier.fit(images, y)
+
+
+def test_classes_are_learned_without_names_of_categories(images, raw, y):
+    network = copy.deepcopy(load_backbone("named").network)
+    register_backbone("unnamed", lambda: network, preprocessing=Preprocessing(16, 16))
+    mine = PretrainedClassifier("unnamed").fit(images, y)
+    named = PretrainedClassifier("named").fit(images, y)
+    np.testing.assert_array_equal(
+        mine.predict_proba(images), named.predict_proba(images)
+    )
+    for options in ({}, {"label_map": {"ant": 1}}):
+        with pytest.raises(ValueError, match=r"'DEFAULT' of 'unnamed'.* Pass y to fit"):
+            PretrainedClassifier("unnamed", **options).fit(images)
+
+
+def test_classes_are_learned_from_a_file_with_other_outputs(images, tmp_path):
+    network = ResNetMini(7)
+    torch.save(network.state_dict(), tmp_path / "seven.pth")
+    y = np.arange(40) % 2
+    mine = PretrainedClassifier("resnet_mini", weights=tmp_path / "seven.pth")
+    mine.fit(images, y)
+    assert mine.class_proba_given_category_.shape == (7, 2)
+    assert set(mine.predict(images)) <= {0, 1}
+
+
+@pytest.mark.parametrize("weights", ["DEFAULT", None])
+def test_outputs_that_are_not_of_a_trained_head_raise(images, weights):
+    def headless():
+        network = models.resnet18()
+        network.fc = nn.Identity()
+        return network
+
+    register_backbone("headless", headless, preprocessing=Preprocessing(32, 32))
+    backbone = "headless" if weights else "resnet_mini"
+    reason = "its outputs are features" if weights else "weights are random"
+    mine = PretrainedClassifier(backbone, weights=weights)
+    with pytest.raises(ValueError, match=f"{backbone}', .*{reason}"):
+        mine.fit(images, np.arange(40) % 2)

@@ -214,6 +214,20 @@ class Backbone:
         is_fixed = self.definition.has_fixed_image_size
         return self.structure.has_fixed_image_size if is_fixed is None else is_fixed
 
+    @property
+    def has_classification_head(self) -> bool:
+        """Whether a layer with parameters follows the penultimate features."""
+        neck = self.structure.neck
+        if neck is None:
+            return last_linear(self.network, self.structure) is not None
+        below = {parameter for block in neck for parameter in block.parameters()}
+        scope = self.structure.head or [self.network]
+        return any(
+            parameter not in below
+            for block in scope
+            for parameter in block.parameters()
+        )
+
     def preprocessing_at(
         self, image_size: int | None, resize: str | None = None
     ) -> Preprocessing:

@@ -22,7 +22,7 @@ from sktl._backbones.registration import Registration
 from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import check_staged_model, find_head, last_linear
-from sktl._backbones.unwrap import fill_missing_head, select_state_dict
+from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,
     load_weights,
@@ -341,7 +341,9 @@ def _load_network(
     if file_digest(file) != weights.digest:  # after the tensors were read
         raise _changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
-    head = find_head(network, definition.describe(network))
+    # The head of a fine-tuned network is not optional in its file.
+    fine_tuned = len(definition.heads) > 0
+    head = Head() if fine_tuned else find_head(network, definition.describe(network))
     origin = f"The weights {file!r} for the backbone {name!r}"
     selection = select_state_dict(
         weights.state_dicts, network, head, definition.adapt_state_dict, origin

@@ -329,13 +329,14 @@ def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructur
         own = own_name(layer)
         return 0 if own is None else structure.n_prefix_tokens(own)
 
+    is_staged = structure.reason_not_staged is None
+    below = [] if is_staged else list(parts.values())
     return replace(
         structure,
         trunk=(),
-        stages=parts,
+        stages=parts if is_staged else None,
         head=[nn.Sequential(neck, head)],
-        neck=[neck, *list(head.children())[:-1]],
-        is_trunk_channels_last=False,
+        neck=[*below, neck, *list(head.children())[:-1]],
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
     )

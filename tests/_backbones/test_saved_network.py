@@ -1,16 +1,23 @@
 """Saved files as weights, compared with the estimators that saved them."""
 
+import shutil
+
+import joblib
 import numpy as np
 import pytest
 import torch
 from conftest import FIXED
 from reference import normalized
+from safetensors.torch import load_file, save_file
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 
-from sktl import (
-    FineTunedCNNClassifier,
-    PretrainedClassifier,
-    PretrainedFeatures,
-)
+from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
+from sktl._utils.tensor_file import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
@@ -86,3 +93,197 @@ def test_classifier_predicts_the_labels_of_the_fine_tuning(images, tmp_path, lab
     label_map = {label: str(label) for label in labels[:2]}
     mapped = PretrainedClassifier(weights=file, label_map=label_map).fit(images)
     assert set(mapped.classes_) == {str(label) for label in labels[:2]}
+
+
+def test_another_fine_tuning_starts_from_the_saved_network(tuned, file, images):
+    second = fit(images, "resnet18", [0, 1], weights=file, max_epochs=0)
+    assert second.preprocessing_ == tuned.preprocessing_
+    x = normalized(images, tuned.preprocessing_)
+    with torch.inference_mode():
+        expected = tuned.module_[:-1](x)
+        for layer in tuned.module_.head[:-1]:
+            expected = layer(expected)
+        np.testing.assert_allclose(second.module_[:-1](x), expected, atol=1e-5)
+    trained = fit(images, "five stages", [0, 1], weights=file, trainable=2)
+    before, after = tuned.module_.state_dict(), trained.module_.state_dict()
+    frozen = [name for name in before if name.startswith(("stem", "stage1", "stage2"))]
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["stage4.0.weight"], after["stage4.0.weight"])
+
+
+def test_a_chain_of_fine_tunings_is_saved_and_loaded(tuned, file, images):
+    for n_classes, hidden in ((2, 5), (3, ())):
+        options = {"hidden_layer_sizes": hidden, "dropout": 0.1, "trainable": 1}
+        estimator = fit(images, "resnet18", range(n_classes), weights=file, **options)
+        file = file.with_name(f"{n_classes} classes")  # without a suffix
+        estimator.save(file)
+    expected = estimator.predict_proba(images)
+    loaded = FineTunedCNNClassifier.load(file)
+    np.testing.assert_array_equal(loaded.predict_proba(images), expected)
+    kinds = [type(layer).__name__ for layer in loaded.module_.neck]
+    assert kinds.count("Linear") == 3  # of widths 8, 6 and 5
+    assert loaded.backbone == "resnet18"
+    mine = PretrainedClassifier(weights=file).fit(images)
+    np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
+    loaded.partial_fit(images, np.arange(40) % 3)
+
+
+@pytest.mark.parametrize("estimator", [PretrainedFeatures, PretrainedClassifier])
+def test_another_backbone_raises(file, images, estimator):
+    mine = estimator("resnet50", weights=file)
+    with pytest.raises(
+        ValueError, match=r"from the backbone 'five stages'.*'resnet50'"
+    ):
+        mine.fit(images)
+    assert estimator().backbone == DEFAULT_BACKBONE == FineTunedCNNClassifier().backbone
+
+
+def test_settings_of_the_file_can_be_overridden(tuned, file, images):
+    mine = PretrainedFeatures(weights=file, image_size=48, resize="pad")
+    backbone = load_backbone("five stages", file)
+    x = normalized(images, backbone.preprocessing_at(48, "pad"))
+    with torch.inference_mode():
+        expected = tuned.module_.head[:-1](tuned.module_[:-1](x))
+    np.testing.assert_allclose(mine.transform(images), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_in_a_search_with_cache_and_pickles(images, paths, tmp_path):
+    file = tmp_path / "tuned.safetensors"
+    fit(images, "resnet_mini", trainable="head", max_epochs=0).save(file)
+    features = PretrainedFeatures(weights=file, memory=tmp_path / "cache")
+    model = make_pipeline(features, LogisticRegression())
+    grid = {"pretrainedfeatures__layer": ["penultimate", "stage2"]}
+    y = np.arange(40) % 2
+    search = GridSearchCV(model, grid, cv=2, n_jobs=2, error_score="raise")
+    search.fit(paths, y)
+    joblib.dump(search.best_estimator_, tmp_path / "model.joblib")
+    again = joblib.load(tmp_path / "model.joblib")
+    np.testing.assert_array_equal(again.predict(paths), search.predict(paths))
+
+
+def test_cached_rows_are_those_of_one_file(file, images, tmp_path):
+    features = PretrainedFeatures(weights=file, memory=tmp_path / "cache")
+    first = features.fit_transform(images)
+    tensors, document = read_tensors(file)
+    tensors["head.1.bias"] += 1
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=r"seen in fit.* Call fit again"):
+        features.transform(images)
+    second = features.fit_transform(images)
+    assert np.abs(first - second).max() > 0.01
+    exact = PretrainedFeatures(weights=file).fit_transform(images)
+    np.testing.assert_array_equal(second, exact)
+
+
+def test_openvino_and_torch_agree(file, images):
+    pytest.importorskip("openvino")
+    rows = [
+        PretrainedFeatures(weights=file, engine=engine).fit_transform(images)
+        for engine in ("torch", "openvino")
+    ]
+    np.testing.assert_allclose(*rows, rtol=1e-3, atol=1e-4)
+
+
+def test_specification_loads_the_same_network(file):
+    backbone = load_backbone(DEFAULT_BACKBONE, str(file))
+    spec = BackboneSpec.to(backbone, file)
+    assert spec.name == "five stages"
+    assert spec.load() is backbone
+    other = shutil.copy(file, file.with_name("copy.safetensors"))
+    assert load_backbone("five stages", other) is backbone
+
+
+def test_damaged_file(file, images):
+    whole = file.read_bytes()
+    features = PretrainedFeatures("five stages", weights=file)
+    for position in range(4, len(whole), len(whole) // 12):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        for content in (damaged, whole[:position]):
+            file.write_bytes(content)
+            with pytest.raises(ValueError, match=r"tuned\.safetensors"):
+                clone(features).fit(images)
+
+
+INVALID = {
+    "format": [..., None, "sktl fine-tuned model, version 3", "sktl checkpoint"],
+    "target": [..., 3, {}, {"kind": "other"}, {"kind": "multiclass", "classes": 3}],
+    "architecture": [..., 3, {}, {"backbone": "tiny", "heads": []}],
+    "preprocessing": [..., [], {"mean": [1]}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, v) for name in INVALID for v in INVALID[name]]
+)
+def test_file_made_by_hand(file, name, value):
+    tensors, document = read_tensors(file)
+    document[name] = value
+    if value is ...:
+        del document[name]
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=r"tuned\.safetensors"):
+        load_backbone("five stages", file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_layer_sizes": [2**20]}, "must have the names and shapes"),
+        ({"hidden_layer_sizes": [0]}, "must be ints from 1"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_head_made_by_hand(file, change, message):
+    tensors, document = read_tensors(file)
+    document["architecture"]["heads"][0] |= change
+    write_tensors(file, tensors, document)
+    with pytest.raises(ValueError, match=message):
+        load_backbone("five stages", file).network  # noqa: B018
+
+
+def test_backbone_that_is_not_registered(file):
+    tensors, document = read_tensors(file)
+    document["architecture"]["backbone"] = "mine"
+    write_tensors(file, tensors, document)
+    message = r"network in '.*tuned\.safetensors' must be known.* no backbone 'mine'"
+    with pytest.raises(ValueError, match=message):
+        load_backbone("resnet18", file)
+
+
+def test_other_files_are_no_saved_networks(file, tmp_path):
+    save_file(load_file(file), tmp_path / "plain.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "plain.pth")
+    for name in ("plain.safetensors", "plain.pth", "missing.pth"):
+        assert find_saved_network(tmp_path / name) is None
+    for weights in ("DEFAULT", None, 3):
+        assert find_saved_network(weights) is None
+    assert find_saved_network(str(file)).labels == ("ant", "bee", "wasp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["squeezenet1_1", "swin_t", "resnet_mini"])
+def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
+    options = {"max_epochs": 0, "head_init": "random", "hidden_layer_sizes": 4}
+    estimator = fit(images[:4], name, [0, 1], weights=None, **options)
+    estimator.save(tmp_path / "tuned.safetensors")
+    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images[:4])
+    expected = estimator.predict_proba(images[:4])
+    np.testing.assert_allclose(mine.predict_proba(images[:4]), expected, atol=1e-5)
+    file = tmp_path / "tuned.safetensors"
+    for layer in ("stage1", "stage2.1", "neck.1"):
+        rows = PretrainedFeatures(weights=file, layer=layer).fit_transform(images[:4])
+        assert np.isfinite(rows).all()
+
+
+@pytest.mark.slow
+def test_layout_of_modules_in_stages(images, tmp_path):
+    options = {"max_epochs": 0, "head_init": "random"}
+    estimator = fit(images[:2], "swin_t", [0, 1], weights=None, **options)
+    estimator.save(tmp_path / "tuned.safetensors")
+    structure = load_backbone("swin_t", tmp_path / "tuned.safetensors").structure
+    # The first module of the second stage permutes the axes.
+    names = ["stage1", "stage2", "stage2.1", "stage2.1.norm", "stage2.0", "neck.0"]
+    expected = [False, False, True, True, None, None]
+    assert [structure.is_channels_last(name) for name in names] == expected
