@@ -41,8 +41,11 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
         (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it. No code in the file is executed. None: random weights,
-        seeded by `random_state`, a baseline. The head may be missing in the file.
+        training scripts save it; or the path of a file that
+        `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
+        and categories: `backbone` must then be its default or the name in the file. No
+        code in the file is executed. None: random weights, seeded by `random_state`, a
+        baseline. The head may be missing in the file.
     trainable : {"head", "all"}, int or str, default="all"
         What is trained: the head; all stages; an int n, the head and the last n stages;
         or the name of a stage, that stage and all above it. All other stages are

@@ -51,7 +51,10 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
         (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it. No code in the file is executed.
+        training scripts save it; or the path of a file that
+        `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
+        and categories: `backbone` must then be its default or the name in the file. No
+        code in the file is executed.
     label_map : dict or None, default=None
         Maps names of categories to labels. The probabilities of categories with the
         same label are summed; categories that are not in the dict are ignored.

@@ -55,8 +55,11 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
         (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it. No code in the file is executed. None: random weights,
-        the same in every call, a baseline. The head may be missing in the file.
+        training scripts save it; or the path of a file that
+        `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
+        and categories: `backbone` must then be its default or the name in the file. No
+        code in the file is executed. None: random weights, the same in every call, a
+        baseline. The head may be missing in the file.
     layer : str or list of str, default="penultimate"
         Layer or layers whose activations are returned.
 
@@ -65,7 +68,8 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
           the resolution halves. Lower stages suit images unlike photographs.
         - The name of any module of the network, as in
           ``dict(torchvision.models.get_model("resnet18").named_modules())``. For a
-          module that is called several times, its last output.
+          module that is called several times, its last output. Of a saved fine-tuned
+          network, as in `FineTunedCNNClassifier.module_`.
         - A list of these: one forward pass, columns side by side.
     pooling : {"avg", "max", "gem", "cls", "flatten"} or int, default="avg"
         How the positions of a layer are reduced to one vector: by the average, the

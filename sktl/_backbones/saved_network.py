@@ -330,13 +330,16 @@ def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructur
         return 0 if own is None else structure.n_prefix_tokens(own)
 
     is_staged = structure.reason_not_staged is None
-    below = [] if is_staged else list(parts.values())
+    # From the images, if there are no stages.
+    neck_blocks = [neck] if is_staged else [*parts.values(), neck]
     return replace(
         structure,
         trunk=(),
         stages=parts if is_staged else None,
         head=[nn.Sequential(neck, head)],
-        neck=[*below, neck, *list(head.children())[:-1]],
+        neck=None
+        if structure.neck is None
+        else [*neck_blocks, *list(head.children())[:-1]],
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
     )

@@ -131,7 +131,8 @@ class BaseFineTunedCNN(MemoryAccess):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the fitted estimator to a file that contains no code.
 
-        The file is safetensors, with parameters and classes as JSON in its header.
+        The file is safetensors, with parameters and classes as JSON in its header. It
+        can also be the `weights` of any estimator, see `PretrainedFeatures`.
 
         Parameters
         ----------
