@@ -266,6 +266,16 @@ class Backbone:
                 f"image_size must be at least {self.min_size} for the backbone "
                 f"{self.name!r}. Got {image_size}."
             )
+        has_patches = self.definition.has_fixed_image_size is None
+        multiple = self.structure.side_multiple if has_patches else 1
+        if image_size % multiple:
+            below = image_size // multiple * multiple
+            nearest = [side for side in (below, below + multiple) if side > 0]
+            raise ValueError(
+                f"image_size must be a multiple of {multiple} for the backbone "
+                f"{self.name!r}, which divides images into patches of that side. Got "
+                f"{image_size}. Choose {' or '.join(map(str, nearest))}."
+            )
         return own.with_image_size(image_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -25,7 +25,8 @@ def list_backbones(
     pretrained : bool, default=False
         Whether to list only networks with pretrained weights. Those of timm are then
         listed with the tag of their weights, which the pattern may omit, such as
-        ``"timm/convnextv2_tiny.fcmae_ft_in22k_in1k"``.
+        ``"timm/convnextv2_tiny.fcmae_ft_in22k_in1k"``. After a tag, ``@`` and a
+        revision of the repository of the weights may follow in the name of a backbone.
 
     Returns
     -------

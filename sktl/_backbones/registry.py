@@ -4,6 +4,7 @@ The last used backbones are cached in the process, so that clones of an estimato
 one frozen network.
 """
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -62,17 +63,19 @@ def load_backbone(
     Parameters
     ----------
     name : str
-        One of `list_backbones`. Of a file of a fine-tuned estimator, the default of
-        the estimators or the name in the file.
+        One of `list_backbones`; the name of one of timm may end in ``@`` and a
+        revision of the repository of its weights. Of a file of a fine-tuned estimator,
+        the default of the estimators or the name in the file.
 
     weights : str, path-like or None, default="DEFAULT"
-        Name of weights of torchvision, downloaded if they are not on this machine; the
-        path of a state dict, with the suffix ``.pth``, ``.pt``, ``.safetensors``,
-        ``.pth.tar``, ``.ckpt`` or ``.bin``; None for random weights. A file with the
-        name that torchvision gives it has the preprocessing and categories of these
-        weights, any other file those of the default weights; categories only if their
-        number is that of the outputs. The head may be missing in the file. A file that
-        a fine-tuned estimator has saved has its own network, preprocessing and labels.
+        Name of weights of torchvision, or ``"DEFAULT"`` for those of timm, downloaded
+        if they are not on this machine; the path of a state dict, with the suffix
+        ``.pth``, ``.pt``, ``.safetensors``, ``.pth.tar``, ``.ckpt`` or ``.bin``; None
+        for random weights. A file with the name that torchvision gives it has the
+        preprocessing and categories of these weights, any other file those of the
+        default weights; categories only if their number is that of the outputs. The
+        head may be missing in the file. A file that a fine-tuned estimator has saved
+        has its own network, preprocessing and labels.
 
     random_state : int, default=0
         Seed of random weights. The global random state is not changed.
@@ -92,6 +95,8 @@ def load_backbone(
         If weights cannot be downloaded.
     FileNotFoundError
         If there is no file at that path.
+    ImportError
+        If the network is one of timm, which is not installed.
     TypeError
         If `weights` has another type, or a registered builder returns no network.
     ValueError
@@ -376,8 +381,9 @@ def _build_network(
 ) -> nn.Module:
     if has_weights and not definition.is_registered:
         # Without values nothing is drawn, so no lock of the generators is needed.
-        with float32_default(), skip_weight_allocation():
-            return definition.build(num_classes)
+        with contextlib.suppress(RuntimeError):  # a constant depends on the values
+            with float32_default(), skip_weight_allocation():
+                return definition.build(num_classes)
     with preserve_rng_state(), float32_default():
         torch.default_generator.manual_seed(seed)
         return definition.build(num_classes)

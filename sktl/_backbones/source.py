@@ -56,6 +56,8 @@ class NetworkStructure:
         ``(n, c, h, w)``.
     has_fixed_image_size : bool
         Whether the network supports only images of one size.
+    side_multiple : int
+        Number of pixels of which the side of an image must be a multiple.
     is_channels_last : callable
         Takes the name of a layer; returns whether its activations with four axes are
         ``(n, h, w, c)``, or None if that is not known and has to be measured. Raises a
@@ -74,6 +76,7 @@ class NetworkStructure:
     reason_not_staged: str | None = None
     is_trunk_channels_last: bool = False
     has_fixed_image_size: bool = False
+    side_multiple: int = 1
     is_channels_last: Callable[[str], bool | None] = _is_channels_first
     n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
     has_class_token: bool = True
@@ -113,7 +116,8 @@ class BackboneDefinition:
     min_size : int
         Minimum side of an image in pixels.
     has_fixed_image_size : bool or None
-        As in `NetworkStructure`; None if only the network can tell.
+        As in `NetworkStructure`; None if only the network can tell, or if it supports
+        only some sizes.
     weights_name : str
         Name that the source gives to the weights, or to those whose preprocessing and
         categories are used.

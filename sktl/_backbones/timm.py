@@ -9,6 +9,7 @@ the state dict as for its own files: other names of parameters, positions of ano
 number of patches.
 """
 
+import contextlib
 import difflib
 import functools
 import importlib.util
@@ -16,7 +17,7 @@ import inspect
 import re
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -30,6 +31,7 @@ from sktl._backbones.source import BackboneDefinition, NetworkStructure, weights
 from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import fetch_weights, skip_weight_allocation
 from sktl._images.preprocessing import Preprocessing
+from sktl._utils.random_state import preserve_rng_state
 
 _PREFIX = "timm/"
 _MAX_DEFINITIONS = 32
@@ -91,6 +93,12 @@ def resolve(
             )
         if fetch:
             file = _fetch(model, progress)
+    elif weights in model.tags:
+        architecture = model.name.partition(".")[0]
+        raise ValueError(
+            "Weights of timm are chosen by the name of the backbone. Got "
+            f"{weights=}. Set backbone='{_PREFIX}{architecture}.{weights}'."
+        )
     elif weights is not None:
         file = weights_path(name, weights, ["DEFAULT"])
     return _definition(model, file, weights is None)
@@ -196,7 +204,7 @@ def _definition(model: _Model, file: str | None, is_random: bool) -> BackboneDef
     return BackboneDefinition(
         build,
         _describe_network,
-        _preprocessing(model.cfg),
+        Preprocessing.from_timm(model.cfg),
         None if is_random else _categories(model.cfg.num_classes),
         # Whether a transformer supports other sizes, its class tells.
         has_fixed_image_size=None if model.cfg.fixed_input_size else False,
@@ -205,13 +213,6 @@ def _definition(model: _Model, file: str | None, is_random: bool) -> BackboneDef
         adapt_state_dict=functools.partial(_adapt_state_dict, model),
         known_weights=("DEFAULT",) if model.tags else (),
         license=model.cfg.license,
-    )
-
-
-def _preprocessing(cfg: Any) -> Preprocessing:
-    side = cfg.input_size[-1]
-    return Preprocessing(
-        int(side / cfg.crop_pct), side, cfg.interpolation, cfg.mean, cfg.std
     )
 
 
@@ -226,11 +227,13 @@ def _build(model: _Model, options: dict[str, Any]) -> Any:
     return create(**options)
 
 
-def _describe_network(network: nn.Module) -> NetworkStructure:
+def _describe_network(network: Any) -> NetworkStructure:
     is_dynamic = getattr(network, "dynamic_img_size", False)
+    is_fixed = network.pretrained_cfg["fixed_input_size"] and not is_dynamic
     return NetworkStructure(
         reason_not_staged="the stages of networks of timm are not known",
-        has_fixed_image_size=not is_dynamic,
+        has_fixed_image_size=is_fixed,
+        side_multiple=network.patch_embed.feat_ratio() if is_dynamic else 1,
     )
 
 
@@ -287,38 +290,49 @@ class _Loading(Exception):
 def _loading_arguments(name: str) -> dict[str, Any]:
     """Return the arguments with which timm loads weights into a network.
 
-    They are written in the code of timm that creates a network, and are passed to
-    `load_pretrained`, which is therefore replaced in this thread.
+    They are written in the code of timm that creates a network, and are known only
+    when it calls `load_pretrained`.
     """
     library = _import_timm()
-    namespace = library.models.build_model_with_cfg.__globals__
-    thread = threading.get_ident()
-    with _lock:
-        original = namespace["load_pretrained"]
-
-        def stop(*args: Any, **kwargs: Any) -> None:
-            if threading.get_ident() != thread:
-                return original(*args, **kwargs)
-            bound = inspect.signature(original).bind(*args, **kwargs)
-            bound.apply_defaults()
-            raise _Loading(bound.arguments)
-
-        namespace["load_pretrained"] = stop
-        try:
-            with skip_weight_allocation():
-                # A state dict has priority over weights that would be downloaded.
-                overlay = {"state_dict": {"": torch.zeros(1)}}
-                library.create_model(
-                    name, pretrained=True, pretrained_cfg_overlay=overlay
-                )
-        except _Loading as loading:
-            return dict(loading.args[0])
-        finally:
-            namespace["load_pretrained"] = original
+    # A state dict has priority over weights that would be downloaded.
+    overlay = {"state_dict": {"": torch.zeros(1)}}
+    create = functools.partial(
+        library.create_model, name, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    try:
+        with contextlib.suppress(RuntimeError):  # a constant depends on the values
+            with _raise_when_loading(library), skip_weight_allocation():
+                create()
+        with preserve_rng_state(), _raise_when_loading(library):
+            create()
+    except _Loading as loading:
+        return dict(loading.args[0])
     raise RuntimeError(
         f"timm {library.__version__} is not supported: it does not load the weights of "
         f"{name!r} with load_pretrained."
     )
+
+
+@contextlib.contextmanager
+def _raise_when_loading(library: Any) -> Iterator[None]:
+    """Raise `_Loading` where timm loads weights in this thread, inside this context."""
+    namespace = library.models.build_model_with_cfg.__globals__
+    thread = threading.get_ident()
+
+    def load_pretrained(*args: Any, **kwargs: Any) -> None:
+        if threading.get_ident() != thread:
+            return original(*args, **kwargs)
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        bound.apply_defaults()
+        raise _Loading(bound.arguments)
+
+    with _lock:
+        original = namespace["load_pretrained"]
+        namespace["load_pretrained"] = load_pretrained
+        try:
+            yield
+        finally:
+            namespace["load_pretrained"] = original
 
 
 @functools.cache

@@ -14,13 +14,15 @@ from sktl._images.preprocessing import Preprocessing
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registered, "definitions", {})
+    monkeypatch.setattr(registered, "registrations", {})
 
 
-def test_without_a_pattern_timm_is_neither_listed_nor_imported() -> None:
+def test_timm_is_imported_only_by_its_names() -> None:
     code = (
-        "import sys; from sktl import list_backbones; list_backbones();"
-        "list_backbones('resnet*'); sys.exit('timm' in sys.modules)"
+        "import sys; from sktl import list_backbones;"
+        "from sktl._backbones.registry import load_backbone;"
+        "list_backbones('resnet*'); load_backbone('resnet_mini').network;"
+        "sys.exit('timm' in sys.modules or 'huggingface_hub' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert list_backbones() == sorted(

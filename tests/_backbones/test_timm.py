@@ -1,22 +1,51 @@
 """Tests of sktl._backbones.timm."""
 
+import pickle
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from hub_server import COMMIT, HubServer, serving
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
+from torchvision import models
 
+from sktl import PretrainedFeatures
 from sktl._backbones import registry
-from sktl._backbones.registry import load_backbone
+from sktl._backbones import timm as source
+from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._utils.keyed_cache import KeyedCache
 
 timm = pytest.importorskip("timm")
+constants = pytest.importorskip("huggingface_hub").constants
+
+# Torch warns inside of timm, where positions are resampled.
+pytestmark = pytest.mark.filterwarnings("ignore:.*searchsorted", "ignore:Using a non-t")
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """Serve files of weights, to an empty cache."""
+    monkeypatch.setenv("no_proxy", "*")
+    with serving() as server:
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.address)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
 
 
 def _noise(side: int = 160) -> Tensor:
@@ -26,6 +55,18 @@ def _noise(side: int = 160) -> Tensor:
 def _saved(folder: Path, state_dict: dict[str, Tensor]) -> Path:
     torch.save(state_dict, folder / "net.pth")
     return folder / "net.pth"
+
+
+def _created(name: str, **options: object) -> nn.Module:
+    torch.manual_seed(3)
+    return timm.create_model(name, **options).eval()
+
+
+def _loaded_by_timm(name: str, path: Path, **options: object) -> nn.Module:
+    overlay = {"file": str(path)}
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, **options
+    ).eval()
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet"])
@@ -58,6 +99,14 @@ def test_invalid_names_raise(name: str, message: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+def test_a_tag_belongs_to_the_name() -> None:
+    match = r"weights='r160_in1k'. Set backbone='timm/test_vit\.r160_in1k'"
+    with pytest.raises(ValueError, match=match):
+        load_backbone("timm/test_vit", "r160_in1k")
+    with pytest.raises(ValueError, match="has the weights DEFAULT; a path ends"):
+        load_backbone("timm/test_vit", "V1")
+
+
 def test_without_timm_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -71,3 +120,200 @@ def test_weights_of_another_network_raise(tmp_path: Path) -> None:
     for name in ("timm/test_vit", "timm/test_resnet"):
         with pytest.raises(ValueError, match=f"{name}' have other tensors: .* missing"):
             _ = load_backbone(name, path).network
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+def test_weights_come_from_the_hub(hub: HubServer, name: str) -> None:
+    expected = _created(name)
+    content = safetensors.torch.save(expected.state_dict())
+    hub.files[f"timm/{name}.r160_in1k", "model.safetensors"] = content
+
+    backbone = load_backbone(f"timm/{name}")
+
+    assert backbone.categories is not None
+    with torch.inference_mode():
+        assert torch.equal(backbone.network(_noise()), expected(_noise()))
+    n_requests = len(hub.requests)
+    by_tag = load_backbone(f"timm/{name}.r160_in1k")
+    assert by_tag.digest == backbone.digest
+    pinned = load_backbone(f"timm/{name}@{COMMIT}")
+    assert pinned.digest == backbone.digest
+    assert len(hub.requests) == n_requests == 2
+
+
+def test_a_specification_of_the_hub_is_loaded_in_other_processes(
+    hub: HubServer,
+) -> None:
+    content = safetensors.torch.save(_created("test_vit2").state_dict())
+    hub.files["timm/test_vit2.r160_in1k", "model.safetensors"] = content
+    backbone = load_backbone("timm/test_vit2")
+    spec = pickle.loads(pickle.dumps(BackboneSpec.to(backbone, "DEFAULT")))
+    assert spec.load() is backbone
+
+
+def test_rows_equal_those_of_timms_transform_and_network(tmp_path: Path) -> None:
+    expected = _created("test_vit3")
+    path = _saved(tmp_path, expected.state_dict())
+    config = timm.data.resolve_model_data_config(expected)
+    transform = timm.data.create_transform(**config, is_training=False)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 200, 260, 3), np.uint8)
+    x = torch.stack([transform(Image.fromarray(each)) for each in pixels])
+    with torch.inference_mode():
+        x = expected.forward_features(x)
+        features = expected.forward_head(x, pre_logits=True).numpy()
+    rows = PretrainedFeatures("timm/test_vit3", weights=path).transform(pixels)
+    np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    path = _saved(tmp_path, _created("test_vit").state_dict())
+    expected = _loaded_by_timm("test_vit", path, img_size=96)
+    backbone = load_backbone("timm/test_vit", path)
+    assert backbone.preprocessing_at(96).crop_size == 96
+    for side, nearest in [(90, "80 or 96"), (10, "16")]:
+        with pytest.raises(ValueError, match=rf"multiple of 16 .* {nearest}\."):
+            backbone.preprocessing_at(side)
+    with torch.inference_mode():
+        torch.testing.assert_close(backbone.network(_noise(96)), expected(_noise(96)))
+    # A file with the positions of another size.
+    half = _created("test_vit", img_size=96).half()
+    path = _saved(tmp_path, half.float().state_dict())
+    expected = _loaded_by_timm("test_vit", path)
+    path = _saved(tmp_path, half.half().state_dict())
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            load_backbone("timm/test_vit", path).network(_noise()), expected(_noise())
+        )
+
+
+def test_networks_of_one_size_refuse_others() -> None:
+    backbone = load_backbone("timm/test_maxvit", None)
+    side = backbone.preprocessing.crop_size
+    with pytest.raises(ValueError, match=rf"supports only images of {side} pixels"):
+        backbone.preprocessing_at(96)
+    assert load_backbone("timm/test_resnet", None).preprocessing_at(90).crop_size == 90
+
+
+def test_names_of_other_files_are_converted_as_timm_does(tmp_path: Path) -> None:
+    # torchvision's names of a network of which timm has the same.
+    torch.manual_seed(0)
+    old = models.regnet_y_400mf().eval()
+    path = _saved(tmp_path, old.state_dict())
+    backbone = load_backbone("timm/regnety_004.tv2_in1k", path)
+    expected = _loaded_by_timm("regnety_004.tv2_in1k", path)
+    with torch.inference_mode():
+        got = backbone.network(_noise(64))
+        torch.testing.assert_close(got, expected(_noise(64)))
+        torch.testing.assert_close(got, old(_noise(64)))
+    # The function of timm is in its place again.
+    assert timm.models.build_model_with_cfg.__globals__["load_pretrained"] is (
+        timm.models.load_pretrained
+    )
+
+
+def test_no_parameter_stays_random(tmp_path: Path) -> None:
+    # timm loads this network although names are missing.
+    torch.manual_seed(0)
+    state = timm.create_model("dla46x_c").state_dict()
+    name = next(name for name in state if name.startswith("level3.tree1"))
+    del state[name]
+    path = _saved(tmp_path, state)
+    _loaded_by_timm("dla46x_c", path)
+    with pytest.raises(ValueError, match=re.escape(f"1 missing ({name})")):
+        _ = load_backbone("timm/dla46x_c", path).network
+
+
+@pytest.mark.parametrize("n_outputs", [7, None])
+def test_the_head_is_that_of_the_file(tmp_path: Path, n_outputs: int | None) -> None:
+    tuned = _created("test_efficientnet", num_classes=n_outputs or 1000)
+    state = tuned.state_dict()
+    if n_outputs is None:
+        state = {n: v for n, v in state.items() if not n.startswith("classifier")}
+    backbone = load_backbone("timm/test_efficientnet", _saved(tmp_path, state))
+    assert backbone.categories is None
+    if n_outputs is None:
+        assert backbone.missing_head == ("classifier.bias", "classifier.weight")
+    else:
+        with torch.inference_mode():
+            assert torch.equal(backbone.network(_noise()), tuned(_noise()))
+
+
+def test_constants_that_are_not_saved_are_computed(tmp_path: Path) -> None:
+    expected = _created("test_vit4")  # with rotary positions
+    backbone = load_backbone("timm/test_vit4", _saved(tmp_path, expected.state_dict()))
+    with torch.inference_mode():
+        assert torch.equal(backbone.network(_noise()), expected(_noise()))
+
+
+def test_categories_are_those_of_timm() -> None:
+    one = source.resolve("timm/test_resnet", "DEFAULT", False, fetch=False)
+    assert one.categories == tuple(models.ResNet18_Weights.DEFAULT.meta["categories"])
+    assert one.known_weights == ("DEFAULT",)
+    large = source.resolve(
+        "timm/convnext_tiny.fb_in22k", "DEFAULT", False, fetch=False
+    ).categories
+    info = timm.data.ImageNetInfo("imagenet-22k")
+    assert large is not None
+    assert len(large) == info.num_classes() == 21841
+    for index in (0, 1000, 21840):
+        assert info.index_to_description(index).startswith(large[index])
+    headless = source.resolve("timm/vit_small_patch14_dinov2", None, False)
+    assert headless.categories is None
+
+
+def test_tags_differ_in_preprocessing() -> None:
+    sides = [
+        source.resolve(name, None, False).preprocessing.crop_size
+        for name in ("timm/resnet50.a1_in1k", "timm/convnext_base.fb_in22k_ft_in1k_384")
+    ]
+    assert sides == [224, 384]
+
+
+@pytest.mark.slow
+def test_a_grid_search_uses_workers(tmp_path: Path) -> None:
+    path = _saved(tmp_path, _created("test_resnet").state_dict())
+    X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    y = [0, 1] * 4
+    model = make_pipeline(
+        PretrainedFeatures("timm/test_resnet", weights=path, image_size=32),
+        LogisticRegression(),
+    )
+    grid = {"logisticregression__C": [0.1, 1.0]}
+    search = GridSearchCV(model, grid, cv=2, n_jobs=2, error_score="raise")
+    assert search.fit(X, y).predict(X).shape == (8,)
+
+
+@pytest.mark.slow
+def test_the_weights_of_a_published_network(test_data: Path) -> None:
+    path = test_data / "weights" / "tf_efficientnet_lite0-imagenet.pth"
+    expected = timm.create_model("tf_efficientnet_lite0", num_classes=0)
+    state = torch.load(path, weights_only=True)
+    state = {n: v for n, v in state.items() if not n.startswith("classifier")}
+    expected.load_state_dict(state)
+    config = timm.data.resolve_model_data_config(expected)
+    transform = timm.data.create_transform(**config, is_training=False)
+    photos = sorted((test_data / "hymenoptera" / "val").rglob("*.jpg"))[:4]
+    x = torch.stack([transform(Image.open(each).convert("RGB")) for each in photos])
+    with torch.inference_mode():
+        features = expected.eval()(x).numpy()
+    rows = PretrainedFeatures("timm/tf_efficientnet_lite0", weights=path).transform(
+        list(map(str, photos))
+    )
+    np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_transformer_in_half_precision_without_a_head(test_data: Path) -> None:
+    (path,) = (test_data / "weights").glob("vit_small_patch14_dinov2*.pth")
+    name = "vit_small_patch14_dinov2"
+    expected = timm.create_model(name, img_size=224, num_classes=0).eval()
+    state = torch.load(path, weights_only=True)
+    state = {key: value.float() for key, value in state.items()}
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    expected.load_state_dict(checkpoint_filter_fn(state, expected))
+    backbone = load_backbone(f"timm/{name}", path)
+    assert backbone.preprocessing_at(224).crop_size == 224
+    with torch.inference_mode():
+        got, features = backbone.network(_noise(224)), expected(_noise(224))
+    torch.testing.assert_close(got, features, rtol=1e-4, atol=1e-4)
