@@ -45,11 +45,14 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
     Parameters
     ----------
     backbone : str, default="resnet18"
-        Name of a network, see `list_backbones`. It must have a classification head,
+        Name of a network, see `list_backbones`; ``"timm/<architecture>"`` or
+        ``"timm/<architecture>.<tag>"`` is one of timm, which requires
+        ``pip install "sktl[timm]"``. It must have a classification head,
         whose categories have names or, to learn labels from examples, may have none.
     weights : str or path-like, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
-        downloaded once (``"DEFAULT"`` is the best one), or the path of a state dict
+        downloaded once (``"DEFAULT"`` is the best one, and the only one of timm: that
+        of the tag), or the path of a state dict
         (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
         training scripts save it; or the path of a file that
         `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
