@@ -19,10 +19,11 @@ from torch import nn
 from sktl._backbones import registered
 from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.catalog import find_source
+from sktl._backbones.check_stages import check_staged_model
 from sktl._backbones.registration import Registration
 from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
-from sktl._backbones.stages import check_staged_model, find_head, last_linear
+from sktl._backbones.stages import find_head, last_linear
 from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,

@@ -11,9 +11,8 @@ Stages share their modules with the network: freezing, training or moving a stag
 the same to the network.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,53 +122,6 @@ def split_into_stages(structure: NetworkStructure, image_size: int) -> StagedMod
     return StagedModel(_named(sequences), nn.Sequential(*head_blocks))
 
 
-def check_staged_model(
-    network: nn.Module, staged: StagedModel, image_size: int
-) -> None:
-    """Raise if stages and head are not equivalent to the network.
-
-    Parameters
-    ----------
-    network : Module
-        In evaluation mode, on the CPU.
-    staged : StagedModel
-        Its stages and head.
-    image_size : int
-        Side in pixels of the random images for which outputs are compared.
-
-    Raises
-    ------
-    ValueError
-        If a parameter of a stage is not one of the network, or the outputs differ by
-        more than the rounding errors of float32.
-    """
-    kind = type(network).__name__
-    known = set(network.parameters())
-    if any(not known.issuperset(part.parameters()) for part in staged.stages.values()):
-        raise ValueError(
-            f"The `stages` of a {kind} must be its own modules; otherwise training the "
-            "stages does not train the network. Got parameters that are not in its "
-            "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
-        )
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, image_size, image_size)
-    x = torch.randn(shape, generator=generator, dtype=torch.float32)
-    cause: Exception | None = None
-    with torch.inference_mode():
-        expected = network(x.clone())
-        try:
-            is_same = _is_close(staged(x.clone()), expected)
-        except Exception as error:  # wrong modules may raise anything
-            is_same, cause = False, error
-    if not is_same:
-        calls = [_record_calls(network, run, x) for run in (network, staged)]
-        raise ValueError(
-            f"The `stages` of a {kind}, run in order, followed by its `head`, must "
-            f"have the output of the network. Got {_first_difference(*calls)}. Each "
-            "operation of `forward` must be a module of a stage or of the head."
-        ) from cause
-
-
 def check_stage_name(name: object) -> None:
     """Raise a ValueError if a stage cannot have this name."""
     if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
@@ -245,58 +197,6 @@ def find_head(network: nn.Module, structure: NetworkStructure) -> Head:
 
 def _modules(blocks: Iterable[nn.Module]) -> set[nn.Module]:
     return {module for block in blocks for module in block.modules()}
-
-
-def _record_calls(
-    network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
-) -> list[tuple[str, Tensor]]:
-    """Return the names and inputs of the modules that run, in the order of the calls.
-
-    These are the modules of the network without children. At the end is the output of
-    the run, with an empty name, unless it raised an exception.
-    """
-    calls: list[tuple[str, Tensor]] = []
-
-    def record(name: str, inputs: tuple[Any, ...]) -> None:
-        if inputs and isinstance(inputs[0], Tensor):
-            calls.append((name, inputs[0].clone()))
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=n: record(name, inputs))
-        for n, module in network.named_modules()
-        if n and next(module.children(), None) is None
-    ]
-    # The caller reports the exception.
-    with torch.inference_mode(), contextlib.suppress(Exception):
-        calls.append(("", run(x.clone())))
-    for hook in hooks:
-        hook.remove()
-    return calls
-
-
-def _first_difference(
-    expected: list[tuple[str, Tensor]], got: list[tuple[str, Tensor]]
-) -> str:
-    """Describe the first call of two runs that is not the same."""
-    before = "at the beginning"
-    for (name, wanted), (other, found) in zip(expected, got, strict=False):
-        if other != name:
-            runs = repr(other) if other else "no other module"
-            return f"{before} {runs}, where the network runs {name or 'none'!r}"
-        what = f"the input of {name!r}" if name else "the output"
-        if found.shape != wanted.shape:
-            shapes = f"{tuple(found.shape)} instead of {tuple(wanted.shape)}"
-            return f"{what} with the shape {shapes}"
-        if not _is_close(found, wanted):
-            return f"{what} with other values, {before}"
-        before = f"after {name!r}"
-    return f"an error {before}"
-
-
-def _is_close(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(
-        a.float(), b.float(), rtol=1e-4, atol=1e-5, equal_nan=True
-    )
 
 
 def _own_stages(stages: Any) -> dict[str, nn.Module]:

@@ -145,6 +145,7 @@ def test_the_digest_depends_on_the_stages() -> None:
             r"'fc' with the shape \(2, 512, 1, 1\) instead of \(2, 5",
         ),
         ({}, ["avgpool", "Flatten()"], "after 'avgpool' no other module, .*runs 'fc'"),
+        ({}, [nn.AdaptiveMaxPool2d(1), *_HEAD[1:]], "runs 'avgpool'"),
         ({}, [*_HEAD, nn.ReLU()], "the output with other values, after 'fc'"),
         (
             {},

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision import models
 
 from sktl._backbones import stages as stages_module
-from sktl._backbones.stages import StagedModel, check_staged_model
+from sktl._backbones.check_stages import check_staged_model
+from sktl._backbones.stages import StagedModel
 from sktl._backbones.torchvision import describe_network
 from sktl._backbones.weights import skip_weight_allocation
 
