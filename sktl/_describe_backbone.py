@@ -204,7 +204,8 @@ def _measure_parts(backbone: Backbone, side: int) -> list[dict[str, Any]]:
     stages = backbone.staged_model.stages if backbone.staged_model else {}
     on_meta = any(each.is_meta for each in backbone.network.parameters())
     device = "meta" if on_meta else "cpu"
-    image = torch.zeros(1, 3, side, side, device=device, dtype=torch.float32)
+    shape = (1, backbone.preprocessing.n_channels, side, side)
+    image = torch.zeros(shape, device=device, dtype=torch.float32)
     layers = [*stages, PENULTIMATE]
     with (
         torch.inference_mode(),

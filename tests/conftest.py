@@ -70,6 +70,20 @@ register_backbone(
 )
 
 
+def grey_network() -> nn.Module:
+    """Build a network that takes images of one channel."""
+    network = TinyNet()
+    network.stages["stem"][0] = nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False)
+    return network
+
+
+register_backbone(
+    "grey",
+    grey_network,
+    preprocessing=Preprocessing(18, 16, mean=(0.4,), std=(0.3,)),
+)
+
+
 def five_stages() -> nn.Module:
     """Build a network of five stages, as torchvision's have, with fixed weights."""
     names, widths = ("stem", "stage1", "stage2", "stage3", "stage4"), (3, 4, 6, 8, 12)

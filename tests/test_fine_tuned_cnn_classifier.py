@@ -40,7 +40,7 @@ def y():
 
 def make_classifier(**parameters):
     defaults = {**FIXED, "max_epochs": 2, "random_state": 0, "batch_size": 8}
-    return FineTunedCNNClassifier("tiny", **{**defaults, **parameters})
+    return FineTunedCNNClassifier(**{"backbone": "tiny", **defaults, **parameters})
 
 
 def test_epoch_0_is_the_logistic_regression_on_frozen_features(images, y):
@@ -420,3 +420,23 @@ def test_cross_validation_in_a_pipeline(paths, y):
         make_pipeline(make_classifier(max_epochs=1)), paths, y, cv=2
     )
     assert scores.shape == (2,)
+
+
+@pytest.mark.parametrize("augmentation", [None, "standard"])
+def test_network_of_one_channel(images, y, tmp_path, augmentation):
+    classifier = make_classifier(
+        backbone="grey",
+        trainable=1,
+        memory=tmp_path / "cache",
+        augmentation=augmentation,
+    ).fit(images, y)
+    weight = classifier.module_.get_parameter("stem.0.weight")
+    assert weight.shape == (8, 1, 3, 3)
+    classifier.save(tmp_path / "grey.safetensors")
+    loaded = FineTunedCNNClassifier.load(tmp_path / "grey.safetensors")
+    expected = classifier.predict_proba(images)
+    # The frozen stem is read from the cache by one of them, and fused by the other.
+    np.testing.assert_allclose(loaded.predict_proba(images), expected, atol=1e-6)
+    grey = images @ [0.299, 0.587, 0.114]
+    as_grey = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
+    assert np.abs(loaded.predict_proba(as_grey) - expected).max() < 0.01

@@ -72,6 +72,24 @@ def test_union_of_two_backbones(paths):
     np.testing.assert_array_equal(frame.iloc[:, :16], alone)
 
 
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_network_of_one_channel(images, engine):
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    layers = ["penultimate", "stage1"]
+    mine = PretrainedFeatures("grey", layer=layers, engine=engine).fit(images)
+    got = mine.transform(images)
+    backbone = load_backbone("grey")
+    grey = [Image.fromarray(image).convert("L") for image in images]
+    x = normalized(grey, backbone.preprocessing)  # (n, 1, 16, 16)
+    with torch.inference_mode():
+        maps = backbone.network.stages["stage1"](backbone.network.stages["stem"](x))
+    expected = maps.mean((2, 3)).numpy()
+    np.testing.assert_allclose(got[:, :16], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got[:, 16:], expected, rtol=1e-4, atol=1e-5)
+    assert len(mine.get_feature_names_out()) == 32
+
+
 @pytest.mark.slow
 def test_grid_search_over_networks_layers_and_pooling(paths, y):
     model = make_pipeline(PretrainedFeatures("tiny"), LogisticRegression())

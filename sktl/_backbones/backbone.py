@@ -147,7 +147,9 @@ class Backbone:
             return None
         side = max(self.preprocessing.crop_size, _MIN_MEASURED_SIDE)
         with float32_default_if_needed():
-            return split_into_stages(self.structure, side)
+            return split_into_stages(
+                self.structure, side, self.preprocessing.n_channels
+            )
 
     @cached_property
     def categories(self) -> tuple[Label, ...] | None:

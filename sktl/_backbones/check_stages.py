@@ -13,7 +13,7 @@ _SMALL_SIDE = 112
 
 
 def check_staged_model(
-    network: nn.Module, staged: StagedModel, image_size: int
+    network: nn.Module, staged: StagedModel, image_size: int, n_channels: int = 3
 ) -> None:
     """Raise if stages and head are not equivalent to the network.
 
@@ -26,6 +26,8 @@ def check_staged_model(
     image_size : int
         Side in pixels of the random images for which outputs are compared, and for
         small images also at twice the side, if the network supports it.
+    n_channels : int, default=3
+        Number of channels of the images.
 
     Raises
     ------
@@ -41,24 +43,26 @@ def check_staged_model(
             "stages does not train the network. Got parameters that are not in its "
             "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
         )
-    _check_output(network, staged, image_size)
+    _check_output(network, staged, _random_images(image_size, n_channels))
     # Small images may end in one position, where wrong pooling goes unnoticed.
     if image_size <= _SMALL_SIDE:
+        larger = _random_images(2 * image_size, n_channels)
         is_supported = False
         with contextlib.suppress(Exception), torch.inference_mode():
-            network(_random_images(2 * image_size))
+            network(larger.clone())
             is_supported = True
         if is_supported:
-            _check_output(network, staged, 2 * image_size)
+            _check_output(network, staged, larger)
 
 
-def _random_images(side: int) -> Tensor:
+def _random_images(side: int, n_channels: int) -> Tensor:
+    shape = (2, n_channels, side, side)
     generator = torch.Generator().manual_seed(0)
-    return torch.randn((2, 3, side, side), generator=generator, dtype=torch.float32)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
-def _check_output(network: nn.Module, staged: StagedModel, side: int) -> None:
-    kind, x = type(network).__name__, _random_images(side)
+def _check_output(network: nn.Module, staged: StagedModel, x: Tensor) -> None:
+    kind = type(network).__name__
     cause: Exception | None = None
     with torch.inference_mode():
         expected = network(x.clone())

@@ -250,7 +250,7 @@ def _measure_widths(
         on_meta = device == "meta"
         extractor = FeatureExtractor(backbone, layers, pooling, on_meta=on_meta).eval()
         # Two images, to find layers that do not return one row per image.
-        images = torch.zeros(2, 3, side, side, device=device, dtype=torch.float32)
+        images = _black_images(backbone, side, device)
         dtype = float32_default_if_needed()
         with torch.inference_mode(), reraise_invalid_size(side), dtype:
             extractor(images)
@@ -324,7 +324,7 @@ def _measure_shapes(
             on_meta=device == "meta",
             channels_last=as_they_are,
         ).eval()
-        images = torch.zeros(2, 3, side, side, device=device, dtype=torch.float32)
+        images = _black_images(backbone, side, device)
         # A network may read values, which meta tensors do not have, or support images
         # of one size only; the layers before that are recorded.
         with (
@@ -337,6 +337,11 @@ def _measure_shapes(
         if len(shapes) == len(layers):
             break
     return shapes
+
+
+def _black_images(backbone: Backbone, side: int, device: str) -> Tensor:
+    shape = (2, backbone.preprocessing.n_channels, side, side)
+    return torch.zeros(shape, device=device, dtype=torch.float32)
 
 
 def _warn_if_repeated(

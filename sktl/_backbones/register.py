@@ -35,7 +35,8 @@ def register_backbone(
         start with ``"timm/"``.
 
     builder : callable
-        Called without arguments; returns a network that maps ``(n, 3, h, w)`` to
+        Called without arguments; returns a network that maps ``(n, 3, h, w)``, or
+        ``(n, 1, h, w)`` if `preprocessing` has the mean of one channel, to
         ``(n, n_categories)``. With ``weights="DEFAULT"`` and ``weights=None`` the
         network is used as it is built, with torch's random number generator seeded;
         with a path, the state dict of that file is loaded into it.

@@ -306,9 +306,13 @@ def _build_backbone(
     backbone = Backbone(name, digest, definition, lambda: loaded)
     if definition.is_registered:
         if backbone.staged_model is not None:
-            side = definition.preprocessing.crop_size
             with float32_default_if_needed():
-                check_staged_model(backbone.network, backbone.staged_model, side)
+                check_staged_model(
+                    backbone.network,
+                    backbone.staged_model,
+                    definition.preprocessing.crop_size,
+                    definition.preprocessing.n_channels,
+                )
         if not loaded.missing_head and backbone.categories != definition.categories:
             raise ValueError(
                 f"categories must name each output of the backbone {name!r}, which has "

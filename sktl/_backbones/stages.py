@@ -84,7 +84,9 @@ def describe_network(network: nn.Module) -> NetworkStructure:
     )
 
 
-def split_into_stages(structure: NetworkStructure, image_size: int) -> StagedModel:
+def split_into_stages(
+    structure: NetworkStructure, image_size: int, n_channels: int = 3
+) -> StagedModel:
     """Split a network into stages and a head.
 
     Parameters
@@ -94,6 +96,8 @@ def split_into_stages(structure: NetworkStructure, image_size: int) -> StagedMod
         are not read.
     image_size : int
         Side in pixels of the images for which the resolutions are measured.
+    n_channels : int, default=3
+        Number of channels of the images.
 
     Returns
     -------
@@ -110,7 +114,7 @@ def split_into_stages(structure: NetworkStructure, image_size: int) -> StagedMod
     if structure.stages is not None:
         (head,) = structure.head
         return StagedModel(dict(structure.stages), head)
-    groups = _group(structure.trunk, image_size)
+    groups = _group(structure.trunk, image_size, n_channels)
     head_blocks = list(structure.head)
     if structure.is_trunk_channels_last:
         # Blocks pass (n, h, w, c); input and output of a stage are (n, c, h, w).
@@ -220,10 +224,13 @@ def _named(stages: Iterable[nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def _group(blocks: Sequence[nn.Module], image_size: int) -> list[list[nn.Module]]:
+def _group(
+    blocks: Sequence[nn.Module], image_size: int, n_channels: int
+) -> list[list[nn.Module]]:
     """Group blocks into stages."""
     runs: list[list[nn.Module]] = [[]]
-    for block, halvings in zip(blocks, _halvings(blocks, image_size), strict=True):
+    halvings_of_blocks = _halvings(blocks, image_size, n_channels)
+    for block, halvings in zip(blocks, halvings_of_blocks, strict=True):
         if halvings >= 1:
             runs.append([])
         runs[-1].append(block)
@@ -237,12 +244,15 @@ def _group(blocks: Sequence[nn.Module], image_size: int) -> list[list[nn.Module]
     return stages
 
 
-def _halvings(blocks: Sequence[nn.Module], image_size: int) -> list[int]:
+def _halvings(
+    blocks: Sequence[nn.Module], image_size: int, n_channels: int
+) -> list[int]:
     """Return how many times each block halves the resolution."""
     # Tensors on the meta device have shapes, but no values: this is fast, and works
     # before the weights are loaded.
     halvings = []
-    x = torch.empty(1, 3, image_size, image_size, device="meta", dtype=torch.float32)
+    shape = (1, n_channels, image_size, image_size)
+    x = torch.empty(shape, device="meta", dtype=torch.float32)
     with torch.no_grad():
         for block in blocks:
             # The last but one axis is a side in (n, c, h, w) and in (n, h, w, c).

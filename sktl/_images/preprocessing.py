@@ -41,11 +41,13 @@ class Preprocessing:
     interpolation : str, default="bilinear"
         Value of ``torchvision.transforms.InterpolationMode``, such as ``"bicubic"``.
 
-    mean, std : tuple of 3 float, default=those of ImageNet
+    mean, std : tuple of 3 or 1 float, default=those of ImageNet
         Mean and standard deviation of the red, green and blue channel, for pixels
         scaled to [0, 1]. The mean is subtracted and the result divided by the standard
-        deviation. Calling a `Preprocessing` does not normalize: it returns uint8
-        pixels, which are normalized together with the forward pass.
+        deviation. With one number each, images are converted to grey by Pillow before
+        they are resized, and the network gets one channel. Calling a `Preprocessing`
+        does not normalize: it returns uint8 pixels, which are normalized together with
+        the forward pass.
 
     resize : {"crop", "squash", "pad", "squash+crop", "pad+crop"}, default="crop"
         How an image becomes square. ``"crop"``: resize its shorter side to
@@ -60,7 +62,7 @@ class Preprocessing:
     ------
     ValueError
         If a size is below 1 or above 10000, the interpolation or `resize` is unknown,
-        or mean and std are not three finite numbers each, with positive std.
+        or mean and std are not three finite numbers each, or one, with positive std.
     """
 
     resize_size: int
@@ -92,14 +94,15 @@ class Preprocessing:
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(map(float, getattr(self, name))))
         if (
-            len(self.mean) != 3
-            or len(self.std) != 3
+            len(self.mean) not in (1, 3)
+            or len(self.std) != len(self.mean)
             or min(self.std) <= 0
             or not all(map(math.isfinite, self.mean + self.std))
         ):
             raise ValueError(
                 "mean and std must have one finite number for each of red, green and "
-                f"blue, and std must be positive. Got {self!r}."
+                "blue, or both have one for grey images, and std must be positive. Got "
+                f"{self!r}."
             )
 
     def __repr__(self) -> str:
@@ -113,6 +116,11 @@ class Preprocessing:
             del values["resize"]
         arguments = ", ".join(f"{name}={value!r}" for name, value in values.items())
         return f"{type(self).__name__}({arguments})"
+
+    @property
+    def n_channels(self) -> int:
+        """Number of channels that the network gets: 3, or 1 for grey images."""
+        return len(self.mean)
 
     @classmethod
     def from_torchvision(cls, preset: Any) -> Self:
@@ -168,8 +176,8 @@ class Preprocessing:
         TypeError
             If `cfg` is of another type.
         ValueError
-            If `cfg` has no ``input_size`` or one that is not square, or a value is
-            unsupported.
+            If `cfg` has no ``input_size``, or one that is not square or has neither 1
+            nor 3 channels, or another value is unsupported.
         """
         if is_dataclass(cfg) and not isinstance(cfg, type):
             cfg = {field.name: getattr(cfg, field.name) for field in fields(cfg)}
@@ -179,11 +187,12 @@ class Preprocessing:
                 f"{type(cfg).__name__}. Pass model.pretrained_cfg."
             )
         size = tuple(cfg.get("input_size") or ())
-        if len(size) != 3 or size[1] != size[2]:
+        if len(size) != 3 or size[1] != size[2] or size[0] not in (1, 3):
             raise ValueError(
-                "The input_size in cfg must be (channels, side, side), since images "
-                f"are made square. Got {cfg.get('input_size')!r}. Pass a copy of cfg "
-                "with a square input_size, if the network supports it."
+                "The input_size in cfg must be (channels, side, side), with 1 or 3 "
+                "channels, since images are made square. Got "
+                f"{cfg.get('input_size')!r}. Pass a copy of cfg with a square "
+                "input_size, if the network supports it."
             )
         crop_mode = cfg.get("crop_mode") or "center"
         if crop_mode not in _TIMM_MODES:
@@ -192,6 +201,12 @@ class Preprocessing:
                 f"{crop_mode!r}."
             )
         resize_size = math.floor(size[1] / (cfg.get("crop_pct") or 0.875))
+        mean, std = (tuple(cfg.get(n) or getattr(cls, n)) for n in ("mean", "std"))
+        if len(mean) != size[0] or len(std) != size[0]:
+            raise ValueError(
+                "mean and std in cfg must have one number for each channel of "
+                f"input_size={size}. Got mean={mean} and std={std}."
+            )
         resize = _TIMM_MODES[crop_mode]
         if resize == "squash+crop" and resize_size == size[1]:
             resize = "squash"  # the same pixels
@@ -199,8 +214,8 @@ class Preprocessing:
             resize_size,
             size[1],
             cfg.get("interpolation") or "bicubic",
-            tuple(cfg.get("mean") or cls.mean),
-            tuple(cfg.get("std") or cls.std),
+            mean,
+            std,
             resize,
         )
 
@@ -253,8 +268,11 @@ class Preprocessing:
         ndarray of shape (crop_size, crop_size, 3), uint8
             The same pixels as those of torchvision's transforms; for aspect ratios
             above 32, up to rounding of intermediate results. A crop larger than the
-            resized image is padded with black, or as `resize` says.
+            resized image is padded with black, or as `resize` says. If the network
+            gets one channel, all three have its values.
         """
+        if self.n_channels == 1:
+            image = image.convert("L").convert("RGB")
         if self.resize != "crop":
             return self._resize_whole(image)
         mode = InterpolationMode(self.interpolation)
@@ -288,7 +306,8 @@ class Preprocessing:
 
     def _mean_color(self) -> tuple[int, ...]:
         """Return the mean as a pixel, clipped to the values that a pixel can have."""
-        return tuple(min(max(round(255 * value), 0), 255) for value in self.mean)
+        color = tuple(min(max(round(255 * value), 0), 255) for value in self.mean)
+        return color if self.n_channels == 3 else color * 3
 
     def _resize_center(self, image: Image.Image) -> Image.Image:
         """Resize only the part of an image that the center crop keeps."""
@@ -338,12 +357,21 @@ class Normalization(nn.Module):
         super().__init__()
         for name in ("mean", "std"):
             channels = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
-            row = channels.repeat(preprocessing.crop_size)  # (3,) -> (side * 3,)
+            row = channels.repeat(preprocessing.crop_size)  # (c,) -> (side * c,)
             self.register_buffer(name, row, persistent=False)
+        self._is_grey = preprocessing.n_channels == 1
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Convert uint8 ``(n, side, side, 3)`` to float32 ``(n, 3, side, side)``."""
-        rows = pixels.flatten(2)  # (n, side, side * 3)
+        """Convert uint8 ``(n, side, side, 3)`` to float32 ``(n, c, side, side)``.
+
+        For one channel, pixels that are not grey, as augmentations return, are
+        converted as Pillow does; those that are grey keep their values.
+        """
+        if self._is_grey:
+            red, green, blue = pixels.int().unbind(3)
+            luminance = 19595 * red + 38470 * green + 7471 * blue  # in units of 2**-16
+            pixels = ((luminance + 2**15) // 2**16).unsqueeze(3)
+        rows = pixels.flatten(2)  # (n, side, side * c)
         if torch.get_default_dtype() != torch.float32:  # that of a quotient of integers
             rows = rows.float()
         # Not in place: OpenVINO does not support in-place operations.

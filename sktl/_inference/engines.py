@@ -95,7 +95,7 @@ def get_compiled_model(
         models are cached by this key, `preprocessing` and `execution`.
     build : callable
         Returns a network that is not shared, since it is modified here. The network
-        takes ``(n, 3, side, side)`` and returns ``(n, n_outputs)``.
+        takes ``(n, n_channels, side, side)`` and returns ``(n, n_outputs)``.
     preprocessing : Preprocessing
         Determines size and normalization of the images.
     execution : ExecutionConfig
@@ -140,7 +140,7 @@ def _compile(
         reraise_invalid_size(side),
         reraise_out_of_memory(1),
     ):
-        fuse_batch_norm(network, side)
+        fuse_batch_norm(network, side, preprocessing.n_channels)
     model: CompiledModel | None = None
     if execution.engine != "torch":
         try:
@@ -196,7 +196,7 @@ class _PixelInput(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map ``(n, side, side, 3)``, uint8, to ``(n, n_outputs)``, float32."""
-        # (n, side, side, 3) -> (n, 3, side, side) -> (n, n_outputs)
+        # (n, side, side, 3) -> (n, n_channels, side, side) -> (n, n_outputs)
         out: Tensor = self.network(self.normalization(pixels).to(self._dtype))
         return out.float()
 

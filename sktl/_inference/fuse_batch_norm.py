@@ -13,7 +13,7 @@ _SOURCE = "_sktl_conv_name"  # attribute of a tensor: name of the convolution it
 _TOLERANCE = 1e-5  # relative to the largest output, float32
 
 
-def fuse_batch_norm(network: nn.Module, side: int) -> int:
+def fuse_batch_norm(network: nn.Module, side: int, n_channels: int = 3) -> int:
     """Fuse each BatchNorm into the convolution whose output only it reads.
 
     The pairs are found in one forward pass with a random image, so no knowledge of the
@@ -26,6 +26,8 @@ def fuse_batch_norm(network: nn.Module, side: int) -> int:
         In evaluation mode, float32, on the CPU. Modified in place.
     side : int
         Side of the image in pixels.
+    n_channels : int, default=3
+        Number of channels of the image.
 
     Returns
     -------
@@ -35,7 +37,7 @@ def fuse_batch_norm(network: nn.Module, side: int) -> int:
         another module also reads the output of the convolution.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (1, 3, side, side)
+    shape = (1, n_channels, side, side)
     image = torch.randn(shape, generator=generator, dtype=torch.float32)
     pairs, expected = _conv_bn_pairs(network, image)
     original = []
@@ -69,7 +71,7 @@ def _conv_bn_pairs(
     ----------
     network : Module
         In evaluation mode.
-    image : Tensor of shape (1, 3, side, side)
+    image : Tensor of shape (1, n_channels, side, side)
         Input of the forward pass.
 
     Returns

@@ -206,8 +206,11 @@ class FrozenActivations:
     def _shape(self, n_frozen: int) -> tuple[int, ...]:
         """Return the shape of the activations of one image."""
         if n_frozen not in self._shapes:
-            side = self._preprocessing.crop_size
-            self._shapes[n_frozen] = output_shape(self._network[:n_frozen], side)
+            self._shapes[n_frozen] = output_shape(
+                self._network[:n_frozen],
+                self._preprocessing.crop_size,
+                self._preprocessing.n_channels,
+            )
         return self._shapes[n_frozen]
 
     def _report_size(self, n_frozen: int) -> None:

@@ -275,7 +275,9 @@ class InitialModel:
                 backbone.digest
                 if n_frozen <= pretrained.n_parts
                 else network_digest(frozen),
-                output_shape(frozen, self.preprocessing.crop_size),
+                output_shape(
+                    frozen, self.preprocessing.crop_size, self.preprocessing.n_channels
+                ),
             )
         return FittedModel(
             network,

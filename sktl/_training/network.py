@@ -71,7 +71,9 @@ def interpolate_weights(
     }
 
 
-def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
+def output_shape(
+    network: nn.Sequential, image_size: int, n_channels: int = 3
+) -> tuple[int, ...]:
     """Return the shape of the output of a network for one image, without the batch.
 
     Parameters
@@ -80,13 +82,16 @@ def output_shape(network: nn.Sequential, image_size: int) -> tuple[int, ...]:
         Network, or a prefix of one, in any mode; it is not changed.
     image_size : int
         Side of the image in pixels.
+    n_channels : int, default=3
+        Number of channels of the image.
 
     Returns
     -------
     tuple of int
         Such as ``(512, 7, 7)``.
     """
-    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.float32)
+    shape = (1, n_channels, image_size, image_size)
+    image = torch.zeros(shape, dtype=torch.float32)
     first = next(network.parameters(), None)  # None: such as pooling alone
     image = image if first is None else image.to(first)
     # A copy, since the network may be in training mode.

@@ -96,7 +96,7 @@ class Trainer:
             config.n_trainable_in(state.epoch),
             PRECISIONS[config.precision],
             config.freeze_batch_norm,
-            partial(_fuse_prefix, side=preprocessing.crop_size, device=config.device),
+            partial(_fuse_prefix, preprocessing, config.device),
         )
         self._unfreeze(config.n_trainable_in(state.epoch))
         n_steps = config.max_epochs * self._n_steps_per_epoch
@@ -400,12 +400,12 @@ def warn_of_shared_gpu(device: torch.device) -> None:
 
 
 def _fuse_prefix(
-    prefix: nn.Sequential, *, side: int, device: torch.device
+    preprocessing: Preprocessing, device: torch.device, prefix: nn.Sequential
 ) -> nn.Sequential:
     """Return a copy of the frozen prefix with fused BatchNorm."""
     fused = copy.deepcopy(prefix).cpu().eval()
     with torch.no_grad():
-        fuse_batch_norm(fused, side)
+        fuse_batch_norm(fused, preprocessing.crop_size, preprocessing.n_channels)
     fused.to(device)
     return fused.to(memory_format=torch.channels_last)
 

@@ -115,6 +115,30 @@ def test_two_step_modes_equal_torchvision(
     np.testing.assert_array_equal(got, tvf.center_crop(padded, [28]))
 
 
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad+crop"])
+def test_one_channel_is_that_of_pillow(resize: str) -> None:
+    image = random_image(50, 31)
+    grey = Preprocessing(36, 28, "bicubic", (0.3,), (0.2,), resize)
+    assert grey.n_channels == 1
+    same = dataclasses.replace(grey, mean=grey.mean * 3, std=grey.std * 3)
+    resized = same(image.convert("L").convert("RGB"))
+    pixels = grey(image)
+    np.testing.assert_array_equal(pixels, resized)
+
+    got = Normalization(grey)(torch.from_numpy(pixels[None]))
+
+    assert got.shape == (1, 1, 28, 28)
+    expected = (pixels[None, None, :, :, 0] / 255 - 0.3) / 0.2
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_colored_pixels_are_normalized_to_their_luminance() -> None:
+    image = random_image(64, 64)  # such as random augmentation returns
+    preprocessing = Preprocessing(64, 64, mean=(0.0,), std=(1.0,))
+    got = Normalization(preprocessing)(torch.from_numpy(np.array(image)[None]))
+    np.testing.assert_array_equal((got[0, 0] * 255).round(), image.convert("L"))
+
+
 def test_padding_is_zero_after_normalization() -> None:
     preprocessing = Preprocessing(64, 56, resize="pad")
     pixels = torch.from_numpy(preprocessing(random_image(90, 30))[None])
@@ -212,6 +236,14 @@ def test_equals_transform_of_timm(
         got = Normalization(preprocessing)(torch.from_numpy(pixels[None]))[0]
         expected = data.create_transform(**cfg)(image)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+        if size == (100, 75):
+            # timm's datasets convert images to grey before the transform.
+            grey = {**cfg, "input_size": (1, 40, 40), "mean": (0.7,), "std": (0.4,)}
+            expected = data.create_transform(**grey)(image.convert("L"))
+            preprocessing = Preprocessing.from_timm(grey)
+            pixels = torch.from_numpy(preprocessing(image)[None])
+            got = Normalization(preprocessing)(pixels)[0]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
 def test_border_of_timm_rounds_the_shorter_side_as_timm() -> None:
@@ -248,6 +280,8 @@ def test_from_timm_takes_the_objects_of_timm() -> None:
         ("resnet18", TypeError, "cfg must be a pretrained_cfg of timm"),
         ({"architecture": "x"}, ValueError, "input_size in cfg must be .* Got None"),
         ({"input_size": (3, 1024, 768)}, ValueError, "side, side.*1024, 768"),
+        ({**TIMM_CFG, "input_size": (4, 8, 8)}, ValueError, "1 or 3 channels"),
+        ({**TIMM_CFG, "input_size": (1, 8, 8)}, ValueError, "for each channel of"),
         ({**TIMM_CFG, "crop_mode": "top"}, ValueError, "crop_mode in cfg must be one"),
         ({**TIMM_CFG, "interpolation": "random"}, ValueError, "interpolation must be"),
     ],
@@ -280,6 +314,7 @@ def test_equality_and_immutability() -> None:
         ({"resize": "stretch"}, r"resize must be one of \['crop', 'squash'"),
         ({"interpolation": "cubic"}, "interpolation must be one of .*bicubic"),
         ({"mean": (0.5,)}, "one finite number for each of red, green and blue"),
+        ({"mean": (0.5,) * 2, "std": (1.0,) * 2}, "or both have one for grey images"),
         ({"std": (1.0, 1.0, 0.0)}, "std must be positive"),
     ],
 )
