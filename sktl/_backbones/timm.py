@@ -233,8 +233,15 @@ def _describe_network(network: Any) -> NetworkStructure:
     return NetworkStructure(
         reason_not_staged="the stages of networks of timm are not known",
         has_fixed_image_size=is_fixed,
-        side_multiple=network.patch_embed.feat_ratio() if is_dynamic else 1,
+        side_multiple=_patch_size(network.patch_embed) if is_dynamic else 1,
     )
+
+
+def _patch_size(embedding: Any) -> int:
+    """Return the side of a patch, in pixels of the images."""
+    if hasattr(embedding, "feat_ratio"):  # of patches of activations, too
+        return embedding.feat_ratio()
+    return max(embedding.patch_size)
 
 
 def _adapt_state_dict(

@@ -203,7 +203,10 @@ def _download(url: str, path: Path, progress: bool) -> None:
         ) from error
 
 
-_RANDOM_FILLS = {Tensor.normal_, Tensor.uniform_}
+_RANDOM_FILLS: set[Callable[..., Tensor]] = {
+    *(Tensor.normal_, Tensor.uniform_),
+    *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_),
+}
 _RANDOM_FACTORIES = {torch.randn, torch.rand}
 
 
@@ -228,7 +231,7 @@ class skip_weight_allocation(TorchFunctionMode):
         """Call `func`, but without random values, and on the meta device."""
         kwargs = kwargs or {}
         if func in _RANDOM_FILLS:
-            return args[0]
+            return args[0] if args else kwargs["tensor"]  # as torch.nn.init passes it
         is_random = func in _RANDOM_FACTORIES
         if (is_random or func is torch.empty) and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}

@@ -1,5 +1,6 @@
 """Tests of sktl._backbones.hub, against a local server of the hub's calls."""
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -52,6 +53,15 @@ def _files(folder: Path) -> set[tuple[str, int, int]]:
         for path in folder.rglob("*")
         if not path.is_dir()
     }
+
+
+def _complete_files(folder: Path) -> list[Path]:
+    """List all weights files, and links to them, that have their final name."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.name == _NAME or (path.parent.name == "blobs" and not path.suffix)
+    ]
 
 
 def test_a_file_is_downloaded_once(
@@ -107,7 +117,8 @@ def test_without_a_connection_the_error_has_address_and_folder(
 ) -> None:
     hub.shutdown()
     hub.server_close()
-    with pytest.raises(ConnectionError, match="Connection refused") as caught:
+    # Some versions of the client say only that they have closed their connections.
+    with pytest.raises(ConnectionError, match=r"Connection refused|closed") as caught:
         _fetch()
     for part in (hub.address, str(tmp_path / "cache"), f"weights='path/to/{_NAME}'"):
         assert part in str(caught.value)
@@ -123,22 +134,24 @@ def test_offline_mode_requests_nothing(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("dies", [False, True])
-def test_a_download_that_breaks_off_is_resumed_or_raises(
-    hub: HubServer, tmp_path: Path, dies: bool
+def test_a_download_that_breaks_off_is_resumed(hub: HubServer) -> None:
+    hub.max_bytes = 8000  # each response is cut off, but brings more
+    paths = []
+    for _ in range(4):
+        with contextlib.suppress(ConnectionError):  # some versions resume later
+            paths.append(_fetch())
+    assert paths[-1].read_bytes() == hub.files[_KEY]
+    assert sum(request.startswith("GET") for request in hub.requests) > 2
+
+
+def test_a_server_that_dies_leaves_nothing_that_is_used(
+    hub: HubServer, tmp_path: Path
 ) -> None:
-    hub.max_bytes, hub.dies = 8000, dies
-    if not dies:  # each response is cut off, but each brings more
-        assert _fetch().read_bytes() == hub.files[_KEY]
-        assert sum(request.startswith("GET") for request in hub.requests) > 2
-        return
-    with pytest.raises(ConnectionError, match="could not be downloaded"):
-        _fetch()
-    cached = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-    assert all(path.stat().st_size < 8000 for path in cached)
-    assert not any(path.name == _NAME for path in cached)
-    with pytest.raises(ConnectionError):
-        _fetch()
+    hub.max_bytes, hub.dies = 8000, True
+    for _ in range(2):
+        with pytest.raises(ConnectionError, match="could not be downloaded"):
+            _fetch()
+    assert _complete_files(tmp_path / "cache") == []
 
 
 def test_other_content_raises_until_it_is_deleted(hub: HubServer) -> None:
@@ -185,12 +198,13 @@ def test_a_full_disk_raises(
     monkeypatch.setattr(shutil, "disk_usage", full)
     with pytest.raises(ConnectionError, match="No space left on device"):
         _fetch()
-    assert not [path for path in tmp_path.rglob("*") if path.name.endswith("complete")]
+    assert _complete_files(tmp_path / "cache") == []
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="requires a user")
 def test_a_cache_that_cannot_be_written_raises(hub: HubServer, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir(mode=0o500)
+    if os.access(tmp_path / "cache", os.W_OK):
+        pytest.skip("requires a user who cannot write to every folder")
     with pytest.raises(ConnectionError, match="Permission denied"):
         _fetch()
 

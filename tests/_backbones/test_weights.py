@@ -6,7 +6,7 @@ import pickle
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -301,6 +301,25 @@ def test_weights_are_converted_to_the_types_of_the_network(layer: nn.Linear) -> 
     load_weights_into(network, half, "they")
     assert network.weight.dtype == torch.float32
     assert torch.equal(network.weight, half["weight"].float())
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda: nn.init.normal_(torch.zeros(3), std=2.0),
+        lambda: nn.init.uniform_(torch.zeros(3)),
+        lambda: nn.init.kaiming_uniform_(torch.zeros(3, 3)),
+        lambda: nn.init.trunc_normal_(torch.zeros(3)),
+        lambda: torch.zeros(3).normal_(),
+        lambda: torch.randn(3) * 2,
+        lambda: torch.rand(3),
+    ],
+)
+def test_nothing_is_drawn_without_values(create: Callable[[], torch.Tensor]) -> None:
+    before = torch.get_rng_state()
+    with skip_weight_allocation():
+        assert len(create()) == 3
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
