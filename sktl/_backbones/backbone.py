@@ -183,6 +183,18 @@ class Backbone:
         return self._require_stages().head
 
     @property
+    def neck(self) -> nn.Module | None:
+        """The module from the output of the last stage to the penultimate features.
+
+        From the images, if the network cannot be split. None if the penultimate
+        features are the input of the last linear layer.
+        """
+        if self.staged_model is not None:
+            return self.staged_model.neck
+        blocks = self.structure.neck
+        return None if blocks is None else nn.Sequential(*blocks)
+
+    @property
     def reason_without_stages(self) -> str | None:
         """Why the network has no stages, or None if it has stages."""
         return self.structure.reason_not_staged
@@ -204,6 +216,16 @@ class Backbone:
                 "stage or a module instead."
             )
         return name
+
+    @property
+    def missing_below_penultimate(self) -> list[str]:
+        """Names of missing tensors that the penultimate features need."""
+        if self.neck is None:
+            own = f"{self.penultimate}."
+            return [name for name in self.missing_head if not name.startswith(own)]
+        needed = {id(parameter) for parameter in self.neck.parameters()}
+        tensors = dict(self.network.named_parameters())
+        return [name for name in self.missing_head if id(tensors.get(name)) in needed]
 
     @property
     def last_linear(self) -> nn.Module:

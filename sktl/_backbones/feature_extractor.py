@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.layouts import is_channels_last
 from sktl._backbones.pooling import patch_map, pool
+from sktl._backbones.traced import meta_tensors
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.default_dtype import float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
@@ -89,24 +90,32 @@ class FeatureExtractor(nn.Module):
         self._n_prefix_tokens = {n: structure.n_prefix_tokens(n) for n in self._layers}
         self._has_class_token = structure.has_class_token
 
-        memo = _meta_tensors(backbone.network) if on_meta else {}
-        self._stages = [name for name in stages if name in self._layers]
-        if len(self._stages) == len(self._layers):
-            # Stages above the highest requested one are neither copied nor computed.
-            n_stages = list(stages).index(self._stages[-1]) + 1
-            needed = dict(list(stages.items())[:n_stages])
+        memo = meta_tensors(backbone.network) if on_meta else {}
+        parts = dict(stages)
+        if backbone.neck is not None:
+            parts[PENULTIMATE] = backbone.neck
+        self._of_parts = [name for name in parts if name in self._layers]
+        if len(self._of_parts) == len(self._layers):
+            # Parts above the highest requested one are neither copied nor computed.
+            n_parts = list(parts).index(self._of_parts[-1]) + 1
+            needed = dict(list(parts.items())[:n_parts])
             self._parts = nn.ModuleDict(copy.deepcopy(needed, memo))
             network = None
         else:
-            parts = {**stages, "head": backbone.head} if self._stages else {}
+            if not self._of_parts:
+                parts = {}
+            elif stages:
+                parts["head"] = backbone.head
             # Copied in one call, so that modules stay shared between both.
             network, parts = copy.deepcopy((backbone.network, parts), memo)
-            self._parts = nn.ModuleDict(parts or {"network": network})
+            if "head" not in parts:
+                parts["network"] = network
+            self._parts = nn.ModuleDict(parts)
 
         # Threads may use the extractor at the same time: each has its own results.
         self._pass = threading.local()
         for layer in self._layers:
-            if layer in stages or network is None:
+            if layer in self._of_parts or network is None:
                 continue
             if layer == PENULTIMATE:
                 module = network.get_submodule(backbone.penultimate)
@@ -124,12 +133,16 @@ class FeatureExtractor(nn.Module):
         self._pass.rows, self._pass.shapes = rows, {}
         self._pass.lacks_weights = ""
         for name, part in self._parts.items():
+            if name == PENULTIMATE:  # beside the way from stages to the outputs
+                if name in self._of_parts:
+                    self._record(name, part(x))
+                continue
             x = part(x)
-            if name in self._stages:
+            if name in self._of_parts:
                 self._record(name, x)
         for layer in self._layers:
             if layer not in rows:
-                by_stage = " stage by stage" if self._stages else ""
+                by_stage = " stage by stage" if self._of_parts else ""
                 raise ValueError(
                     f"The module {layer!r} does not run when the network predicts"
                     f"{by_stage}, so it has no features. Choose another layer"
@@ -273,7 +286,9 @@ def _channels_last(backbone: Backbone, layers: Sequence[str]) -> dict[str, bool]
     unknown = []
     for layer in layers:
         if layer == PENULTIMATE:
-            known[layer] = isinstance(backbone.last_linear, nn.Linear)
+            known[layer] = backbone.neck is None and isinstance(
+                backbone.last_linear, nn.Linear
+            )
         elif layer not in known:
             found = backbone.structure.is_channels_last(layer)
             if found is None:
@@ -384,16 +399,6 @@ def reraise_invalid_size(side: int) -> Iterator[None]:
         ) from error
 
 
-def _meta_tensors(network: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy` that replaces all tensors by meta tensors."""
-    memo: dict[int, Any] = {}
-    for parameter in network.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), False)
-    for buffer in network.buffers():
-        memo[id(buffer)] = buffer.to("meta")
-    return memo
-
-
 def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -> None:
     """Raise if a backbone has no layer of that name."""
     modules = [name for name, _ in backbone.network.named_modules() if name]
@@ -403,7 +408,15 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
     if layer in stages or (layer in modules and not (is_stage_name and stages)):
         return
     if layer == PENULTIMATE:
-        _ = backbone.penultimate  # raises if there is no linear layer
+        if backbone.neck is None:
+            _ = backbone.penultimate  # raises if there is no linear layer
+        elif backbone.missing_below_penultimate:
+            raise ValueError(
+                f"The layer {layer!r} requires "
+                f"{backbone.missing_below_penultimate[0]}, which is missing in the "
+                f"weights of {backbone.name!r}. Choose a stage or another layer "
+                "below, or weights with a head."
+            )
         return
     if is_stage_name:
         _ = backbone.stages  # raises if there are no stages

@@ -340,6 +340,8 @@ def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructur
         neck=None
         if structure.neck is None
         else [*neck_blocks, *list(head.children())[:-1]],
+        trunk_channels_last=(),
+        trunk_sides=None,
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
     )

@@ -51,9 +51,12 @@ class NetworkStructure:
         Blocks from the output of the last stage, or from the images if the network
         cannot be split, to the penultimate features. None: the blocks of the head
         before its last linear layer.
-    is_trunk_channels_last : bool
-        Whether the blocks pass activations of shape ``(n, h, w, c)``, not
-        ``(n, c, h, w)``.
+    trunk_channels_last : sequence of bool
+        Whether the output of each block of the trunk is ``(n, h, w, c)``, not
+        ``(n, c, h, w)`` or ``(n, tokens, c)``. Empty: of none.
+    trunk_sides : sequence of float or None
+        Side of the images, then of the output of each block of the trunk, in
+        positions. None: to be measured.
     has_fixed_image_size : bool
         Whether the network supports only images of one size.
     side_multiple : int
@@ -74,7 +77,8 @@ class NetworkStructure:
     head: Sequence[nn.Module] = ()
     neck: Sequence[nn.Module] | None = None
     reason_not_staged: str | None = None
-    is_trunk_channels_last: bool = False
+    trunk_channels_last: Sequence[bool] = ()
+    trunk_sides: Sequence[float] | None = None
     has_fixed_image_size: bool = False
     side_multiple: int = 1
     is_channels_last: Callable[[str], bool | None] = _is_channels_first

@@ -14,6 +14,7 @@ the same to the network.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from sktl._backbones.unwrap import Head
 
 # Names with another meaning where the name of a stage is expected.
 _RESERVED = {"head", "neck", "network", "penultimate"}
+_N_EQUAL_STAGES = 4  # of a network that keeps one resolution, after its stem
+_LARGE_BLOCK = 0.25  # size of a block that counts, relative to the largest one
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +41,14 @@ class StagedModel:
     head : Module
         From the output of the last stage to that of the network: pooling, flattening
         and the classifier.
+    neck : Module or None
+        From the output of the last stage to the penultimate features; None if these
+        are the input of the last linear layer of the head.
     """
 
     stages: dict[str, nn.Module]
     head: nn.Module
+    neck: nn.Module | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run stages and head: the output of the network for ``(n, 3, h, w)``."""
@@ -113,17 +120,27 @@ def split_into_stages(
         raise ValueError(f"No stages: {structure.reason_not_staged}.")
     if structure.stages is not None:
         (head,) = structure.head
-        return StagedModel(dict(structure.stages), head)
-    groups = _group(structure.trunk, image_size, n_channels)
-    head_blocks = list(structure.head)
-    if structure.is_trunk_channels_last:
-        # Blocks pass (n, h, w, c); input and output of a stage are (n, c, h, w).
-        to_last, to_first = Permute([0, 2, 3, 1]), Permute([0, 3, 1, 2])
-        groups = [[to_last, *group, to_first] for group in groups]
-        del groups[0][0]
-        head_blocks = [to_last, *head_blocks]
-    sequences = (nn.Sequential(*group) for group in groups)
-    return StagedModel(_named(sequences), nn.Sequential(*head_blocks))
+        neck = None if structure.neck is None else nn.Sequential(*structure.neck)
+        return StagedModel(dict(structure.stages), head, neck)
+    blocks = structure.trunk
+    sides = structure.trunk_sides
+    if sides is None:
+        sides = _measure_sides(blocks, image_size, n_channels)
+    sequences = []
+    before: list[nn.Module] = []
+    for group in group_blocks(blocks, sides):
+        modules = [*before, *(blocks[index] for index in group)]
+        before = []
+        if structure.trunk_channels_last and structure.trunk_channels_last[group[-1]]:
+            # Blocks pass (n, h, w, c); input and output of a stage are (n, c, h, w).
+            modules.append(Permute([0, 3, 1, 2]))
+            before = [Permute([0, 2, 3, 1])]
+        sequences.append(nn.Sequential(*modules))
+    neck = None
+    if structure.neck is not None:
+        neck = nn.Sequential(*before, *structure.neck)
+    head = nn.Sequential(*before, *structure.head)
+    return StagedModel(_named(sequences), head, neck)
 
 
 def check_stage_name(name: object) -> None:
@@ -154,8 +171,12 @@ def last_linear(network: nn.Module, structure: NetworkStructure) -> str | None:
     """
     is_staged = structure.reason_not_staged is None
     types = (nn.Linear, nn.Conv2d) if is_staged else (nn.Linear,)
-    scope = structure.head if is_staged else [network]
-    searched = {module for block in scope for module in block.modules()}
+    searched = _modules(structure.head if is_staged else [network])
+    if structure.neck is not None:
+        # Layers of the neck are below the penultimate features. It may consist of
+        # other modules with the same parameters.
+        below = {p for block in structure.neck for p in block.parameters()}
+        searched = {m for m in searched if below.isdisjoint(m.parameters())}
     for type_ in types:
         names = [
             name
@@ -218,52 +239,98 @@ def _own_stages(stages: Any) -> dict[str, nn.Module]:
 
 
 def _named(stages: Iterable[nn.Module]) -> dict[str, nn.Module]:
-    return {
-        f"stage{depth}" if depth else "stem": stage
-        for depth, stage in enumerate(stages)
-    }
+    return {stage_name(depth): stage for depth, stage in enumerate(stages)}
 
 
-def _group(
-    blocks: Sequence[nn.Module], image_size: int, n_channels: int
-) -> list[list[nn.Module]]:
-    """Group blocks into stages."""
-    runs: list[list[nn.Module]] = [[]]
-    halvings_of_blocks = _halvings(blocks, image_size, n_channels)
-    for block, halvings in zip(blocks, halvings_of_blocks, strict=True):
+def stage_name(depth: int) -> str:
+    """Return the name of a stage, counted from 0."""
+    return f"stage{depth}" if depth else "stem"
+
+
+def group_blocks(
+    blocks: Sequence[nn.Module], sides: Sequence[float]
+) -> list[list[int]]:
+    """Group blocks into stages.
+
+    Parameters
+    ----------
+    blocks : sequence of Module
+        In the order in which they run.
+    sides : sequence of float
+        Side of the input of the first block, then that of the output of each block.
+
+    Returns
+    -------
+    list of list of int
+        Indices of the blocks of each stage.
+    """
+    runs: list[list[int]] = [[]]
+    for index, (before, after) in enumerate(pairwise(sides)):
+        halvings = n_halvings(before, after)
         if halvings >= 1:
             runs.append([])
-        runs[-1].append(block)
+        runs[-1].append(index)
         if halvings >= 2:
             runs.append([])
-    stages: list[list[nn.Module]] = [[]]
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    stages: list[list[int]] = [[]]
     for run in runs:
-        if _has_parameters(run) and _has_parameters(stages[-1]):
+        if any(sizes[i] for i in run) and any(sizes[i] for i in stages[-1]):
             stages.append([])
         stages[-1].extend(run)
+    if len(stages) == 2:
+        # One resolution, as in a vision transformer.
+        stages = _equal_stages(stages[0], stages[1], sizes)
     return stages
 
 
-def _halvings(
+def _equal_stages(
+    stem: list[int], others: list[int], sizes: Sequence[int]
+) -> list[list[int]]:
+    """Split the blocks after a stem into stages of the same number of large blocks."""
+    threshold = _LARGE_BLOCK * max(sizes[index] for index in others)
+    starts = [i for i in others if sizes[i] >= threshold]
+    if len(starts) < _N_EQUAL_STAGES:
+        return [stem, others]
+    bounds = [
+        starts[len(starts) * k // _N_EQUAL_STAGES] for k in range(_N_EQUAL_STAGES)
+    ]
+    ends = [*bounds[1:], others[-1] + 1]
+    stages = [list(range(*span)) for span in zip(bounds, ends, strict=True)]
+    return [[*stem, *range(others[0], bounds[0])], *stages]
+
+
+def n_halvings(before: float, after: float) -> int:
+    """Return how many times a side is halved."""
+    # Rounded: a pooling layer without padding reduces 13 to 6.
+    return round(math.log2(before / after))
+
+
+def map_side(x: Tensor) -> float:
+    """Return the side of a map, or of that whose positions are tokens.
+
+    Parameters
+    ----------
+    x : Tensor of shape (n, c, h, w), (n, h, w, c) or (n, tokens, c)
+        Activations. Class tokens among many others have little effect.
+    """
+    # The last but one axis is a side in (n, c, h, w) and in (n, h, w, c).
+    return math.sqrt(x.shape[1]) if x.ndim == 3 else x.shape[-2]
+
+
+def _measure_sides(
     blocks: Sequence[nn.Module], image_size: int, n_channels: int
-) -> list[int]:
-    """Return how many times each block halves the resolution."""
+) -> list[float]:
+    """Return the sides of the input of the first block, and of all outputs."""
     # Tensors on the meta device have shapes, but no values: this is fast, and works
     # before the weights are loaded.
-    halvings = []
     shape = (1, n_channels, image_size, image_size)
     x = torch.empty(shape, device="meta", dtype=torch.float32)
+    sides = [map_side(x)]
     with torch.no_grad():
         for block in blocks:
-            # The last but one axis is a side in (n, c, h, w) and in (n, h, w, c).
-            before = x.shape[-2]
             tensors = {**dict(block.named_parameters()), **dict(block.named_buffers())}
             on_meta = {name: value.to("meta") for name, value in tensors.items()}
             x = torch.func.functional_call(block, on_meta, (x,))
-            # Rounded: a pooling layer without padding reduces 13 to 6.
-            halvings.append(round(math.log2(before / x.shape[-2])))
-    return halvings
-
-
-def _has_parameters(blocks: list[nn.Module]) -> bool:
-    return any(True for block in blocks for _ in block.parameters())
+            sides.append(map_side(x))
+    return sides

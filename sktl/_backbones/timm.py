@@ -18,7 +18,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -28,6 +28,7 @@ from torchvision import models
 
 from sktl._backbones.hub import fetch_hub_file
 from sktl._backbones.source import BackboneDefinition, NetworkStructure, weights_path
+from sktl._backbones.timm_structure import describe_network
 from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import fetch_weights, skip_weight_allocation
 from sktl._images.preprocessing import Preprocessing
@@ -230,8 +231,8 @@ def _build(model: _Model, options: dict[str, Any]) -> Any:
 def _describe_network(network: Any) -> NetworkStructure:
     is_dynamic = getattr(network, "dynamic_img_size", False)
     is_fixed = network.pretrained_cfg["fixed_input_size"] and not is_dynamic
-    return NetworkStructure(
-        reason_not_staged="the stages of networks of timm are not known",
+    return replace(
+        describe_network(network),
         has_fixed_image_size=is_fixed,
         side_multiple=_patch_size(network.patch_embed) if is_dynamic else 1,
     )

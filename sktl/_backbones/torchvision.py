@@ -157,7 +157,8 @@ def describe_network(network: nn.Module) -> NetworkStructure:
         structure = replace(structure, reason_not_staged=reason)
     return replace(
         structure,
-        is_trunk_channels_last=type(network) is models.SwinTransformer,
+        trunk_channels_last=(type(network) is models.SwinTransformer,)
+        * len(structure.trunk),
         has_fixed_image_size=isinstance(
             network, models.VisionTransformer | models.MaxVit
         ),

@@ -1,0 +1,341 @@
+"""Structure of the networks of timm: trunk, neck and head, from recorded methods.
+
+All networks of timm have the methods ``forward_features`` and ``forward_head``, whose
+argument ``pre_logits`` returns the penultimate features. What they do is recorded and
+cut, so no architecture needs a description of its own. What depends on these methods
+and on other names of timm is in this module; it does not import timm.
+"""
+
+import contextlib
+import copy
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sktl._backbones.source import NetworkStructure
+from sktl._backbones.stages import group_blocks, map_side, n_halvings, stage_name
+from sktl._backbones.steps import Step
+from sktl._backbones.traced import (
+    Forward,
+    MetaNetwork,
+    Values,
+    meta_tensors,
+    record,
+)
+from sktl._backbones.traced_blocks import Block, cut, layout_of
+
+_LARGE = 0.5  # share of the parameters with which a module is worth opening
+_MAX_OPENED = 40
+_DEFAULT_SIDE = 224
+
+Pair = tuple[Tensor, Tensor]
+
+
+class WholeNetwork(nn.Module):
+    """A network of timm without its classifier: images to penultimate features.
+
+    Parameters
+    ----------
+    network : Module
+        Network; its parameters are used, not copied.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        tensors = [*network.parameters(), *network.buffers()]
+        # The modules are copied, since the classifier is removed from them.
+        copied: Any = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
+        copied.reset_classifier(0)
+        self.network = copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the penultimate features of images."""
+        features: Tensor = _penultimate(self.network, _features(self.network, x))
+        return features
+
+
+def is_timm_network(network: nn.Module) -> bool:
+    """Return whether a network has the methods that networks of timm have."""
+    methods = ("forward_features", "forward_head", "reset_classifier")
+    return all(callable(getattr(network, name, None)) for name in methods)
+
+
+def describe_network(network: nn.Module) -> NetworkStructure:
+    """Describe a network of timm.
+
+    Parameters
+    ----------
+    network : Module
+        Network in evaluation mode; the values of its parameters are not read.
+
+    Returns
+    -------
+    NetworkStructure
+        With the blocks of trunk, neck and head; or with the reason why there are none
+        and, as the neck, the whole network up to its penultimate features.
+    """
+    kind = type(network).__name__
+    layers = _Layers(network)
+    try:
+        on_meta = MetaNetwork(network)
+        trunk, sides = _trunk(on_meta)
+        neck, head = _neck_and_head(on_meta, trunk[-1].outputs)
+    except Exception as error:
+        # Broad on purpose: code of any architecture runs on symbols.
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        return _not_staged(network, layers, f"a {kind} cannot be cut: {line}")
+    modules = [block.module for block in trunk]
+    layers.groups = [
+        [trunk[i] for i in group] for group in group_blocks(modules, sides)
+    ]
+    if len(layers.groups) == 1:
+        reason = (
+            f"a {kind} has no layer between its first and its last one where a single "
+            "tensor carries all features"
+        )
+        return _not_staged(network, layers, reason)
+    return NetworkStructure(
+        trunk=modules,
+        trunk_sides=sides,
+        trunk_channels_last=[block.layout == "NHWC" for block in trunk],
+        neck=[block.module for block in neck],
+        head=[block.module for block in head],
+        is_channels_last=layers.is_channels_last,
+        n_prefix_tokens=layers.n_prefix_tokens,
+    )
+
+
+def _not_staged(network: nn.Module, layers: "_Layers", reason: str) -> NetworkStructure:
+    layers.groups = []
+    return NetworkStructure(
+        neck=[WholeNetwork(network)],
+        reason_not_staged=reason,
+        is_channels_last=layers.is_channels_last,
+        n_prefix_tokens=layers.n_prefix_tokens,
+    )
+
+
+class _Layers:
+    """Layouts of the layers of a network, by name.
+
+    Attributes
+    ----------
+    groups : list of list of Block
+        Blocks of each stage.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self.groups: list[list[Block]] = []
+
+    def is_channels_last(self, layer: str) -> bool | None:
+        """Return whether maps of a layer are ``(n, h, w, c)``, or None."""
+        if layer in self._stages:
+            return False
+        layout, _ = self._layouts.get(layer, (None, 0))
+        return {"NHWC": True, "NCHW": False}.get(str(layout))
+
+    def n_prefix_tokens(self, layer: str) -> int:
+        """Return the number of class and register tokens of a layer."""
+        if layer in self._stages:
+            return self._stages[layer][-1].n_prefix
+        return self._layouts.get(layer, (None, 0))[1]
+
+    @property
+    def _stages(self) -> dict[str, list[Block]]:
+        return {stage_name(depth): group for depth, group in enumerate(self.groups)}
+
+    @functools.cached_property
+    def _layouts(self) -> dict[str, tuple[str, int]]:
+        """Layout and number of prefix tokens of the output of each module."""
+        on_meta = copy.deepcopy(self._network, meta_tensors(self._network))
+        outputs: list[dict[str, Any]] = []
+
+        def hook(name: str) -> Any:
+            return lambda module, inputs, output: outputs[-1].update({name: output})
+
+        for name, module in on_meta.named_modules():
+            module.register_forward_hook(hook(name))
+        pairs = _inputs(self._network)
+        for x in pairs[0]:
+            outputs.append({})
+            # The network may support images of one size only, or read values.
+            with torch.no_grad(), contextlib.suppress(Exception):
+                on_meta(x)
+        first, second = outputs
+        batches = (len(pairs[0][0]), len(pairs[0][1]))
+        found = {
+            name: layout_of((first[name], second[name]), batches)
+            for name in first.keys() & second.keys()
+        }
+        return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _features(network: Any, x: Any) -> Any:
+    return network.forward_features(x)
+
+
+def _logits(network: Any, x: Any) -> Any:
+    return network.forward_head(x)
+
+
+def _penultimate(network: Any, x: Any) -> Any:
+    return network.forward_head(x, pre_logits=True)
+
+
+def _inputs(network: nn.Module) -> list[Pair]:
+    """Return images of two sizes, and of one for networks that support no other."""
+    config: Any = getattr(network, "pretrained_cfg", None) or {}
+    channels, side, _ = config.get("input_size") or (3, _DEFAULT_SIDE, _DEFAULT_SIDE)
+    shapes = [(2, side), (3, 2 * side), (3, side)]
+    images, larger, equal = (
+        torch.empty(n, channels, s, s, device="meta", dtype=torch.float32)
+        for n, s in shapes
+    )
+    return [(images, larger), (images, equal)]
+
+
+def _trunk(on_meta: MetaNetwork) -> tuple[list[Block], list[float]]:
+    """Return the blocks from the images to what `forward_features` returns.
+
+    Also the sides of the images, and of the output of each block.
+    """
+    any_size, one_size = _inputs(on_meta.network)
+    try:
+        blocks = _Opener(on_meta, _features, any_size, _worth_opening).blocks()
+    except Exception:
+        # Broad on purpose: as above.
+        blocks = _Opener(on_meta, _features, one_size, _worth_opening).blocks()
+    tensors = [any_size[0], *(block.outputs[0] for block in blocks)]
+    return blocks, [map_side(x) for x in tensors]
+
+
+def _neck_and_head(
+    on_meta: MetaNetwork, inputs: Pair
+) -> tuple[list[Block], list[Block]]:
+    """Return the blocks from there to penultimate features and to the outputs."""
+    neck = _Opener(on_meta, _penultimate, inputs, _with_argument)
+    head = _Opener(on_meta, _logits, inputs, lambda opener: ())
+    blocks = neck.blocks()
+    head.opened = neck.opened
+    return blocks, head.blocks()
+
+
+class _Opener:
+    """Records a function, and opens modules as long as this gives more blocks.
+
+    Parameters
+    ----------
+    on_meta, forward, inputs
+        As in `record`.
+    worth_opening : callable
+        Takes the opener; returns names of modules.
+
+    Attributes
+    ----------
+    opened, closed : set of str
+        Names of modules that are recorded step by step, and that cannot be.
+    last : Record
+        The last valid record.
+    """
+
+    def __init__(
+        self,
+        on_meta: MetaNetwork,
+        forward: Forward,
+        inputs: Pair,
+        worth_opening: Any,
+    ) -> None:
+        self.on_meta, self.forward, self.inputs = on_meta, forward, inputs
+        self.network = on_meta.network
+        self._worth_opening = worth_opening
+        self.opened: set[str] = set()
+        self.closed: set[str] = set()
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks."""
+        self.last = record(self.on_meta, self.forward, self.inputs, self.opened)
+        blocks = cut(self.network, self.last)
+        for _ in range(_MAX_OPENED):
+            names = set(self._worth_opening(self)) - self.opened - self.closed
+            if not names:
+                break
+            name = min(names)
+            opened = self._blocks_if_opened(name)
+            if opened is None:
+                self.closed.add(name)
+            else:
+                self.opened.add(name)
+                blocks = opened
+        return blocks
+
+    def _blocks_if_opened(self, name: str) -> list[Block] | None:
+        """Return the blocks with another module recorded step by step, if possible."""
+        arguments = (self.on_meta, self.forward, self.inputs, {*self.opened, name})
+        try:
+            opened = record(*arguments)
+            in_training = record(*arguments, training=True)
+            blocks = cut(self.network, opened)
+        except Exception:
+            # Broad on purpose: code of any architecture runs on symbols.
+            return None
+        # The steps of one mode must be right in both.
+        if [str(s) for s in opened.steps] != [str(s) for s in in_training.steps]:
+            return None
+        self.last = opened
+        return blocks
+
+    def input(self, step: Step) -> Values:
+        """Return the first input of a step."""
+        refs = step.refs()
+        return self.last.values[refs[0]] if refs else (None, None)
+
+    def side(self, values: Values) -> float:
+        """Return the side of a map, or 0 for anything else."""
+        if isinstance(values[0], tuple | list) and values[0]:  # a map and its sides
+            values = (values[0][0], values[1][0])
+        layout = layout_of(values, (len(self.inputs[0]), len(self.inputs[1])))
+        return 0 if layout in (None, ("NC", 0)) else map_side(values[0])
+
+    def calls(self) -> list[tuple[str, nn.Module, Step, Any]]:
+        """Return the calls of modules: name, module, step and results."""
+        pairs = zip(self.last.steps, self.last.values, strict=True)
+        return [
+            (step.target[0], self.network.get_submodule(step.target[0]), step, values)
+            for step, values in pairs
+            if step.kind == "module" and step.target[1] == "__call__"
+        ]
+
+
+def _worth_opening(opener: _Opener) -> list[str]:
+    """Return modules with a large part of a trunk, or with several resolutions."""
+    calls = opener.calls()
+    total = sum(_n_parameters(module) for _, module, _, _ in calls)
+    names = []
+    n_before = 0
+    for name, module, step, results in calls:
+        n_own = _n_parameters(module)
+        is_large = n_own > _LARGE * total
+        # The first one may be the embedding of patches, which is the stem.
+        if n_before and n_own and not is_large:
+            sides = [opener.side(values) for values in (opener.input(step), results)]
+            is_large = 0 not in sides and n_halvings(*sides) >= 2
+        if is_large and any(True for _ in module.children()):
+            names.append(name)
+        n_before += n_own
+    return names
+
+
+def _with_argument(opener: _Opener) -> list[str]:
+    """Return modules that know themselves what penultimate features are."""
+    return [
+        name
+        for name, _, step, _ in opener.calls()
+        if "pre_logits" in (step.kwargs or {})
+    ]
+
+
+def _n_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

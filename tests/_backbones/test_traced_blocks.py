@@ -1,0 +1,132 @@
+"""Cutting of recorded steps into blocks that pass one tensor."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sktl._backbones.traced import MetaNetwork, record
+from sktl._backbones.traced_blocks import TracedBlock, cut, layout_of
+
+
+class Rotary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def embedding(self, shape: list[int]) -> torch.Tensor:
+        return self.scale * torch.arange(math.prod(shape))[:, None]
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :1], self.linear(x[:, 1:]) + rotary], 1)
+
+
+class Transformer(nn.Module):
+    """Blocks share positions that depend on the sides of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 6, 4, stride=4)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.rotary = Rotary()
+        self.blocks = nn.ModuleList([Attention(), Attention()])
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        n, _, height, width = x.shape
+        rotary = self.rotary.embedding([height, width])
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(n, -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x, rotary=rotary)
+        return self.norm(x)
+
+
+def blocks_of(network):
+    images = [torch.empty(n, 3, 16 * n, 16 * n, device="meta") for n in (2, 3)]
+    return cut(network, record(MetaNetwork(network), lambda n, x: n(x), tuple(images)))
+
+
+@pytest.mark.parametrize("side", [16, 40])
+def test_blocks_are_the_network(side):
+    network = Transformer()
+    blocks = blocks_of(network)
+    assert [block.layout for block in blocks[:2]] == ["NCHW", "NLC"]
+    assert [block.n_prefix for block in blocks[-3:]] == [1, 1, 1]
+    assert blocks[0].module is network.embed
+    assert blocks[-1].module is network.norm
+    x = torch.randn(5, 3, side, side)
+    got = nn.Sequential(*(block.module for block in blocks))(x)
+    assert torch.equal(got, network(x))
+
+
+def test_blocks_share_parameters_also_when_copied_and_pickled():
+    network = Transformer()
+    parts = nn.Sequential(*(block.module for block in blocks_of(network)))
+    assert set(parts.parameters()) == set(network.parameters())
+    copied, copied_parts = copy.deepcopy((network, parts))
+    assert set(copied_parts.parameters()) == set(copied.parameters())
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(pickle.loads(pickle.dumps(parts))(x), network(x))
+    # Gradients reach all parameters.
+    parts(x).sum().backward()
+    assert network.rotary.scale.grad is not None
+
+
+def test_printed_blocks_tell_the_steps():
+    block = blocks_of(Transformer())[-2].module
+    assert isinstance(block, TracedBlock)
+    assert "module blocks_1.__call__(%0, rotary=%" in str(block)
+    assert "0x" not in str(block)  # no address, which differs between processes
+
+
+class TwoPaths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, 3, 1) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.a(x)
+        return x + self.c(self.b(x))
+
+
+def test_no_cut_beside_a_residual_connection():
+    first, second = blocks_of(TwoPaths())
+    assert isinstance(first.module, nn.Conv2d)
+    assert len(list(second.module.children())) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((2, 5, 7, 7), (3, 5, 14, 14), ("NCHW", 0)),
+        ((2, 7, 7, 5), (3, 14, 14, 5), ("NHWC", 0)),
+        ((2, 50, 5), (3, 197, 5), ("NLC", 1)),
+        ((2, 49, 5), (3, 196, 5), ("NLC", 0)),
+        ((2, 5), (3, 5), ("NC", 0)),
+        ((2, 5, 49), (3, 5, 196), None),
+        ((8, 5, 7, 7), (12, 5, 7, 7), None),  # windows of the images
+        ((2, 4, 7, 5), (3, 4, 14, 5), None),
+        ((2,), (3,), None),
+    ],
+)
+def test_layout(first, second, expected):
+    tensors = (torch.empty(first), torch.empty(second))
+    assert layout_of(tensors, (2, 3)) == expected
+
+
+def test_one_tensor_must_be_returned():
+    network = nn.Identity()
+    images = tuple(torch.empty(n, 3, 8, 8, device="meta") for n in (2, 3))
+    with pytest.raises(TypeError, match="return one tensor"):
+        cut(network, record(MetaNetwork(network), lambda n, x: (x, x), images))
