@@ -18,7 +18,7 @@ from sklearn.pipeline import make_pipeline
 from torch import Tensor, nn
 from torchvision import models
 
-from sktl import PretrainedFeatures
+from sktl import PretrainedClassifier, PretrainedFeatures
 from sktl._backbones import registry
 from sktl._backbones import timm as source
 from sktl._backbones.registry import BackboneSpec, load_backbone
@@ -90,7 +90,7 @@ def test_networks_are_those_of_timm(name: str, tmp_path: Path) -> None:
         ("timm/test_vit.a1", r"no weights 'a1' for 'timm/test_vit'.* tags r160_in1k\."),
         ("timm/test_vit@", "revision must follow"),
         ("timm/tv_resnet50", r"mean timm/resnet50\.tv_in1k\?"),
-        ("timm/test_coatnet", "has no pretrained weights .* Set weights=None"),
+        ("timm/efficientnet_b6", "has no pretrained weights .* Set weights=None"),
     ],
 )
 def test_invalid_names_raise(name: str, message: str) -> None:
@@ -187,7 +187,7 @@ def test_positions_are_resampled_as_timm_does(tmp_path: Path) -> None:
 
 
 def test_networks_of_one_size_refuse_others() -> None:
-    backbone = load_backbone("timm/test_maxvit", None)
+    backbone = load_backbone("timm/levit_128s", None)
     side = backbone.preprocessing.crop_size
     with pytest.raises(ValueError, match=rf"supports only images of {side} pixels"):
         backbone.preprocessing_at(96)
@@ -259,6 +259,20 @@ def test_categories_are_those_of_timm() -> None:
         assert info.index_to_description(index).startswith(large[index])
     headless = source.resolve("timm/vit_small_patch14_dinov2", None, False)
     assert headless.categories is None
+
+
+def test_categories_are_predicted(tmp_path: Path) -> None:
+    network = _created("test_resnet")
+    path = _saved(tmp_path, network.state_dict())
+    X = np.random.default_rng(0).integers(0, 256, (2, 170, 170, 3), np.uint8)
+    classifier = PretrainedClassifier("timm/test_resnet", weights=path).fit(X)
+    config = timm.data.resolve_model_data_config(network)
+    transform = timm.data.create_transform(**config, is_training=False)
+    x = torch.stack([transform(Image.fromarray(each)) for each in X])
+    with torch.inference_mode():
+        indices = network(x).argmax(1)
+    names = models.ResNet18_Weights.DEFAULT.meta["categories"]
+    assert list(classifier.predict(X)) == [names[i] for i in indices]
 
 
 def test_tags_differ_in_preprocessing() -> None:
