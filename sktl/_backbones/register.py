@@ -49,8 +49,8 @@ def register_backbone(
         as in ``network.named_modules()``. A part of ``forward`` that is not a module of
         the network is passed as a module of torch without parameters, such as
         ``nn.Flatten(1)``. The network itself and the names in its state dict do not
-        change. None: an instance of a class of ``torchvision.models`` has the same
-        stages as torchvision's networks; any other network has stages if it has
+        change. None: an instance of a class of ``torchvision.models`` or of timm has
+        the same stages as their networks; any other network has stages if it has
         attributes ``stages`` (a ModuleDict, or modules in order) and ``head``.
 
     head : list of str, default=None

@@ -8,7 +8,7 @@ from os import PathLike
 
 from torch import nn
 
-from sktl._backbones import torchvision
+from sktl._backbones import timm_structure, torchvision
 from sktl._backbones.named_modules import describe_named_parts
 from sktl._backbones.registration import Registration
 from sktl._backbones.source import (
@@ -126,8 +126,10 @@ def _build(registration: Registration, num_classes: int | None) -> nn.Module:
 
 
 def _describe(registration: Registration, network: nn.Module) -> NetworkStructure:
-    # Instances of torchvision's classes have the same stages as its backbones.
+    # Instances of classes of torchvision and timm have the stages of their backbones.
     structure = torchvision.describe_network(network)
+    if structure.reason_not_staged and timm_structure.is_timm_network(network):
+        structure = timm_structure.describe_network(network)
     if registration.n_prefix_tokens:
         n_tokens = registration.n_prefix_tokens
         structure = replace(structure, n_prefix_tokens=lambda layer: n_tokens)

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from sktl._backbones import registered
+from sktl._backbones.register import register_backbone
 from sktl._backbones.registration import Registration, portable_builder
+from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
 
 
@@ -31,3 +33,17 @@ def test_a_path_is_the_weights_file(layer: nn.Linear) -> None:
     assert registered.resolve("mine", "net.pth", False).file == "net.pth"
     with pytest.raises(ValueError, match="has the weights DEFAULT; a path ends"):
         registered.resolve("mine", "V1", False)
+
+
+def test_networks_of_timm_have_the_stages_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    register_backbone(
+        "mine",
+        lambda: timm.create_model("test_resnet", num_classes=3),
+        preprocessing=Preprocessing(64, 64),
+    )
+    stages = load_backbone("mine").stages
+    expected = load_backbone("timm/test_resnet", None).stages
+    assert list(stages) == list(expected)
+    for name, stage in stages.items():
+        assert str(stage) == str(expected[name])
