@@ -145,7 +145,9 @@ class Backbone:
         """Stages and head, or None if the network cannot be split."""
         if self.structure.reason_not_staged is not None:
             return None
-        side = max(self.preprocessing.crop_size, _MIN_MEASURED_SIDE)
+        side = self.preprocessing.crop_size
+        if not self.structure.has_fixed_image_size:
+            side = max(side, _MIN_MEASURED_SIDE)
         with float32_default_if_needed():
             return split_into_stages(
                 self.structure, side, self.preprocessing.n_channels

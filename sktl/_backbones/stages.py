@@ -5,7 +5,9 @@ whose output has half the side of its input begins a new stage, and a block that
 the side to a quarter (a patch embedding) is a stage of its own. Blocks without
 parameters never form a stage of their own: a pooling layer at the end belongs to the
 stage before it. The first stage is called ``stem``, the others ``stage1``, ``stage2``,
-... In a ResNet these are conv1 to conv5_x of the paper.
+... In a ResNet these are conv1 to conv5_x of the paper. A network that keeps one
+resolution after its stem, such as a vision transformer, has four stages with equal
+numbers of blocks.
 
 Stages share their modules with the network: freezing, training or moving a stage does
 the same to the network.

@@ -96,6 +96,9 @@ def describe_network(network: nn.Module) -> NetworkStructure:
             "tensor carries all features"
         )
         return _not_staged(network, layers, reason)
+    if not _is_equivalent(network, [*trunk, *neck]):
+        reason = f"the stages of a {kind} do not have the features of the network"
+        return _not_staged(network, layers, reason)
     return NetworkStructure(
         trunk=modules,
         trunk_sides=sides,
@@ -171,6 +174,25 @@ class _Layers:
             for name in first.keys() & second.keys()
         }
         return {name: layout for name, layout in found.items() if layout is not None}
+
+
+def _is_equivalent(network: nn.Module, blocks: list[Block]) -> bool:
+    """Return whether blocks have the penultimate features of a network.
+
+    Without values of the parameters there is nothing to compare.
+    """
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return True
+    (images, _), _ = _inputs(network)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(images[:1].shape, generator=generator, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = _penultimate(network, _features(network, x.clone()))
+        for block in blocks:
+            x = block.module(x)
+    return x.shape == expected.shape and torch.allclose(
+        x, expected, rtol=1e-4, atol=1e-5, equal_nan=True
+    )
 
 
 def _features(network: Any, x: Any) -> Any:

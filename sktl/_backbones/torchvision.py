@@ -45,12 +45,37 @@ class _Renormalize(nn.Module):
         return torch.stack((red, green, blue), 1)
 
 
+class _Embedding(nn.Module):
+    """Patches, class token and positions: the start of a vision transformer."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.conv_proj = network.conv_proj
+        self.class_token = network.class_token
+        self.pos_embedding = network.encoder.pos_embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # (n, patches, c)
+        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
+        embedded: Tensor = tokens + self.pos_embedding
+        return embedded
+
+
+class _ClassToken(nn.Module):
+    """Select the first token: (n, tokens, c) -> (n, c)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
 def _renormalize(network: Any) -> nn.Module:
     return _Renormalize() if network.transform_input else nn.Identity()
 
 
 # Operations in the forward methods of torchvision that are not modules.
 _FUNCTIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "+class_token": lambda network: _ClassToken(),
+    "+embedding": _Embedding,
     "+avgpool": lambda network: nn.AdaptiveAvgPool2d(1),
     "+flatten": lambda network: nn.Flatten(1),
     "+relu": lambda network: nn.ReLU(),
@@ -92,6 +117,10 @@ _PARTS: dict[type[nn.Module], tuple[str, str]] = {
     models.SqueezeNet: ("features.*", "classifier +flatten"),
     models.SwinTransformer: ("features.*", "norm permute avgpool flatten head"),
     models.VGG: ("features.*", "avgpool +flatten classifier"),
+    models.VisionTransformer: (
+        "+embedding encoder.dropout encoder.layers.* encoder.ln",
+        "+class_token heads",
+    ),
 }
 
 
@@ -149,12 +178,6 @@ def describe_network(network: nn.Module) -> NetworkStructure:
     if type(network) in _PARTS:
         trunk, head = (_blocks(network, row) for row in _PARTS[type(network)])
         structure = NetworkStructure(trunk=trunk, head=head)
-    elif structure.reason_not_staged and isinstance(network, models.VisionTransformer):
-        reason = (
-            f"a {type(network).__name__} keeps one resolution from its first layer to "
-            "its last, so there is nowhere a stage could end"
-        )
-        structure = replace(structure, reason_not_staged=reason)
     return replace(
         structure,
         trunk_channels_last=(type(network) is models.SwinTransformer,)
@@ -249,7 +272,8 @@ def _blocks(network: nn.Module, row: str) -> list[nn.Module]:
 def _n_prefix_tokens(network: nn.Module, layer: str) -> int:
     # The class token is added between the patch embedding and the encoder.
     is_transformer = isinstance(network, models.VisionTransformer)
-    return int(is_transformer and layer.split(".")[0] == "encoder")
+    is_above = re.match(r"(encoder|stem|stage\d+)\b", layer) is not None
+    return int(is_transformer and is_above)
 
 
 def _is_channels_last(network: nn.Module, layer: str) -> bool | None:

@@ -337,7 +337,8 @@ class _Recorder:
         return {
             name: functools.partial(self._function, function)
             for name in method.__code__.co_names
-            if (function := method.__globals__.get(name)) in self._on_meta.single
+            if isinstance(function := method.__globals__.get(name), types.FunctionType)
+            and function in self._on_meta.single
         }
 
     def _function(self, function: Any, *args: Any, **kwargs: Any) -> Any:

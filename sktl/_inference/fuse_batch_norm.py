@@ -50,13 +50,22 @@ def fuse_batch_norm(network: nn.Module, side: int, n_channels: int = 3) -> int:
             cast(nn.BatchNorm2d, copy.deepcopy(bn).double()),
         )
         network.set_submodule(name, fused.float())
-        network.set_submodule(bn_name, nn.Identity())
+        network.set_submodule(bn_name, _after_normalization(bn))
     difference = (network(image) - expected).abs().max() if pairs else 0
     if difference <= _TOLERANCE * expected.abs().max():
         return len(pairs)
     for name, module in original:
         network.set_submodule(name, module)
     return 0
+
+
+def _after_normalization(bn: nn.Module) -> nn.Module:
+    """Return what a BatchNorm does besides normalizing.
+
+    That of timm applies an activation, its attribute ``act``.
+    """
+    act = getattr(bn, "act", None)
+    return act if isinstance(act, nn.Module) else nn.Identity()
 
 
 def _conv_bn_pairs(

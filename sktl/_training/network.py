@@ -14,6 +14,7 @@ from typing import Self, cast
 import torch
 from torch import Tensor, nn
 
+from sktl._backbones.new_head import WHOLE_NETWORK
 from sktl._images.preprocessing import Normalization, Preprocessing
 from sktl._utils.tensor_file import state_dict_digest
 
@@ -129,6 +130,12 @@ def count_trainable_stages(
         return 0
     if trainable == "all":
         return len(stages)
+    if list(stages) == [WHOLE_NETWORK] and trainable != 0:
+        raise ValueError(
+            f"The backbone {backbone!r} has no stages, so the 'trainable' parameter "
+            f"must be 'head' or 'all'. Got {trainable!r} instead. "
+            f"describe_backbone({backbone!r}) says why."
+        )
     if isinstance(trainable, str):
         if trainable not in stages:
             close = difflib.get_close_matches(trainable, ["head", "all", *stages], n=1)

@@ -9,13 +9,10 @@ from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
 
 
-def test_a_vision_transformer_has_no_stages_but_a_penultimate_layer() -> None:
+def test_a_vision_transformer_has_images_of_one_size() -> None:
     backbone = load_backbone("vit_b_32", None)
-    with pytest.raises(ValueError, match="'vit_b_32' has no stages: a VisionTransf"):
-        _ = backbone.stages
-    with pytest.raises(ValueError, match="'vit_b_32' has no stages"):
-        _ = backbone.head
-    assert backbone.staged_model is None
+    assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    assert backbone.neck is None
     assert backbone.penultimate == "heads.head"
     assert backbone.last_linear.in_features == 768
     assert backbone.preprocessing_at(224) == Preprocessing(224, 224)

@@ -96,7 +96,7 @@ def test_extractor_leaves_no_hooks_on_the_shared_network(noise):
 
 
 @pytest.mark.slow
-def test_a_transformer_has_features_and_no_stages():
+def test_a_transformer_has_features_and_stages():
     backbone = load_backbone("vit_b_16", None)
     x = torch.randn(1, 3, 224, 224)
     features = extract(backbone, ["penultimate"], "avg", x)
@@ -105,8 +105,8 @@ def test_a_transformer_has_features_and_no_stages():
     with torch.inference_mode():
         logits = backbone.network.heads(features)
         torch.testing.assert_close(logits, backbone.network(x))
-    with pytest.raises(ValueError, match="'vit_b_16' has no stages: a VisionTrans"):
-        FeatureExtractor(backbone, ["stage1"], "avg")
+    layer = extract(backbone, ["encoder.layers.encoder_layer_2"], "avg", x)
+    torch.testing.assert_close(extract(backbone, ["stage1"], "avg", x), layer)
 
 
 def test_swin_maps_are_turned_to_channels_first():

@@ -251,11 +251,30 @@ def test_input_transforms_are_kept_only_where_the_network_has_them() -> None:
         for name in _TRANSFORMERS
     ],
 )
-def test_a_vision_transformer_has_no_stages(name: str) -> None:
+def test_a_vision_transformer_has_four_equal_stages(name: str) -> None:
     network = _without_values(name)
-    with pytest.raises(ValueError, match="VisionTransformer keeps one resolution"):
-        split_into_stages(network, 224)
+    side = network.image_size
+    stages = split_into_stages(network, side).stages
+    assert list(stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    layers = list(network.encoder.layers)
+    quarter = len(layers) // 4
+    for k in range(4):
+        blocks = list(stages[f"stage{k + 1}"])
+        assert blocks[:quarter] == layers[k * quarter : (k + 1) * quarter]
+    assert list(stages["stage4"])[quarter:] == [network.encoder.ln]
     assert last_linear(network) == "heads.head"
+
+
+def test_stages_of_a_vision_transformer_are_the_network() -> None:
+    torch.manual_seed(0)
+    network = models.VisionTransformer(32, 8, 5, 2, 16, 24, num_classes=3).eval()
+    nn.init.normal_(network.heads.head.weight)
+    parts = split_into_stages(network, 32)
+    check_staged_model(network, parts, 32)
+    x = torch.randn(2, 3, 32, 32)
+    # 5 layers: the last stage has two.
+    assert [len(stage) for stage in parts.stages.values()] == [2, 1, 1, 1, 3]
+    assert parts.stages["stem"](x).shape == (2, 17, 16)
 
 
 class _Small(nn.Module):

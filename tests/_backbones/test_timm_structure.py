@@ -4,8 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sktl._backbones.stages import split_into_stages
-from sktl._backbones.timm_structure import describe_network
+from sktl._backbones import timm_structure
+from sktl._backbones.new_head import WHOLE_NETWORK, replace_head, stage_names
+from sktl._backbones.registry import load_backbone
+from sktl._backbones.stages import last_linear, split_into_stages
+from sktl._backbones.timm_structure import describe_network, is_timm_network
+from sktl._backbones.traced_blocks import Block
 
 timm = pytest.importorskip("timm")
 
@@ -41,3 +45,71 @@ def test_stages_and_neck_are_the_network(name, sides, n_prefix):
     assert torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(parts.neck(y), penultimate, atol=1e-5)
     assert torch.allclose(parts.head(y), network(x), atol=1e-5)
+
+
+def test_distilled_networks_and_those_without_head():
+    distilled = create("deit_tiny_distilled_patch16_224", depth=4, embed_dim=48)
+    structure = describe_network(distilled)
+    assert structure.reason_not_staged is None
+    assert structure.n_prefix_tokens("stage4") == 2
+    headless = create("test_vit", num_classes=0)
+    assert last_linear(headless, describe_network(headless)) is None
+    x = torch.randn(1, 3, 224, 224)
+    parts = split_into_stages(structure, 224)
+    for stage in parts.stages.values():
+        x = stage(x)
+    assert parts.neck(x).shape == (1, 48)
+
+
+def test_last_linear_layer_is_that_of_the_classifier():
+    # The head of this network has another linear layer, below the features.
+    network = create("test_vit2", global_pool="map")
+    assert last_linear(network, describe_network(network)) == "head"
+
+
+def test_layers_have_layouts():
+    network = create("test_convnext")
+    structure = describe_network(network)
+    assert structure.is_channels_last("stages.0.blocks.0.conv_dw") is False
+    assert structure.is_channels_last("stage1") is False
+    transformer = describe_network(create("test_vit", dynamic_img_size=True))
+    assert transformer.is_channels_last("patch_embed") is True
+    assert transformer.n_prefix_tokens("blocks.0") == 1
+    assert transformer.n_prefix_tokens("patch_embed") == 0
+
+
+def test_a_network_that_cannot_be_cut(monkeypatch):
+    def fail(*args):
+        raise TypeError("it depends on the size")
+
+    monkeypatch.setattr(timm_structure, "record", fail)
+    backbone = load_backbone("timm/test_resnet", None, random_state=71)
+    assert "ResNet cannot be cut: it depends" in backbone.reason_without_stages
+    x = torch.randn(1, 3, 96, 96)
+    network = backbone.network
+    expected = network.forward_head(network.forward_features(x), pre_logits=True)
+    assert torch.equal(backbone.neck(x), expected)
+    own = {p for n, p in network.named_parameters() if not n.startswith("fc.")}
+    assert set(backbone.neck.parameters()) == own
+    assert last_linear(network, backbone.structure) == "fc"
+    trained = replace_head(backbone, 3).eval()
+    assert stage_names(trained) == [WHOLE_NETWORK]
+    assert trained(x).shape == (1, 3)
+
+
+def test_blocks_with_other_features_are_refused(monkeypatch):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    def neck_and_head(on_meta, outputs):
+        return [Block(Wrong(), "NC", 0, outputs)], []
+
+    monkeypatch.setattr(timm_structure, "_neck_and_head", neck_and_head)
+    structure = describe_network(create("test_resnet"))
+    assert "do not have the features" in str(structure.reason_not_staged)
+
+
+def test_is_timm_network():
+    assert is_timm_network(create("test_resnet"))
+    assert not is_timm_network(nn.Linear(1, 1))

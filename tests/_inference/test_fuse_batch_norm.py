@@ -40,6 +40,25 @@ def test_every_pair_is_fused_and_the_output_stays_equal(name, pairs):
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_activation_of_a_batch_norm_is_kept():
+    class BatchNormAct(nn.BatchNorm2d):
+        """As in timm: normalizes, then applies an activation."""
+
+        def __init__(self, n_channels):
+            super().__init__(n_channels)
+            self.act = nn.ReLU6()
+
+        def forward(self, x):
+            return self.act(super().forward(x))
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct(4), nn.Conv2d(4, 2, 1))
+    net = randomize_batch_norm(net)
+    x = torch.randn(2, 3, 8, 8)
+    expected = net(x)
+    assert fuse_batch_norm(net, 8) == 1
+    torch.testing.assert_close(net(x), expected)
+
+
 def test_nothing_is_fused_where_it_is_not_exact():
     class Read(nn.Module):
         """A BatchNorm and an addition read the output of its convolution."""

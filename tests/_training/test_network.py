@@ -90,6 +90,13 @@ def test_count_trainable_stages(trainable, expected):
     assert count_trainable_stages(trainable, STAGES, "net") == expected
 
 
+def test_a_network_without_stages_has_only_a_head():
+    assert count_trainable_stages("head", ["network"], "net") == 0
+    assert count_trainable_stages("all", ["network"], "net") == 1
+    with pytest.raises(ValueError, match=r"'net' has no stages, so .* Got 2 instead"):
+        count_trainable_stages(2, ["network"], "net")
+
+
 @pytest.mark.parametrize(
     ("trainable", "reason"),
     [("stage9", "one of the stages"), (5, "from 0 to 4"), (-1, "from 0 to 4")],
