@@ -13,6 +13,7 @@ import pytest
 from numpydoc.docscrape import FunctionDoc, NumpyDocString
 from numpydoc.validate import validate
 from PIL import Image
+from torchvision import models
 
 import sktl
 
@@ -180,10 +181,28 @@ PAGES = [
 def test_code_of_a_page_prints_the_documented_output(
     page, folder_of_digits, monkeypatch
 ):
+    blocks = BLOCK.findall(page.read_text())
+    if any('"timm/' in code for code, _ in blocks):
+        pytest.importorskip("timm")
     # As for a script in that folder.
     monkeypatch.syspath_prepend(folder_of_digits)
     with contextlib.chdir(folder_of_digits):
-        run_blocks(page, BLOCK.findall(page.read_text()))
+        run_blocks(page, blocks)
+
+
+def test_table_of_networks_has_the_published_figures():
+    page = (DOCS / "user_guide" / "networks.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (.+) \| (.+) \| (.+) \|$", page, re.M)
+    assert len(rows) > 5
+    for name, *written in rows:
+        weights = models.get_model_weights(name).DEFAULT
+        meta = weights.meta
+        assert written == [
+            f"{weights.transforms().crop_size[0]}",
+            f"{meta['num_params'] / 1e6:.1f}",
+            f"{meta['_ops']:.2f}",
+            f"{meta['_metrics']['ImageNet-1K']['acc@1']:.1f}",
+        ]
 
 
 def test_the_first_page_begins_as_the_readme():
