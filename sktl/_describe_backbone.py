@@ -22,6 +22,7 @@ from sktl._backbones.feature_extractor import (
 from sktl._backbones.new_head import HEAD
 from sktl._backbones.registry import declare_without_weights
 from sktl._backbones.source import is_path
+from sktl._backbones.stages import last_linear
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._store.shard import BYTES_BESIDES_ROW
 from sktl._utils.default_dtype import float32_default_if_needed
@@ -128,11 +129,12 @@ def describe_backbone(
         - ``n_multiply_adds``: multiplications and additions of a forward pass of one
           image, counted in pairs, in convolutions and matrix products; None if the
           network runs only on real values;
-        - ``parts``: list of one dict for each stage in order, ``"penultimate"``, which
-          has what lies between the last stage and the input of the last linear layer,
-          and ``"head"``, which is this layer. Each dict has ``name``; ``n_channels``,
-          ``n_rows``, ``n_columns`` of the activations, with rows and columns None for
-          vectors; ``n_tokens``, the number of all tokens of a transformer, else None;
+        - ``parts``: list of dicts, one for each stage in order; for ``"penultimate"``,
+          which has what lies between the last stage and the penultimate features; and
+          for ``"head"``, which has what lies above, if the network has it. Each dict
+          has ``name``; ``n_channels``, ``n_rows``, ``n_columns`` of the activations,
+          with rows and columns None for vectors; ``n_tokens``, the number of all tokens
+          of a transformer, else None;
           ``n_parameters``; ``n_multiply_adds``; ``feature_bytes``, the size in the
           cache of the features of one image with ``pooling="avg"``; and
           ``activation_bytes``, that of one image in fine-tuning if this is the last
@@ -166,15 +168,13 @@ def describe_backbone(
     backbone = declare_without_weights(name, weights, on_meta=True)
     preprocessing = backbone.preprocessing_at(image_size)
     try:
-        parts = _measure_parts(backbone, preprocessing.crop_size)
+        parts, n_multiply_adds = _measure_parts(backbone, preprocessing.crop_size)
     except Exception:
         # Broad on purpose: a forward method that reads values fails on the meta device
         # with exceptions of many types. The second pass raises all other errors.
         backbone = declare_without_weights(name, weights, on_meta=False)
-        parts = _measure_parts(backbone, preprocessing.crop_size)
+        parts, n_multiply_adds = _measure_parts(backbone, preprocessing.crop_size)
     definition, categories = backbone.definition, backbone.categories
-    costs = [part["n_multiply_adds"] for part in parts]
-    stages = list(backbone.staged_model.stages) if backbone.staged_model else []
     return BackboneDescription(
         name=backbone.name,
         weights=_weights_name(weights, definition.weights_name),
@@ -185,11 +185,11 @@ def describe_backbone(
         min_image_size=backbone.min_size,
         is_image_size_fixed=backbone.has_fixed_image_size,
         preprocessing=asdict(preprocessing),
-        n_parameters=sum(part["n_parameters"] for part in parts),
-        n_multiply_adds=None if None in costs else sum(costs),
+        n_parameters=sum(each.numel() for each in backbone.network.parameters()),
+        n_multiply_adds=n_multiply_adds,
         parts=parts,
         reason_without_stages=backbone.reason_without_stages,
-        param_grids=_param_grids(stages),
+        param_grids=_param_grids(backbone),
     )
 
 
@@ -199,14 +199,16 @@ def _weights_name(weights: str | PathLike[str] | None, resolved: str) -> str | N
     return weights and (resolved or weights)
 
 
-def _measure_parts(backbone: Backbone, side: int) -> list[dict[str, Any]]:
-    """Return the parts of a network, as `describe_backbone` documents them."""
+def _measure_parts(
+    backbone: Backbone, side: int
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the parts of a network, and the number of all multiply-adds."""
     stages = backbone.staged_model.stages if backbone.staged_model else {}
     on_meta = any(each.is_meta for each in backbone.network.parameters())
     device = "meta" if on_meta else "cpu"
     shape = (1, backbone.preprocessing.n_channels, side, side)
     image = torch.zeros(shape, device=device, dtype=torch.float32)
-    layers = [*stages, PENULTIMATE]
+    layers = [*stages, *([PENULTIMATE] if _has_penultimate(backbone) else [])]
     with (
         torch.inference_mode(),
         float32_default_if_needed(),
@@ -214,24 +216,32 @@ def _measure_parts(backbone: Backbone, side: int) -> list[dict[str, Any]]:
     ):
         extractor = FeatureExtractor(backbone, layers, "flatten").eval()
         extractor(image)
-        costs = _multiply_adds(backbone, stages, image) if on_meta else {}
+        costs, output = _multiply_adds(backbone, stages, image)
     shapes = {name: extractor.layer_shapes[name][1:] for name in layers}
-    shapes[HEAD] = (len(backbone.last_linear.get_parameter("weight")),)
     prefixes = {name: backbone.structure.n_prefix_tokens(name) for name in layers}
+    if backbone.has_classification_head:
+        shapes[HEAD] = tuple(output.shape[1:])
     parameters = _count_parameters(backbone, stages)
     parts = [
         {
             "name": name,
             **_activations(shape, prefixes.get(name, 0)),
             "n_parameters": parameters[name],
-            "n_multiply_adds": costs.get(name),
+            "n_multiply_adds": costs[name] if on_meta else None,
         }
         for name, shape in shapes.items()
     ]
-    # Frozen activations are pooled before the head, and the head is never frozen.
-    parts[-2]["activation_bytes"] = parts[-2]["feature_bytes"]
-    parts[-1]["activation_bytes"] = None
-    return parts
+    for part in parts:
+        if part["name"] == PENULTIMATE:  # frozen activations are pooled here
+            part["activation_bytes"] = part["feature_bytes"]
+        elif part["name"] == HEAD:  # never frozen
+            part["activation_bytes"] = None
+    return parts, sum(costs.values()) if on_meta else None
+
+
+def _has_penultimate(backbone: Backbone) -> bool:
+    has_linear = last_linear(backbone.network, backbone.structure) is not None
+    return has_linear or backbone.neck is not None
 
 
 def _activations(shape: tuple[int, ...], n_prefix_tokens: int) -> dict[str, int | None]:
@@ -265,48 +275,71 @@ def _count_parameters(
     backbone: Backbone, stages: Mapping[str, nn.Module]
 ) -> dict[str, int]:
     """Return the number of parameters of each part; each parameter is counted once."""
-    last = set(backbone.last_linear.parameters())
-    counted = set(last)
+    parts = dict(stages)
+    if backbone.neck is not None:
+        parts |= {PENULTIMATE: backbone.neck, HEAD: backbone.network}
+    elif _has_penultimate(backbone):
+        parts |= {HEAD: backbone.last_linear, PENULTIMATE: backbone.network}
+    counted: set[nn.Parameter] = set()
     counts = {}
-    for name, module in [*stages.items(), (PENULTIMATE, backbone.network)]:
-        own = set(module.parameters()) - counted
+    for name, part in parts.items():
+        own = set(part.parameters()) - counted
         counted |= own
         counts[name] = sum(each.numel() for each in own)
-    return counts | {HEAD: sum(each.numel() for each in last)}
+    return counts
 
 
 def _multiply_adds(
     backbone: Backbone, stages: Mapping[str, nn.Module], x: Tensor
-) -> dict[str, int]:
-    """Return the number of multiply-adds of each part, for an image without values."""
+) -> tuple[dict[str, int], Any]:
+    """Return the number of multiply-adds of each part, and the output."""
     costs = {}
     for name, stage in stages.items():
-        with FlopCounterMode(display=False) as counter:
-            x = stage(x)
-        costs[name] = counter.get_total_flops() // 2
-    head = 0
+        costs[name], x = _run(stage, x)
+    above = backbone.head if stages else backbone.network
+    if backbone.neck is not None:
+        costs[PENULTIMATE], _ = _run(backbone.neck, x)
+        total, output = _run(above, x)
+        return costs | {HEAD: total - costs[PENULTIMATE]}, output
+    last = backbone.last_linear if _has_penultimate(backbone) else None
     with FlopCounterMode(display=False) as counter:
+        head = 0
 
         def add(sign: int, *_: object) -> None:
             nonlocal head
             head += sign * counter.get_total_flops() // 2
 
         hooks = (
-            backbone.last_linear.register_forward_pre_hook(partial(add, -1)),
-            backbone.last_linear.register_forward_hook(partial(add, 1)),
+            []
+            if last is None
+            else [
+                last.register_forward_pre_hook(partial(add, -1)),
+                last.register_forward_hook(partial(add, 1)),
+            ]
         )
-        (backbone.head if stages else backbone.network)(x)
+        output = above(x)
     for hook in hooks:
         hook.remove()
-    costs[PENULTIMATE] = counter.get_total_flops() // 2 - head
-    return costs | {HEAD: head}
+    below = counter.get_total_flops() // 2 - head
+    return costs | {PENULTIMATE: below, HEAD: head}, output
 
 
-def _param_grids(stages: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+def _run(module: nn.Module, x: Tensor) -> tuple[int, Any]:
+    """Return the number of multiply-adds of a module, and its output."""
+    with FlopCounterMode(display=False) as counter:
+        output = module(x)
+    return counter.get_total_flops() // 2, output
+
+
+def _param_grids(backbone: Backbone) -> dict[str, dict[str, list[str]]]:
     """Return candidates of a grid search, by the name of the estimator."""
-    upper = list(stages[:0:-1])  # from the highest stage to that above the stem
-    grids = {"PretrainedFeatures": {"layer": [PENULTIMATE, *upper]}}
-    if stages:
+    stages = list(backbone.staged_model.stages) if backbone.staged_model else []
+    upper = stages[:0:-1]  # from the highest stage to that above the stem
+    has_penultimate = _has_penultimate(backbone)
+    layers = [*([PENULTIMATE] if has_penultimate else []), *upper]
+    grids = {"PretrainedFeatures": {"layer": layers or stages}}
+    # Fine-tuning replaces what follows the penultimate features.
+    if has_penultimate and (stages or backbone.neck is not None):
         trainable = ["head", *upper, "all"]
         grids["FineTunedCNNClassifier"] = {"trainable": trainable}
     return grids

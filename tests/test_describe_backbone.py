@@ -162,6 +162,45 @@ def test_network_that_reads_values():
     assert "not measured" in str(description)
 
 
+def test_network_without_linear_layer():
+    register_backbone(
+        "no linear layer",
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.AvgPool2d(6)),
+        preprocessing=Preprocessing(8, 8),
+        stages={"stem": ["0"]},
+        head=["1"],
+    )
+    description = describe_backbone("no linear layer")
+    assert [part["name"] for part in description.parts] == ["stem"]
+    assert description.n_parameters == 27 * 4
+    assert description.n_multiply_adds == 27 * 4 * 36
+    assert description.param_grids == {"PretrainedFeatures": {"layer": ["stem"]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "n_prefix", "parameters_of_head"),
+    [
+        ("timm/test_vit.r160_in1k", 1, 64 * 1000 + 1000),
+        ("timm/deit_tiny_distilled_patch16_224", 2, 2 * (192 * 1000 + 1000)),
+        ("timm/vit_small_patch16_224.dino", 1, 0),
+    ],
+)
+def test_networks_of_timm(name, n_prefix, parameters_of_head):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name.removeprefix("timm/"))
+    description = describe_backbone(name, weights=None)
+    n_parameters = sum(each.numel() for each in network.parameters())
+    assert description.n_parameters == n_parameters
+    assert sum(part["n_parameters"] for part in description.parts) == n_parameters
+    stage = description.parts[1]
+    assert stage["n_tokens"] == stage["n_rows"] * stage["n_columns"] + n_prefix
+    assert stage["feature_bytes"] == 4 * network.num_features + 36
+    heads = [part for part in description.parts if part["name"] == "head"]
+    assert len(heads) == (parameters_of_head > 0)
+    assert sum(part["n_parameters"] for part in heads) == parameters_of_head
+    assert description.license == network.pretrained_cfg["license"]
+
+
 def test_saved_file_has_its_own_network(images, tmp_path):
     y = ["ant", "bee"] * 20
     tuned = FineTunedCNNClassifier("five stages", trainable=1, max_epochs=0)
