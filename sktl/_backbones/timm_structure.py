@@ -107,6 +107,7 @@ def describe_network(network: nn.Module) -> NetworkStructure:
         head=[block.module for block in head],
         is_channels_last=layers.is_channels_last,
         n_prefix_tokens=layers.n_prefix_tokens,
+        has_class_token=_has_class_token(network),
     )
 
 
@@ -117,6 +118,7 @@ def _not_staged(network: nn.Module, layers: "_Layers", reason: str) -> NetworkSt
         reason_not_staged=reason,
         is_channels_last=layers.is_channels_last,
         n_prefix_tokens=layers.n_prefix_tokens,
+        has_class_token=_has_class_token(network),
     )
 
 
@@ -193,6 +195,16 @@ def _is_equivalent(network: nn.Module, blocks: list[Block]) -> bool:
     return x.shape == expected.shape and torch.allclose(
         x, expected, rtol=1e-4, atol=1e-5, equal_nan=True
     )
+
+
+def _has_class_token(network: nn.Module) -> bool:
+    """Return whether the first of the prefix tokens is a class token.
+
+    All networks of timm that have one give the parameter this name, in some with the
+    number of the stage, and put it before the registers.
+    """
+    names = [name.split(".")[-1] for name, _ in network.named_parameters()]
+    return any(name.startswith("cls_token") for name in names)
 
 
 def _features(network: Any, x: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sktl._backbones import timm_structure
+from sktl._backbones.feature_extractor import FeatureExtractor
 from sktl._backbones.new_head import WHOLE_NETWORK, replace_head, stage_names
 from sktl._backbones.registry import load_backbone
 from sktl._backbones.stages import last_linear, split_into_stages
@@ -59,6 +60,34 @@ def test_distilled_networks_and_those_without_head():
     for stage in parts.stages.values():
         x = stage(x)
     assert parts.neck(x).shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "n_prefix"),
+    [
+        ("test_vit", {"reg_tokens": 2, "embed_dim": 48}, 3),
+        ("deit_tiny_distilled_patch16_224", {"embed_dim": 48}, 2),
+        ("vit_small_patch16_dinov3", {"embed_dim": 96}, 5),
+    ],
+)
+def test_class_token_is_the_first(name, options, n_prefix):
+    network = create(name, depth=4, **options)
+    network.cls_token.fill_(100)
+    structure = describe_network(network)
+    stem = split_into_stages(structure, 224).stages["stem"]
+    tokens = stem(torch.randn(1, 3, 224, 224))[0]
+    assert structure.has_class_token
+    assert structure.n_prefix_tokens("stem") == n_prefix
+    assert (tokens.mean(1) > 50).nonzero().tolist() == [[0]]
+
+
+def test_registers_are_no_class_token():
+    backbone = load_backbone("timm/test_vit2", None)
+    x = torch.zeros(1, 3, 32, 32)
+    for layer in ("stem", "stage4", "blocks.3"):
+        with pytest.raises(ValueError, match="needs a layer with a class token"):
+            FeatureExtractor(backbone, [layer], "cls")(x)
+        assert FeatureExtractor(backbone, [layer], "avg")(x).shape == (1, 64)
 
 
 def test_last_linear_layer_is_that_of_the_classifier():
