@@ -40,8 +40,18 @@ def convert_to_openvino(module: nn.Module, example: Tensor) -> Any:
     Exception
         Of any type, if neither torch nor OpenVINO supports the module.
     """
-    openvino = import_openvino()
     module.requires_grad_(False)  # a constant must not require a gradient
+    model = _convert(module, example)
+    for operation in model.get_ops():
+        # Antialiased bicubic interpolation, which resamples the positions of vision
+        # transformers, has the coefficient -0.75 after the conversion; torch's is -0.5.
+        attributes = operation.get_attributes()
+        if attributes.get("mode") == "bicubic_pillow":
+            operation.set_attribute("cube_coeff", -0.5)
+    return model
+
+
+def _convert(module: nn.Module, example: Tensor) -> Any:
     try:
         return _convert_graph(module, example)
     except (ImportError, AttributeError, TypeError, RuntimeError):
@@ -49,7 +59,7 @@ def convert_to_openvino(module: nn.Module, example: Tensor) -> Any:
         # public function decides, and raises if it cannot convert it either.
         with torch.no_grad(), _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return openvino.convert_model(module, example_input=example)
+            return import_openvino().convert_model(module, example_input=example)
 
 
 def _convert_graph(module: nn.Module, example: Tensor) -> Any:

@@ -112,3 +112,26 @@ def test_an_unsupported_module_raises():
 
     with pytest.raises(Exception, match=r"tensors|Tensor"):
         convert_to_openvino(Unsupported(), torch.zeros(2, 3, 4, 4))
+
+
+class Resampled(nn.Module):
+    """Add an array that is resampled to the size of the images."""
+
+    def __init__(self, mode, antialias):
+        super().__init__()
+        self.options = {"mode": mode, "antialias": antialias}
+        generator = torch.Generator().manual_seed(0)
+        self.positions = nn.Parameter(torch.randn(1, 3, 20, 20, generator=generator))
+
+    def forward(self, x):
+        positions = self.positions
+        return x + nn.functional.interpolate(positions, x.shape[2:], **self.options)
+
+
+@pytest.mark.parametrize("has_private_functions", [True, False])
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_interpolation(mode, antialias, has_private_functions, monkeypatch):
+    if not has_private_functions:
+        remove_trace(monkeypatch)
+    assert_converted(Resampled(mode, antialias).eval())
