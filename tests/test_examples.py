@@ -269,6 +269,87 @@ def test_the_transfer_benchmark_compares_methods_on_the_same_images(
     assert lines[-1] == "  in 1 of 1 cells"
 
 
+@pytest.fixture
+def coverage_checks(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    return importlib.import_module("coverage_checks")
+
+
+def check_all(coverage_checks, name):
+    *_, result = coverage_checks.examine(name, max_parameters=30e6)
+    outcomes = {check: result[check] for check in coverage_checks.CHECKS}
+    assert outcomes == dict.fromkeys(coverage_checks.CHECKS, "yes")
+    return result["kind"], result["n_stages"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "n_stages"),
+    [
+        ("squeezenet1_1", "CNN", 4),
+        ("timm/test_efficientnet", "CNN", 5),
+        ("timm/test_vit", "transformer", 5),
+    ],
+)
+def test_all_checks_of_coverage_pass(coverage_checks, name, kind, n_stages):
+    assert check_all(coverage_checks, name) == (kind, n_stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("mnasnet0_5", "CNN"),
+        ("timm/edgenext_xx_small", "transformer"),
+        ("timm/hrnet_w18_small", "CNN"),
+        ("timm/mixer_s32_224", "other"),
+        ("timm/mobilenetv4_conv_small_050", "CNN"),
+        ("timm/pvt_v2_b0", "transformer"),
+        ("timm/test_byobnet", "CNN"),
+        ("timm/test_coatnet", "transformer"),
+        ("timm/test_convnext", "CNN"),
+        ("timm/test_mambaout", "CNN"),
+        ("timm/test_nfnet", "CNN"),
+        ("timm/test_vit_relpos", "transformer"),
+        ("timm/xcit_nano_12_p16_224", "transformer"),
+    ],
+)
+def test_all_checks_of_coverage_pass_for_more_families(coverage_checks, name, kind):
+    assert check_all(coverage_checks, name)[0] == kind
+
+
+def test_coverage_finds_another_neck_and_other_stages(coverage_checks):
+    name = "timm/test_resnet"
+    backbone = coverage_checks.declare_without_weights(name, None, on_meta=False)
+    backbone.neck.append(torch.nn.Softplus())
+    del backbone.stages["stage1"][0]
+    for check in (coverage_checks.check_penultimate, coverage_checks.check_stages):
+        assert coverage_checks.attempt(lambda c=check: c(backbone, 96)) != "yes"
+
+
+@pytest.mark.slow
+def test_coverage_resumes_and_reports_each_network(tmp_path):
+    pytest.importorskip("timm")
+    command = [sys.executable, EXAMPLES / "benchmarks" / "coverage.py"]
+    command += ["--out", tmp_path, "--only", "timm/test_resnet"]
+
+    def lines(*arguments):
+        done = subprocess.run(
+            [*command, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.splitlines()
+
+    out = lines("--limit-seconds", "0")
+    assert "| resnet | unknown | 1 | 0 | 0 | 0 | 0 |" in out
+    assert "- 1 stages: it takes longer than the limit" in out
+    (tmp_path / "timm-test_resnet.json").unlink()
+    first, second = lines(), lines()
+    assert first[0] == "1 of 1 networks to check"
+    assert second[0] == "0 of 1 networks to check"
+    for out in (first, second):
+        assert "| resnet | CNN | 1 | 1 | 1 | 1 | 1 |" in out
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize(
     ("name", "needs"),
