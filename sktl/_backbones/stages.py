@@ -282,7 +282,12 @@ def group_blocks(
         stages[-1].extend(run)
     if len(stages) == 2:
         # One resolution, as in a vision transformer.
-        stages = _equal_stages(stages[0], stages[1], sizes)
+        # Positions are parameters of the network itself, not of a layer.
+        in_layers = [
+            sum(p.numel() for child in block.children() for p in child.parameters())
+            for block in blocks
+        ]
+        stages = _equal_stages(stages[0], stages[1], in_layers)
     return stages
 
 

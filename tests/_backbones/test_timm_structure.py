@@ -90,6 +90,16 @@ def test_registers_are_no_class_token():
         assert FeatureExtractor(backbone, [layer], "avg")(x).shape == (1, 64)
 
 
+def test_positions_belong_to_the_stem():
+    # They have half as many parameters as a block.
+    with torch.device("meta"):
+        network = create("vit_tiny_patch16_224", img_size=512, dynamic_img_size=True)
+    stages = split_into_stages(describe_network(network), 512).stages.values()
+    blocks = set(network.blocks)
+    per_stage = [len(blocks & set(stage.modules())) for stage in stages]
+    assert per_stage == [0, 3, 3, 3, 3]
+
+
 def test_last_linear_layer_is_that_of_the_classifier():
     # The head of this network has another linear layer, below the features.
     network = create("test_vit2", global_pool="map")
