@@ -71,12 +71,17 @@ def build_rounding():
     return network
 
 
+def build_ten_categories() -> nn.Module:
+    """Build a small network with ten outputs."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
+    )
+
+
 register_backbone("rounding", build_rounding, preprocessing=Preprocessing(16, 16))
 register_backbone(
     "of ten categories",
-    lambda: nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)
-    ),
+    build_ten_categories,
     preprocessing=Preprocessing(16, 16),
     categories=tuple("jihgfedcba"),
 )
