@@ -71,6 +71,7 @@ class Architecture:
             Its network is one from `replace_head`. The parameters of the heads have no
             memory, since the widths in a file may be invalid.
         """
+        _ = backbone.structure  # it may be found by running the network
         with skip_weight_allocation():
             for head in self.heads:
                 backbone = _with_new_head(backbone, head, n_outputs)

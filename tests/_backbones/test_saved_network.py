@@ -15,8 +15,10 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+from sktl._backbones import registry, timm_structure
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
+from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
@@ -287,3 +289,33 @@ def test_layout_of_modules_in_stages(images, tmp_path):
     names = ["stage1", "stage2", "stage2.1", "stage2.1.norm", "stage2.0", "neck.0"]
     expected = [False, False, True, True, None, None]
     assert [structure.is_channels_last(name) for name in names] == expected
+
+
+@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
+def test_transformers_and_networks_that_cannot_be_cut(
+    images, tmp_path, monkeypatch, name
+):
+    pytest.importorskip("timm")
+    is_cut = name == "timm/test_vit"
+    if not is_cut:
+        monkeypatch.setattr(timm_structure, "record", None)
+    images, file = images[:6], tmp_path / "tuned.safetensors"
+    options = {"head_init": "random", "image_size": 32, "engine": "torch"}
+    start = {"weights": None, "hidden_layer_sizes": 5, "random_state": 91}
+    tuned = fit(images, name, trainable="all", **options, **start)
+    tuned.save(file)
+    expected = tuned.predict_proba(images)
+    # As in another process, which has not loaded the backbone before.
+    monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
+    loaded = FineTunedCNNClassifier.load(file)
+    np.testing.assert_array_equal(loaded.predict_proba(images), expected)
+    mine = PretrainedClassifier(weights=file, engine="torch").fit(images)
+    np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-6)
+    layer, n_columns = ("stage1", 64) if is_cut else ("penultimate", 5)
+    features = PretrainedFeatures(weights=file, layer=layer, engine="torch")
+    assert features.fit_transform(images).shape == (6, n_columns)
+    second = fit(images, name, weights=file, trainable="head", **options)
+    # All but the last linear layer is frozen; the names of the parameters differ.
+    before, after = tuned.module_.state_dict(), second.module_.state_dict()
+    pairs = zip(list(before.values())[:-2], list(after.values())[:-2], strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
