@@ -109,6 +109,25 @@ def test_weights_have_equal_bits_with_every_cache(
     assert_equal_weights(clone(cached).fit(paths, Y), expected)  # written and read
 
 
+def test_activations_of_tokens_are_cached(images, tmp_path, passes):
+    pytest.importorskip("timm")
+    estimator = make_classifier(trainable=2, head_init="random", max_epochs=1)
+    estimator.set_params(backbone="timm/test_vit", weights=None, image_size=48)
+    X, y = images[:8], Y[:8]
+    expected = clone(estimator).fit(X, y)
+    passes.clear()
+    for _ in range(2):  # with an empty cache, and from it
+        cached = clone(estimator).set_params(memory=tmp_path).fit(X, y)
+        assert_equal_weights(cached, expected)
+        assert sum(passes) == 8
+    (namespace,) = namespaces(tmp_path)
+    assert (namespace["space"]["layer"], namespace["rows"]) == ("stage2", 8)
+    initial = clone(estimator).set_params(max_epochs=0).fit(X, y)
+    before, after = initial.module_.state_dict(), expected.module_.state_dict()
+    changed = {n.split(".")[0] for n in before if not torch.equal(before[n], after[n])}
+    assert changed == {"stage3", "stage4", "head"}
+
+
 def test_training_on_activations_equals_training_on_pixels(paths, monkeypatch):
     got = make_classifier(lr=1e-2, optimizer="sgd").fit(paths, Y)
     monkeypatch.setattr(

@@ -111,8 +111,11 @@ def test_state_of_a_parameter_that_does_not_exist(number):
         load_optimizer_state(optimizer, "sgd", {number: {}})
 
 
-def test_parameter_groups():
-    network = replace_head(load_backbone("resnet_mini"), 3)
+@pytest.mark.parametrize("name", ["resnet_mini", "timm/test_vit"])
+def test_parameter_groups(name):
+    if name.startswith("timm/"):
+        pytest.importorskip("timm")
+    network = replace_head(load_backbone(name, None), 3)
     groups = parameter_groups(network, 9, lr=0.1, layer_decay=0.5, weight_decay=0.01)
     group_of = {id(p): group for group in groups for p in group["params"]}
     assert len(group_of) == sum(len(group["params"]) for group in groups)
