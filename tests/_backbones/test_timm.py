@@ -316,18 +316,55 @@ def test_the_weights_of_a_published_network(test_data: Path) -> None:
     np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_transformer_in_half_precision_without_a_head(test_data: Path) -> None:
-    (path,) = (test_data / "weights").glob("vit_small_patch14_dinov2*.pth")
-    name = "vit_small_patch14_dinov2"
-    expected = timm.create_model(name, img_size=224, num_classes=0).eval()
-    state = torch.load(path, weights_only=True)
-    state = {key: value.float() for key, value in state.items()}
+def _dinov2(test_data: Path) -> tuple[str, Path, nn.Module]:
+    """Return name, weights file and network of a transformer of 224 pixels."""
     from timm.models.vision_transformer import checkpoint_filter_fn
 
-    expected.load_state_dict(checkpoint_filter_fn(state, expected))
+    (path,) = (test_data / "weights").glob("vit_small_patch14_dinov2*.pth")
+    name = "vit_small_patch14_dinov2"
+    network = timm.create_model(name, img_size=224, num_classes=0).eval()
+    state = torch.load(path, weights_only=True)
+    state = {key: value.float() for key, value in state.items()}
+    network.load_state_dict(checkpoint_filter_fn(state, network))
+    return name, path, network
+
+
+@pytest.mark.slow
+def test_a_transformer_in_half_precision_without_a_head(test_data: Path) -> None:
+    name, path, expected = _dinov2(test_data)
     backbone = load_backbone(f"timm/{name}", path)
     assert backbone.preprocessing_at(224).crop_size == 224
     with torch.inference_mode():
         got, features = backbone.network(_noise(224)), expected(_noise(224))
     torch.testing.assert_close(got, features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_pooled_tokens_of_a_published_transformer(test_data: Path, engine: str) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    name, path, network = _dinov2(test_data)
+    config = timm.data.resolve_model_data_config(network)
+    config["input_size"] = (3, 224, 224)
+    transform = timm.data.create_transform(**config, is_training=False)
+    photos = sorted((test_data / "hymenoptera" / "val").rglob("*.jpg"))[::60]
+    x = torch.stack([transform(Image.open(each).convert("RGB")) for each in photos])
+    assert x.shape == (3, 3, 224, 224)
+    with torch.inference_mode():
+        tokens = network.forward_features(x)  # (n, 1 + 16 * 16, 384)
+    expected = {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(1)}
+    for layer, pooling in (
+        ("stage4", "cls"),
+        ("stage4", "avg"),
+        ("penultimate", "cls"),
+    ):
+        rows = PretrainedFeatures(
+            f"timm/{name}",
+            weights=path,
+            image_size=224,
+            layer=layer,
+            pooling=pooling,
+            engine=engine,
+        ).transform([str(photo) for photo in photos])
+        np.testing.assert_allclose(rows, expected[pooling], rtol=1e-4, atol=1e-4)
