@@ -132,7 +132,9 @@ def _describe(registration: Registration, network: nn.Module) -> NetworkStructur
         structure = timm_structure.describe_network(network)
     if registration.n_prefix_tokens:
         n_tokens = registration.n_prefix_tokens
-        structure = replace(structure, n_prefix_tokens=lambda layer: n_tokens)
+        structure = replace(
+            structure, n_prefix_tokens=lambda layer: n_tokens, has_class_token=True
+        )
     if registration.stages is None:
         return structure
     parts = describe_named_parts(network, registration.stages, registration.head)

@@ -47,3 +47,17 @@ def test_networks_of_timm_have_the_stages_of_timm() -> None:
     assert list(stages) == list(expected)
     for name, stage in stages.items():
         assert str(stage) == str(expected[name])
+
+
+@pytest.mark.parametrize("n_prefix_tokens", [0, 1])
+def test_declared_tokens_start_with_the_class_token(n_prefix_tokens: int) -> None:
+    timm = pytest.importorskip("timm")
+    register_backbone(
+        "mine",
+        lambda: timm.create_model("test_vit2"),  # with a register only
+        preprocessing=Preprocessing(32, 32),
+        n_prefix_tokens=n_prefix_tokens,
+    )
+    structure = load_backbone("mine").structure
+    assert structure.n_prefix_tokens("stage1") == 1
+    assert structure.has_class_token == (n_prefix_tokens == 1)
