@@ -74,8 +74,6 @@ def test_union_of_two_backbones(paths):
 
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_network_of_one_channel(images, engine):
-    if engine == "openvino":
-        pytest.importorskip("openvino")
     layers = ["penultimate", "stage1"]
     mine = PretrainedFeatures("grey", layer=layers, engine=engine).fit(images)
     got = mine.transform(images)

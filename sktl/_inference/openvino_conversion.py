@@ -40,6 +40,7 @@ def convert_to_openvino(module: nn.Module, example: Tensor) -> Any:
     Exception
         Of any type, if neither torch nor OpenVINO supports the module.
     """
+    import_openvino()  # before its submodules are imported, which start its telemetry
     module.requires_grad_(False)  # a constant must not require a gradient
     model = _convert(module, example)
     for operation in model.get_ops():

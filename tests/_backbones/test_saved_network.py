@@ -179,7 +179,6 @@ def test_cached_rows_are_those_of_one_file(file, images, tmp_path):
 
 
 def test_openvino_and_torch_agree(file, images):
-    pytest.importorskip("openvino")
     rows = [
         PretrainedFeatures(weights=file, engine=engine).fit_transform(images)
         for engine in ("torch", "openvino")

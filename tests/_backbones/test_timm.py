@@ -342,8 +342,6 @@ def test_a_transformer_in_half_precision_without_a_head(test_data: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["torch", "openvino"])
 def test_pooled_tokens_of_a_published_transformer(test_data: Path, engine: str) -> None:
-    if engine == "openvino":
-        pytest.importorskip("openvino")
     name, path, network = _dinov2(test_data)
     config = timm.data.resolve_model_data_config(network)
     config["input_size"] = (3, 224, 224)
