@@ -351,7 +351,7 @@ def _categories(n_outputs: int) -> tuple[str, ...] | None:
     or all synonyms if several categories have the same first one.
     """
     _import_timm()
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": n_outputs})
     if subset is None:
