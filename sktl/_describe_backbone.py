@@ -107,7 +107,7 @@ def describe_backbone(
         license. A file that `FineTunedCNNClassifier.save` wrote has its own network.
 
     image_size : int or None, default=None
-        Side of the images in pixels. None: that of the weights.
+        Side of the images in pixels, as in the estimators. None: that of the weights.
 
     Returns
     -------
@@ -119,8 +119,9 @@ def describe_backbone(
           a file;
         - ``known_weights``: list of the names of weights;
         - ``license``: that of the weights, as their source states it, or None if it
-          states none;
-        - ``n_categories``: number of categories that the weights name, or None;
+          states none or `weights` is another file;
+        - ``n_categories``: number of categories that the weights name, or None; for a
+          state dict, which is not read, that of the default weights;
         - ``image_size``: side in pixels of the images that the network gets;
         - ``min_image_size``, ``is_image_size_fixed``: minimum side, and whether no
           other side is supported;
@@ -142,7 +143,8 @@ def describe_backbone(
         - ``reason_without_stages``: why the network has no stages, or None;
         - ``param_grids``: candidates for a grid search by the name of the estimator:
           of ``layer`` for `PretrainedFeatures`, of ``trainable`` for
-          `FineTunedCNNClassifier`.
+          `FineTunedCNNClassifier`, whose name is missing if it does not support the
+          network.
 
     Raises
     ------

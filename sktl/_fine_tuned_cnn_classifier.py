@@ -27,7 +27,7 @@ from sktl._utils.sklearn_compat import Interval, StrOptions, fit_context
 
 
 class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
-    """Fine-tune a pretrained convolutional network for classification.
+    """Fine-tune a pretrained network for classification.
 
     Replaces the classification head, initializes it with a logistic regression on the
     frozen features (linear probe) [1]_, then fine-tunes the head and the stages below
@@ -38,13 +38,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     backbone : str, default="resnet18"
         Name of a network, see `list_backbones`; ``"timm/<architecture>"`` or
         ``"timm/<architecture>.<tag>"`` is one of timm, which requires
-        ``pip install "sktl[timm]"``. It must have stages.
+        ``pip install "sktl[timm]"``. A network of timm without stages requires
+        ``"head"`` or ``"all"`` as `trainable`; other networks must have stages.
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
-        downloaded once (``"DEFAULT"`` is the best one, and the only one of timm: that
-        of the tag), or the path of a state dict
-        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it; or the path of a file that
+        downloaded once (``"DEFAULT"``: the best ones of torchvision, or those of the
+        tag of timm, which has no other names); or the path of a state dict (``.pth``,
+        ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as training
+        scripts save it, with the preprocessing of the tag or, in torchvision, of the
+        default weights, because a state dict has none; or the path of a file that
         `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
         and categories: `backbone` must then be its default or the name in the file. No
         code in the file is executed. None: random weights, seeded by `random_state`, a
@@ -121,14 +123,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         training, with the labels as targets. Those that the training would ignore,
         such as ``LRScheduler``, are refused; the user guide lists them.
     image_size : int or None, default=None
-        Side in pixels of the square image that the network gets. None: the size that
-        the weights were trained with.
+        Side in pixels of the square image that the network gets. An int: the image is
+        resized to this size and no margin is cropped. None: size and margin that the
+        weights were trained with.
     resize : {"crop", "squash", "pad"} or None, default=None
         How an image becomes square. ``"crop"``: by its center; the ends of long images
         are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
         filling the space beside it with the mean color of the weights' training data.
-        None: as the weights were trained, which is ``"crop"`` unless a registered
-        backbone has another mode.
+        None: as the weights were trained: ``"crop"``, except for some weights of timm,
+        registered backbones and saved networks.
     image_shape : "auto", (h, w), (h, w, c) or (c, h, w), default="auto"
         For 2-D `X`, shape of a flattened image. Channels come last if the last number
         is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a

@@ -51,10 +51,11 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         whose categories have names or, to learn labels from examples, may have none.
     weights : str or path-like, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
-        downloaded once (``"DEFAULT"`` is the best one, and the only one of timm: that
-        of the tag), or the path of a state dict
-        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it; or the path of a file that
+        downloaded once (``"DEFAULT"``: the best ones of torchvision, or those of the
+        tag of timm, which has no other names); or the path of a state dict (``.pth``,
+        ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as training
+        scripts save it, with the preprocessing of the tag or, in torchvision, of the
+        default weights, because a state dict has none; or the path of a file that
         `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
         and categories: `backbone` must then be its default or the name in the file. No
         code in the file is executed.
@@ -62,14 +63,15 @@ class PretrainedClassifier(ClassifierMixin, MemoryAccess):
         Maps names of categories to labels. The probabilities of categories with the
         same label are summed; categories that are not in the dict are ignored.
     image_size : int or None, default=None
-        Side in pixels of the square image that the network gets. None: the size that
-        the weights were trained with.
+        Side in pixels of the square image that the network gets. An int: the image is
+        resized to this size and no margin is cropped. None: size and margin that the
+        weights were trained with.
     resize : {"crop", "squash", "pad"} or None, default=None
         How an image becomes square. ``"crop"``: by its center; the ends of long images
         are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
         filling the space beside it with the mean color of the weights' training data.
-        None: as the weights were trained, which is ``"crop"`` unless a registered
-        backbone has another mode.
+        None: as the weights were trained: ``"crop"``, except for some weights of timm,
+        registered backbones and saved networks.
     image_shape : "auto", (h, w), (h, w, c) or (c, h, w), default="auto"
         For 2-D `X`, shape of a flattened image. Channels come last if the last number
         is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a
@@ -425,9 +427,9 @@ def _category_names(backbone: Backbone, weights: object) -> list[Label]:
         raise ValueError(
             "PretrainedClassifier requires weights with named categories, or images "
             f"with labels. Got weights={str(weights)!r} of {backbone.name!r}, which "
-            "have no names: they are random, or their head is missing or not the one "
-            "of the named weights. Pass y to fit, or use PretrainedFeatures, or "
-            "register_backbone(..., categories=...)."
+            "have no names: they are random, their source has no names, or their head "
+            "is missing or not the one of the named weights. Pass y to fit, or use "
+            "PretrainedFeatures, or register_backbone(..., categories=...)."
         )
     n_uses = Counter(backbone.categories)
     return [

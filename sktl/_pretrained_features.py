@@ -55,10 +55,11 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         ``pip install "sktl[timm]"``.
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
-        downloaded once (``"DEFAULT"`` is the best one, and the only one of timm: that
-        of the tag), or the path of a state dict
-        (``.pth``, ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as
-        training scripts save it; or the path of a file that
+        downloaded once (``"DEFAULT"``: the best ones of torchvision, or those of the
+        tag of timm, which has no other names); or the path of a state dict (``.pth``,
+        ``.pt``, ``.pth.tar``, ``.ckpt``, ``.bin`` or ``.safetensors``) as training
+        scripts save it, with the preprocessing of the tag or, in torchvision, of the
+        default weights, because a state dict has none; or the path of a file that
         `FineTunedCNNClassifier.save` wrote, which has its own network, preprocessing
         and categories: `backbone` must then be its default or the name in the file. No
         code in the file is executed. None: random weights, the same in every call, a
@@ -66,9 +67,12 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
     layer : str or list of str, default="penultimate"
         Layer or layers whose activations are returned.
 
-        - ``"penultimate"``: the input of the last linear layer of the network.
+        - ``"penultimate"``: the features that the network's last linear layer
+          classifies; for timm, those of ``forward_head(x, pre_logits=True)``, also if
+          there is no such layer.
         - The name of a stage: ``"stem"``, ``"stage1"``, and so on. A stage ends where
-          the resolution halves. Lower stages suit images unlike photographs.
+          the resolution halves, in a vision transformer after a quarter of the blocks.
+          Lower stages suit images unlike photographs.
         - The name of any module of the network, as in
           ``dict(torchvision.models.get_model("resnet18").named_modules())``. For a
           module that is called several times, its last output. Of a saved fine-tuned
@@ -82,14 +86,15 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         tokens, except for ``"flatten"``; ``"cls"`` returns its class token. No effect
         on a layer without positions, such as the penultimate layer of most networks.
     image_size : int or None, default=None
-        Side in pixels of the square image that the network gets. None: the size that
-        the weights were trained with.
+        Side in pixels of the square image that the network gets. An int: the image is
+        resized to this size and no margin is cropped. None: size and margin that the
+        weights were trained with.
     resize : {"crop", "squash", "pad"} or None, default=None
         How an image becomes square. ``"crop"``: by its center; the ends of long images
         are lost. ``"squash"``: by resizing it whatever its aspect ratio. ``"pad"``: by
         filling the space beside it with the mean color of the weights' training data.
-        None: as the weights were trained, which is ``"crop"`` unless a registered
-        backbone has another mode.
+        None: as the weights were trained: ``"crop"``, except for some weights of timm,
+        registered backbones and saved networks.
     image_shape : "auto", (h, w), (h, w, c) or (c, h, w), default="auto"
         For 2-D `X`, shape of a flattened image. Channels come last if the last number
         is 1, 3 or 4, else first. ``"auto"``: a square with one channel; else, with a
@@ -175,8 +180,9 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
     (on white). Images may differ in size. Datasets of torch and open files are refused.
 
     Images are resized, cropped and normalized as the weights require, so that the
-    features equal those of torchvision's network on ``weights.transforms()``. The same
-    image has the same features as a path, as bytes, as a PIL image and as an array.
+    features equal those of torchvision's network on ``weights.transforms()``, and those
+    of timm's on ``timm.data.create_transform``. The same image has the same features as
+    a path, as bytes, as a PIL image and as an array.
 
     A row does not depend on the other images. In calls with at least `batch_size`
     images, it has the same bits for any order and number of threads; between batch

@@ -285,12 +285,14 @@ class Backbone:
             raise ValueError(
                 f"The backbone {self.name!r} supports only images of {own.crop_size} "
                 f"pixels a side. Got image_size={image_size}. Set image_size=None, or "
-                "choose a convolutional network."
+                "choose another network, such as a convolutional network or a vision "
+                "transformer of timm."
             )
         if image_size < self.min_size:
             raise ValueError(
                 f"image_size must be at least {self.min_size} for the backbone "
-                f"{self.name!r}. Got {image_size}."
+                f"{self.name!r}. Got {image_size}. Increase image_size, or choose "
+                "another backbone."
             )
         has_patches = self.definition.has_fixed_image_size is None
         multiple = self.structure.side_multiple if has_patches else 1

@@ -23,8 +23,9 @@ def list_backbones(
         ``"timm/convnextv2_tiny"``, are listed only if a pattern can match them.
 
     pretrained : bool, default=False
-        Whether to list only networks with pretrained weights. Those of timm are then
-        listed with the tag of their weights, which the pattern may omit, such as
+        Whether to list only networks of timm with pretrained weights; other networks
+        are listed in any case. Those of timm are then listed with the tag of their
+        weights, which the pattern may omit, such as
         ``"timm/convnextv2_tiny.fcmae_ft_in22k_in1k"``. After a tag, ``@`` and a
         revision of the repository of the weights may follow in the name of a backbone.
 
@@ -89,7 +90,8 @@ def find_source(name: str) -> BackboneSource:
     raise ValueError(
         f"There is no backbone {name!r}. "
         f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
-        "list_backbones() returns all names, list_backbones('timm/*') those of timm. "
+        "list_backbones() returns the names of all networks but timm's, "
+        "list_backbones('timm/*') those. "
         "Call register_backbone in this process, for a network of your own."
     )
 

@@ -395,7 +395,7 @@ def reraise_invalid_size(side: int) -> Iterator[None]:
     except RuntimeError as error:
         raise ValueError(
             f"The network does not support images of {side} x {side} pixels: "
-            f"{str(error).splitlines()[0]} Choose another image_size."
+            f"{str(error).splitlines()[0].rstrip('.')}. Choose another image_size."
         ) from error
 
 
@@ -426,5 +426,5 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
         f"({', '.join(stages) or 'this network has none'}) or of a module of "
         f"{backbone.name!r}. Got {layer!r} instead."
         f"{' The closest names: ' + ', '.join(close) + '.' if close else ''}"
-        f" describe_backbone({backbone.name!r}) shows the stages."
+        f" describe_backbone({backbone.name!r}) shows the stages, or why it has none."
     )

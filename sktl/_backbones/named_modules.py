@@ -124,7 +124,7 @@ def describe_named_parts(
                 raise ValueError(
                     f"Each module of a {type(network).__name__} with parameters must "
                     f"be in one part. Got one that is in {owners[parameter]!r} and in "
-                    f"{name!r}."
+                    f"{name!r}. Name it in one of them."
                 )
     return NetworkStructure(stages=parts, head=[last])
 

@@ -37,14 +37,15 @@ def register_backbone(
     builder : callable
         Called without arguments; returns a network that maps ``(n, 3, h, w)``, or
         ``(n, 1, h, w)`` if `preprocessing` has the mean of one channel, to
-        ``(n, n_categories)``. With ``weights="DEFAULT"`` and ``weights=None`` the
-        network is used as it is built, with torch's random number generator seeded;
-        with a path, the state dict of that file is loaded into it.
+        ``(n, n_categories)``. Its last linear layer defines the penultimate features.
+        With ``weights="DEFAULT"`` and ``weights=None`` the network is used as it is
+        built, with torch's random number generator seeded; with a path, the state dict
+        of that file is loaded into it.
 
     preprocessing : Preprocessing or torchvision's ImageClassification
         Transform of the images before the network.
 
-    stages : dict of str to list of str, default=None
+    stages : dict of str to list of str or Module, default=None
         For each stage, in order, the names of the modules of the network that it runs,
         as in ``network.named_modules()``. A part of ``forward`` that is not a module of
         the network is passed as a module of torch without parameters, such as
@@ -53,7 +54,7 @@ def register_backbone(
         the same stages as their networks; any other network has stages if it has
         attributes ``stages`` (a ModuleDict, or modules in order) and ``head``.
 
-    head : list of str, default=None
+    head : list of str or Module, default=None
         The modules after the last stage, as in `stages`. Stages and head, run in order,
         must be equivalent to the network, which is tested when it is built. Required
         with `stages`.
@@ -70,7 +71,7 @@ def register_backbone(
     n_prefix_tokens : int, default=0
         Number of tokens of a transformer before those of the patches: the class token,
         and registers after it. ``pooling="avg"`` leaves them out, and ``pooling="cls"``
-        is the first one.
+        returns the first one.
 
     Raises
     ------
@@ -167,27 +168,37 @@ def create_registration(
         As `register_backbone`.
     """
     if not isinstance(name, str):
-        raise TypeError(f"The name of a backbone must be a str. Got {name!r}.")
+        raise TypeError(
+            f"The name of a backbone must be a str. Got {name!r}. Choose a name, such "
+            "as 'my_network'."
+        )
     if not name or catalog.is_reserved(name):
         raise ValueError(
             "The name of a registered backbone must not be empty, nor the name of the "
             "bundled network or of a network of torchvision, nor start with 'timm/'. "
-            f"Got {name!r}. Choose another name."
+            f"Got {name!r}. Choose another name, such as 'my_network'."
         )
     if not isinstance(preprocessing, Preprocessing):
         preprocessing = Preprocessing.from_torchvision(preprocessing)
     if isinstance(categories, str):
-        raise TypeError(f"categories must be a list of names. Got {categories!r}.")
+        raise TypeError(
+            f"categories must be a list of names. Got {categories!r}. Pass a list with "
+            "one name for each output."
+        )
     if layout not in (None, *LAYOUTS):
-        raise ValueError(f"layout must be None, 'NCHW' or 'NHWC'. Got {layout!r}.")
+        raise ValueError(
+            f"layout must be None, 'NCHW' or 'NHWC'. Got {layout!r}. Choose one of "
+            "these, or None if rows and columns grow with the images."
+        )
     if type(n_prefix_tokens) is not int or n_prefix_tokens < 0:
         raise ValueError(
-            f"n_prefix_tokens must be an int of at least 0. Got {n_prefix_tokens!r}."
+            f"n_prefix_tokens must be an int of at least 0. Got {n_prefix_tokens!r}. "
+            "Pass the number of tokens before those of the patches."
         )
     if (stages is None) != (head is None):
         raise ValueError(
             "stages and head must be passed together. Got only "
-            f"{'head' if stages is None else 'stages'}."
+            f"{'head' if stages is None else 'stages'}. Pass both, or neither."
         )
     return Registration(
         name,

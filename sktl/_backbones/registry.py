@@ -317,7 +317,8 @@ def _build_backbone(
             raise ValueError(
                 f"categories must name each output of the backbone {name!r}, which has "
                 f"{_n_outputs(definition, network)} outputs. Got "
-                f"{len(definition.categories or ())} names."
+                f"{len(definition.categories or ())} names. Pass one name for each "
+                "output, or categories=None."
             )
         # The parameters do not depend on strides, and a name that is registered again
         # may have another preprocessing.

@@ -272,7 +272,7 @@ def _read(path: str) -> SavedNetwork | None:
         raise ValueError(
             "Weights must be a state dict or a file that a fine-tuned estimator of "
             f"this version of sktl has saved. Got {path!r} of the format "
-            f"{document.get('format')!r}."
+            f"{document.get('format')!r}. Fit and save it again with this version."
         )
     try:
         target = get_value(document, "target", dict)

@@ -244,7 +244,8 @@ def weights_path(
     if not is_path(weights):
         raise ValueError(
             f"The backbone {name!r} has the weights {', '.join(known)}; a path ends "
-            f"in {', '.join(SUFFIXES)}. Got {weights!r}."
+            f"in {', '.join(SUFFIXES)}. Got {weights!r}. Check the spelling, or pass "
+            "the path of a file."
         )
     return weights
 

@@ -235,7 +235,7 @@ def _own_stages(stages: Any) -> dict[str, nn.Module]:
         if not isinstance(stage, nn.Module):
             raise ValueError(
                 "The `stages` of a network must be modules. Got "
-                f"{name!r}: a {type(stage).__name__}."
+                f"{name!r}: a {type(stage).__name__}. Make each stage an nn.Module."
             )
     return named
 

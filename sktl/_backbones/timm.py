@@ -83,7 +83,7 @@ def resolve(
 ) -> BackboneDefinition:
     """Return the definition of a network of timm; see `BackboneSource`."""
     model = _find_model(name)
-    file = None
+    file, license_ = None, model.cfg.license
     if weights == "DEFAULT":
         if not model.cfg.has_weights:
             architecture = model.name.partition(".")[0]
@@ -101,8 +101,8 @@ def resolve(
             f"{weights=}. Set backbone='{_PREFIX}{architecture}.{weights}'."
         )
     elif weights is not None:
-        file = weights_path(name, weights, ["DEFAULT"])
-    return _definition(model, file, weights is None)
+        file, license_ = weights_path(name, weights, ["DEFAULT"]), None
+    return _definition(model, file, license_, weights is None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,8 @@ def _find_model(name: str) -> _Model:
         raise _unknown_architecture(name, architecture)
     if at and not revision:
         raise ValueError(
-            f"A revision must follow the '@' in the name of a backbone. Got {name!r}."
+            f"A revision must follow the '@' in the name of a backbone. Got {name!r}. "
+            "Write a revision, such as '@main', or remove the '@'."
         )
     cfgs = library.models.get_arch_pretrained_cfgs(architecture)
     tags = tuple(
@@ -144,7 +145,7 @@ def _find_model(name: str) -> _Model:
     if tag and full not in cfgs:
         raise ValueError(
             f"timm has no weights {tag!r} for {_PREFIX + architecture!r}. "
-            f"{_describe_tags(architecture, tags, tag)}"
+            f"{_describe_tags(architecture, tags, tag)} Choose another tag, or omit it."
         )
     cfg = library.get_pretrained_cfg(full) or library.models.PretrainedCfg()
     if cfg.tag and not tag:
@@ -183,7 +184,8 @@ def _fetch(model: _Model, progress: bool) -> str:
     if model.revision is not None:
         raise ValueError(
             f"The weights of {_PREFIX + model.name!r} are not on the Hugging Face Hub, "
-            f"so they have no revisions. Got the revision {model.revision!r}."
+            f"so they have no revisions. Got the revision {model.revision!r}. Remove "
+            f"'@{model.revision}'."
         )
     return str(fetch_weights(model.cfg.url, progress=progress))
 
@@ -196,7 +198,9 @@ def _safe_filename(filename: str) -> str:
 
 
 @functools.lru_cache(_MAX_DEFINITIONS)
-def _definition(model: _Model, file: str | None, is_random: bool) -> BackboneDefinition:
+def _definition(
+    model: _Model, file: str | None, license_: str | None, is_random: bool
+) -> BackboneDefinition:
     def build(num_classes: int | None) -> nn.Module:
         return _build(
             model, {} if num_classes is None else {"num_classes": num_classes}
@@ -213,7 +217,7 @@ def _definition(model: _Model, file: str | None, is_random: bool) -> BackboneDef
         file=file,
         adapt_state_dict=functools.partial(_adapt_state_dict, model),
         known_weights=("DEFAULT",) if model.tags else (),
-        license=model.cfg.license,
+        license=license_,
     )
 
 
@@ -317,7 +321,7 @@ def _loading_arguments(name: str) -> dict[str, Any]:
         return dict(loading.args[0])
     raise RuntimeError(
         f"timm {library.__version__} is not supported: it does not load the weights of "
-        f"{name!r} with load_pretrained."
+        f"{name!r} with load_pretrained. Install another version, such as 1.0.20."
     )
 
 

@@ -283,6 +283,14 @@ def test_tags_differ_in_preprocessing() -> None:
     assert sides == [224, 384]
 
 
+def test_a_file_does_not_have_the_license_of_the_tag() -> None:
+    expected = timm.get_pretrained_cfg("test_vit").license
+    assert expected is not None
+    for weights, license_ in [("DEFAULT", expected), ("own.pth", None)]:
+        definition = source.resolve("timm/test_vit", weights, False, fetch=False)
+        assert definition.license == license_
+
+
 @pytest.mark.slow
 def test_a_grid_search_uses_workers(tmp_path: Path) -> None:
     path = _saved(tmp_path, _created("test_resnet").state_dict())
