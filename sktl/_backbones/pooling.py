@@ -55,9 +55,11 @@ def pool(
         return x.flatten(1).clone()  # (n, c, h, w) -> (n, c * h * w)
     if pooling == "cls":
         if x.ndim != 3 or n_prefix_tokens == 0 or not has_class_token:
+            registers = f", of which {n_prefix_tokens} tokens are registers"
             raise ValueError(
                 "pooling='cls' needs a layer with a class token. Got the layer "
-                f"{layer!r}, with activations of shape {tuple(x.shape[1:])} per image. "
+                f"{layer!r}, with activations of shape {tuple(x.shape[1:])} per image"
+                f"{registers if n_prefix_tokens and not has_class_token else ''}. "
                 "Choose another pooling or another layer."
             )
         return x[:, 0].clone()  # (n, tokens, c) -> (n, c)

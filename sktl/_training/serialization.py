@@ -170,7 +170,8 @@ def load_model(
         raise ValueError(
             f"{str(path)!r} must be a file of {estimator}.save. Got a file of the "
             f"format {document.get('format')!r} and the estimator "
-            f"{document.get('estimator')!r}."
+            f"{document.get('estimator')!r}. A network of an older version must be "
+            "fitted and saved again."
         )
     check_trusted(document, trusted, path=str(path), estimator=estimator)
     try:
