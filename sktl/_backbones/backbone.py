@@ -7,9 +7,8 @@ categories, so these always match.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from threading import RLock
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from torch import nn
 
@@ -20,6 +19,8 @@ from sktl._utils.default_dtype import float32_default_if_needed
 
 # Resolutions are measured at this side at least, where rounding has little effect.
 _MIN_MEASURED_SIDE = 224
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,7 @@ class Backbone:
         self.min_size = definition.min_size
         self._load = load
         self._loaded: LoadedNetwork | None = None
+        self._computed: dict[str, Any] = {}
         self._print_state = "never"  # or "when loaded", "done"
         self._lock = RLock()
 
@@ -135,14 +137,31 @@ class Backbone:
             if self._loaded.removed:
                 print(self._loaded.removed)
 
-    @cached_property
+    def _compute_once(self, name: str, compute: Callable[[], Value]) -> Value:
+        """Return a cached value that is computed under the lock of this backbone.
+
+        `functools.cached_property` has one lock for all instances in Python 3.11:
+        another backbone would wait, and a network that is made from one would deadlock.
+        """
+        with self._lock:
+            if name not in self._computed:
+                self._computed[name] = compute()
+            value: Value = self._computed[name]
+        return value
+
+    @property
     def structure(self) -> NetworkStructure:
         """The structure of the network."""
-        return self.definition.describe(self.network)
+        return self._compute_once(
+            "structure", lambda: self.definition.describe(self.network)
+        )
 
-    @cached_property
+    @property
     def staged_model(self) -> StagedModel | None:
         """Stages and head, or None if the network cannot be split."""
+        return self._compute_once("staged_model", self._split)
+
+    def _split(self) -> StagedModel | None:
         if self.structure.reason_not_staged is not None:
             return None
         side = self.preprocessing.crop_size
@@ -153,9 +172,12 @@ class Backbone:
                 self.structure, side, self.preprocessing.n_channels
             )
 
-    @cached_property
+    @property
     def categories(self) -> tuple[Label, ...] | None:
         """Names or labels of the outputs, or None if the weights have none."""
+        return self._compute_once("categories", self._find_categories)
+
+    def _find_categories(self) -> tuple[Label, ...] | None:
         names = self.definition.categories
         if names is None or self.missing_head:
             return None

@@ -1,11 +1,17 @@
 """Tests of sktl._backbones.backbone."""
 
 import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
+from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.registry import load_backbone
+from sktl._backbones.source import BackboneDefinition, NetworkStructure
 from sktl._images.preprocessing import Preprocessing
 
 
@@ -48,3 +54,31 @@ def test_stages_of_a_copy_are_modules_of_its_network() -> None:
     x = torch.zeros(1, 3, 40, 40)
     with torch.inference_mode():
         assert torch.equal(private.network(x), shared.network(x))
+
+
+def _described_by(describe: Callable[[nn.Module], NetworkStructure]) -> Backbone:
+    network = nn.Linear(1, 1)
+    definition = BackboneDefinition(
+        lambda num_classes: network, describe, Preprocessing(8, 8), None
+    )
+    return Backbone("mine", "", definition, lambda: LoadedNetwork(network, ""))
+
+
+def test_backbones_do_not_wait_for_each_other() -> None:
+    started, finish = threading.Event(), threading.Event()
+
+    def describe_slowly(network: nn.Module) -> NetworkStructure:
+        started.set()
+        assert finish.wait(30)
+        return NetworkStructure()
+
+    slow = _described_by(describe_slowly)
+    other = _described_by(lambda network: NetworkStructure())
+    with ThreadPoolExecutor(2) as pool:
+        described = pool.submit(lambda: slow.structure)
+        assert started.wait(30)
+        try:
+            assert pool.submit(lambda: other.structure).result(10) is other.structure
+        finally:
+            finish.set()
+        assert described.result(30) is slow.structure
