@@ -182,7 +182,7 @@ class Backbone:
         if names is None or self.missing_head:
             return None
         # The head of a fine-tuned network has another number of outputs.
-        return names if self._has_outputs(len(names)) else None
+        return names if self.n_outputs in (None, len(names)) else None
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -255,6 +255,14 @@ class Backbone:
     def last_linear(self) -> nn.Module:
         """The module named `penultimate`: an ``nn.Linear`` or an ``nn.Conv2d``."""
         return self.network.get_submodule(self.penultimate)
+
+    @property
+    def n_outputs(self) -> int | None:
+        """Number of outputs of the last linear layer, or None if there is none."""
+        name = last_linear(self.network, self.structure)
+        if name is None:
+            return None
+        return len(self.network.get_parameter(f"{name}.weight"))
 
     @property
     def has_fixed_image_size(self) -> bool:
@@ -333,12 +341,6 @@ class Backbone:
         network = copy.deepcopy(self.network, memo)
         loaded = replace(self._load_once(), network=network)
         return type(self)(self.name, self.digest, self.definition, lambda: loaded)
-
-    def _has_outputs(self, n_outputs: int) -> bool:
-        name = last_linear(self.network, self.structure)
-        if name is None:
-            return True
-        return len(self.network.get_parameter(f"{name}.weight")) == n_outputs
 
     def _require_stages(self) -> StagedModel:
         if self.staged_model is None:

@@ -316,7 +316,7 @@ def _build_backbone(
         if not loaded.missing_head and backbone.categories != definition.categories:
             raise ValueError(
                 f"categories must name each output of the backbone {name!r}, which has "
-                f"{_n_outputs(definition, network)} outputs. Got "
+                f"{backbone.n_outputs} outputs. Got "
                 f"{len(definition.categories or ())} names. Pass one name for each "
                 "output, or categories=None."
             )
@@ -352,18 +352,19 @@ def _load_network(
     if file_digest(file) != weights.digest:  # after the tensors were read
         raise _changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
+    # Once, since networks of timm are recorded; in the mode that this requires.
+    structure = definition.describe(network.eval())
     # The head of a fine-tuned network is not optional in its file.
-    fine_tuned = len(definition.heads) > 0
-    head = Head() if fine_tuned else find_head(network, definition.describe(network))
+    head = Head() if definition.heads else find_head(network, structure)
     origin = f"The weights {file!r} for the backbone {name!r}"
     selection = select_state_dict(
         weights.state_dicts, network, head, definition.adapt_state_dict, origin
     )
     n_outputs = None  # the default
-    last = last_linear(network, definition.describe(network))
-    weight = selection.state_dict.get(f"{last}.weight")
+    last = last_linear(network, structure)
+    weight = None if last is None else selection.state_dict.get(f"{last}.weight")
     if not definition.is_registered and weight is not None and weight.ndim > 0:
-        if len(weight) != _n_outputs(definition, network):
+        if len(weight) != len(network.get_parameter(f"{last}.weight")):
             n_outputs = len(weight)  # fine-tuned on another number of categories
             network = _build_network(definition, n_outputs, seed, has_weights=True)
     fill_missing_head(selection.state_dict, network, selection.missing_head)
@@ -397,8 +398,3 @@ def _build_network(
 
 def _freeze(network: nn.Module) -> nn.Module:
     return network.to("cpu", torch.float32).eval().requires_grad_(False)
-
-
-def _n_outputs(definition: BackboneDefinition, network: nn.Module) -> int | None:
-    name = last_linear(network, definition.describe(network))
-    return None if name is None else len(network.get_parameter(f"{name}.weight"))

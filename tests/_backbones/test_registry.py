@@ -25,6 +25,7 @@ from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
 from sktl._backbones.new_head import replace_head
 from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._backbones.source import NetworkStructure
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.keyed_cache import KeyedCache
 
@@ -295,6 +296,26 @@ def test_a_registered_network_is_built_from_a_seed_or_a_file(tmp_path: Path) -> 
     )
     with pytest.raises(ValueError, match=r"net\.pth' for the backbone 'mine' have"):
         load_backbone("mine", _saved(tmp_path, _resnet10(num_classes=3)))
+
+
+def test_a_network_is_described_once_to_load_it_and_once_with_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe = registered.torchvision.describe_network
+    described: list[nn.Module] = []
+
+    def count(network: nn.Module) -> NetworkStructure:
+        described.append(network)
+        return describe(network)
+
+    monkeypatch.setattr(registered.torchvision, "describe_network", count)
+    register_backbone(
+        "mine", _resnet10, preprocessing=_SMALL, categories=list("abcdefghij")
+    )
+    backbone = load_backbone("mine", _saved(tmp_path, _resnet10()))
+    assert "stage4" in backbone.stages
+    assert (backbone.n_outputs, backbone.penultimate) == (10, "fc")
+    assert len(described) == 2
 
 
 def test_registering_again_replaces() -> None:
