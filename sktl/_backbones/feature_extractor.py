@@ -9,7 +9,6 @@ in the given order.
 import contextlib
 import copy
 import difflib
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from sktl._backbones.backbone import Backbone
 from sktl._backbones.layouts import is_channels_last
 from sktl._backbones.pooling import patch_map, pool
+from sktl._backbones.stages import is_stage_name
 from sktl._backbones.traced import meta_tensors
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.default_dtype import float32_default_if_needed
@@ -404,8 +404,8 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
     modules = [name for name, _ in backbone.network.named_modules() if name]
     # Some networks have modules such as stage2 that are not the stage of that name. A
     # name of this form means the stage in all networks that have stages.
-    is_stage_name = re.fullmatch(r"stem|stage\d+", layer) is not None
-    if layer in stages or (layer in modules and not (is_stage_name and stages)):
+    means_stage = is_stage_name(layer)
+    if layer in stages or (layer in modules and not (means_stage and stages)):
         return
     if layer == PENULTIMATE:
         if backbone.neck is None:
@@ -418,7 +418,7 @@ def _check_layer(layer: str, backbone: Backbone, stages: dict[str, nn.Module]) -
                 "below, or weights with a head."
             )
         return
-    if is_stage_name:
+    if means_stage:
         _ = backbone.stages  # raises if there are no stages
     close = difflib.get_close_matches(layer, [PENULTIMATE, *stages, *modules], n=5)
     raise ValueError(

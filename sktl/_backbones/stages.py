@@ -14,6 +14,7 @@ the same to the network.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -152,6 +153,11 @@ def check_stage_name(name: object) -> None:
             "The name of a stage must be one word such as 'stage1', other than "
             f"{', '.join(sorted(_RESERVED))}. Got {name!r}."
         )
+
+
+def is_stage_name(layer: str) -> bool:
+    """Return whether the name of a layer means a stage in networks with stages."""
+    return re.fullmatch(r"stem|stage\d+", layer) is not None
 
 
 def last_linear(network: nn.Module, structure: NetworkStructure) -> str | None:

@@ -26,6 +26,9 @@ from sktl._backbones.traced import (
 )
 from sktl._backbones.traced_blocks import Block, cut, layout_of
 
+# Part of the keys of cached rows. It changes when a network is cut into other stages.
+CUT_VERSION = "1"
+
 _LARGE = 0.5  # share of the parameters with which a module is worth opening
 _MAX_OPENED = 40
 _DEFAULT_SIDE = 224

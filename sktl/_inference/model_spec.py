@@ -4,8 +4,11 @@ import copy
 import functools
 from dataclasses import dataclass
 
+from sktl._backbones import timm
 from sktl._backbones.feature_extractor import FeatureExtractor
 from sktl._backbones.registry import BackboneSpec
+from sktl._backbones.stages import is_stage_name
+from sktl._backbones.timm_structure import CUT_VERSION
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference.engines import CompiledModel, get_compiled_model
 from sktl._inference.execution import ExecutionConfig
@@ -48,6 +51,9 @@ class ModelSpec:
             has_tokens = any(name.split(".")[0] == "encoder" for name in self.layers)
             if has_tokens and self.pooling != "flatten":
                 layers["tokens"] = "patches"
+            # Where the stages of timm's networks end depends on how they are recorded.
+            if timm.owns(self.backbone.name) and any(map(is_stage_name, self.layers)):
+                layers["stages"] = CUT_VERSION
         return {
             "backbone": self.backbone.name,
             "weights": self.backbone.digest,

@@ -11,6 +11,7 @@ from reference import normalized
 from sktl import PretrainedFeatures
 from sktl._backbones.feature_extractor import layer_widths
 from sktl._backbones.registry import BackboneSpec, load_backbone
+from sktl._inference import model_spec as model_spec_module
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.model_spec import ModelSpec
 
@@ -87,3 +88,13 @@ def test_pooled_tokens_are_not_read_from_older_caches(layer):
     flat = model_spec((layer,), "flatten").namespace()
     assert pooled.keys() - flat.keys() == {"tokens"}
     assert old < flat.keys()
+
+
+@pytest.mark.parametrize("layer", ["stem", "stage2", "penultimate", "blocks.1"])
+def test_stages_of_timm_have_a_version(layer, monkeypatch):
+    spec = model_spec((layer, "norm"), "flatten")
+    of_timm = replace(spec, backbone=replace(spec.backbone, name="timm/test_vit"))
+    before = of_timm.namespace()
+    monkeypatch.setattr(model_spec_module, "CUT_VERSION", "another")
+    assert (of_timm.namespace() != before) == (layer in ("stem", "stage2"))
+    assert "stages" not in spec.namespace()
