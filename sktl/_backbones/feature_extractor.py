@@ -378,7 +378,7 @@ def _warn_if_repeated(
 
 @contextlib.contextmanager
 def reraise_invalid_size(side: int) -> Iterator[None]:
-    """Raise a RuntimeError of a forward pass as a ValueError about the image size.
+    """Raise an error of a forward pass as a ValueError about the image size.
 
     Parameters
     ----------
@@ -388,14 +388,15 @@ def reraise_invalid_size(side: int) -> Iterator[None]:
     Raises
     ------
     ValueError
-        Instead of a RuntimeError.
+        Instead of a RuntimeError of torch or an AssertionError of the network.
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"The network does not support images of {side} x {side} pixels: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Choose another image_size."
+            f"{line.rstrip('.')}. Choose another image_size."
         ) from error
 
 

@@ -129,7 +129,7 @@ def _describe(registration: Registration, network: nn.Module) -> NetworkStructur
     # Instances of classes of torchvision and timm have the stages of their backbones.
     structure = torchvision.describe_network(network)
     if structure.reason_not_staged and timm_structure.is_timm_network(network):
-        structure = timm_structure.describe_network(network)
+        structure = timm_structure.describe_network(network, registration.preprocessing)
     if registration.n_prefix_tokens:
         n_tokens = registration.n_prefix_tokens
         structure = replace(

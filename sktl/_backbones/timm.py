@@ -18,7 +18,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import nn
 from torchvision import models
 
 from sktl._backbones.hub import fetch_hub_file
-from sktl._backbones.source import BackboneDefinition, NetworkStructure, weights_path
+from sktl._backbones.source import BackboneDefinition, weights_path
 from sktl._backbones.timm_structure import describe_network
 from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import fetch_weights, skip_weight_allocation
@@ -206,10 +206,11 @@ def _definition(
             model, {} if num_classes is None else {"num_classes": num_classes}
         )
 
+    preprocessing = Preprocessing.from_timm(model.cfg)
     return BackboneDefinition(
         build,
-        _describe_network,
-        Preprocessing.from_timm(model.cfg),
+        functools.partial(describe_network, preprocessing=preprocessing),
+        preprocessing,
         None if is_random else _categories(model.cfg.num_classes),
         # Whether a transformer supports other sizes, its class tells.
         has_fixed_image_size=None if model.cfg.fixed_input_size else False,
@@ -230,23 +231,6 @@ def _build(model: _Model, options: dict[str, Any]) -> Any:
         except TypeError:  # the class has no such parameter
             pass
     return create(**options)
-
-
-def _describe_network(network: Any) -> NetworkStructure:
-    is_dynamic = getattr(network, "dynamic_img_size", False)
-    is_fixed = network.pretrained_cfg["fixed_input_size"] and not is_dynamic
-    return replace(
-        describe_network(network),
-        has_fixed_image_size=is_fixed,
-        side_multiple=_patch_size(network.patch_embed) if is_dynamic else 1,
-    )
-
-
-def _patch_size(embedding: Any) -> int:
-    """Return the side of a patch, in pixels of the images."""
-    if hasattr(embedding, "feat_ratio"):  # of patches of activations, too
-        return embedding.feat_ratio()
-    return max(embedding.patch_size)
 
 
 def _adapt_state_dict(

@@ -9,6 +9,8 @@ and on other names of timm is in this module; it does not import timm.
 import contextlib
 import copy
 import functools
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,13 +27,16 @@ from sktl._backbones.traced import (
     record,
 )
 from sktl._backbones.traced_blocks import Block, cut, layout_of
+from sktl._images.preprocessing import Preprocessing
 
 # Part of the keys of cached rows. It changes when a network is cut into other stages.
 CUT_VERSION = "1"
 
 _LARGE = 0.5  # share of the parameters with which a module is worth opening
 _MAX_OPENED = 40
-_DEFAULT_SIDE = 224
+# Networks are recorded for images of this side at least: halves of small sides, which
+# are rounded, would tell little about where the resolution halves.
+_MIN_SIDE = 128
 
 Pair = tuple[Tensor, Tensor]
 
@@ -65,13 +70,18 @@ def is_timm_network(network: nn.Module) -> bool:
     return all(callable(getattr(network, name, None)) for name in methods)
 
 
-def describe_network(network: nn.Module) -> NetworkStructure:
+def describe_network(
+    network: nn.Module, preprocessing: Preprocessing
+) -> NetworkStructure:
     """Describe a network of timm.
 
     Parameters
     ----------
     network : Module
         Network in evaluation mode; the values of its parameters are not read.
+    preprocessing : Preprocessing
+        Size and number of channels of its images, which may differ from those in its
+        ``pretrained_cfg``.
 
     Returns
     -------
@@ -80,62 +90,84 @@ def describe_network(network: nn.Module) -> NetworkStructure:
         and, as the neck, the whole network up to its penultimate features.
     """
     kind = type(network).__name__
-    layers = _Layers(network)
+    inputs = _inputs(preprocessing)
+    layers = _Layers(network, inputs[0])
+    structure = _without_parts(network, layers)
     try:
         on_meta = MetaNetwork(network)
-        trunk, sides = _trunk(on_meta)
+        trunk, sides = _trunk(on_meta, inputs)
         neck, head = _neck_and_head(on_meta, trunk[-1].outputs)
     except Exception as error:
         # Broad on purpose: code of any architecture runs on symbols.
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        return _not_staged(network, layers, f"a {kind} cannot be cut: {line}")
+        return _not_staged(structure, network, f"a {kind} cannot be cut: {line}")
     modules = [block.module for block in trunk]
-    layers.groups = [
-        [trunk[i] for i in group] for group in group_blocks(modules, sides)
-    ]
-    if len(layers.groups) == 1:
+    groups = group_blocks(modules, sides)
+    if len(groups) == 1:
         reason = (
             f"a {kind} has no layer between its first and its last one where a single "
             "tensor carries all features"
         )
-        return _not_staged(network, layers, reason)
-    if not _is_equivalent(network, [*trunk, *neck]):
+        return _not_staged(structure, network, reason)
+    if not _is_equivalent(network, [*trunk, *neck], inputs[1][0]):
         reason = f"the stages of a {kind} do not have the features of the network"
-        return _not_staged(network, layers, reason)
-    return NetworkStructure(
+        return _not_staged(structure, network, reason)
+    layers.groups = [[trunk[i] for i in group] for group in groups]
+    return replace(
+        structure,
         trunk=modules,
         trunk_sides=sides,
         trunk_channels_last=[block.layout == "NHWC" for block in trunk],
         neck=[block.module for block in neck],
         head=[block.module for block in head],
-        is_channels_last=layers.is_channels_last,
-        n_prefix_tokens=layers.n_prefix_tokens,
-        has_class_token=_has_class_token(network),
     )
 
 
-def _not_staged(network: nn.Module, layers: "_Layers", reason: str) -> NetworkStructure:
-    layers.groups = []
+def _without_parts(network: Any, layers: "_Layers") -> NetworkStructure:
+    """Return what is known about a network before it is cut."""
+    config = getattr(network, "pretrained_cfg", None) or {}
+    # Positions are interpolated for the size of the images.
+    is_dynamic = getattr(network, "dynamic_img_size", False)
     return NetworkStructure(
-        neck=[WholeNetwork(network)],
-        reason_not_staged=reason,
+        has_fixed_image_size=config.get("fixed_input_size", False) and not is_dynamic,
+        side_multiple=_patch_size(network.patch_embed) if is_dynamic else 1,
         is_channels_last=layers.is_channels_last,
         n_prefix_tokens=layers.n_prefix_tokens,
         has_class_token=_has_class_token(network),
     )
+
+
+def _patch_size(embedding: Any) -> int:
+    """Return the side of a patch, in pixels of the images."""
+    if hasattr(embedding, "feat_ratio"):  # of patches of activations, too
+        return int(embedding.feat_ratio())
+    return int(max(embedding.patch_size))
+
+
+def _not_staged(
+    structure: NetworkStructure, network: nn.Module, reason: str
+) -> NetworkStructure:
+    return replace(structure, neck=[WholeNetwork(network)], reason_not_staged=reason)
 
 
 class _Layers:
     """Layouts of the layers of a network, by name.
 
+    Parameters
+    ----------
+    network : Module
+        Network.
+    images : (Tensor, Tensor)
+        Images of two sizes, on the meta device.
+
     Attributes
     ----------
     groups : list of list of Block
-        Blocks of each stage.
+        Blocks of each stage; empty if there are none.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, network: nn.Module, images: Pair) -> None:
+        self._network, self._images = network, images
         self.groups: list[list[Block]] = []
 
     def is_channels_last(self, layer: str) -> bool | None:
@@ -166,14 +198,13 @@ class _Layers:
 
         for name, module in on_meta.named_modules():
             module.register_forward_hook(hook(name))
-        pairs = _inputs(self._network)
-        for x in pairs[0]:
+        for x in self._images:
             outputs.append({})
             # The network may support images of one size only, or read values.
             with torch.no_grad(), contextlib.suppress(Exception):
                 on_meta(x)
         first, second = outputs
-        batches = (len(pairs[0][0]), len(pairs[0][1]))
+        batches = (len(self._images[0]), len(self._images[1]))
         found = {
             name: layout_of((first[name], second[name]), batches)
             for name in first.keys() & second.keys()
@@ -181,14 +212,13 @@ class _Layers:
         return {name: layout for name, layout in found.items() if layout is not None}
 
 
-def _is_equivalent(network: nn.Module, blocks: list[Block]) -> bool:
-    """Return whether blocks have the penultimate features of a network.
+def _is_equivalent(network: nn.Module, blocks: list[Block], images: Tensor) -> bool:
+    """Return whether blocks have the penultimate features of a network, for one image.
 
     Without values of the parameters there is nothing to compare.
     """
     if any(parameter.is_meta for parameter in network.parameters()):
         return True
-    (images, _), _ = _inputs(network)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images[:1].shape, generator=generator, dtype=torch.float32)
     with torch.inference_mode():
@@ -222,30 +252,34 @@ def _penultimate(network: Any, x: Any) -> Any:
     return network.forward_head(x, pre_logits=True)
 
 
-def _inputs(network: nn.Module) -> list[Pair]:
+def _inputs(preprocessing: Preprocessing) -> tuple[Pair, Pair]:
     """Return images of two sizes, and of one for networks that support no other."""
-    config: Any = getattr(network, "pretrained_cfg", None) or {}
-    channels, side, _ = config.get("input_size") or (3, _DEFAULT_SIDE, _DEFAULT_SIDE)
-    shapes = [(2, side), (3, 2 * side), (3, side)]
-    images, larger, equal = (
-        torch.empty(n, channels, s, s, device="meta", dtype=torch.float32)
-        for n, s in shapes
+    own = preprocessing.crop_size
+    side = own * math.ceil(_MIN_SIDE / own)  # a multiple of the patches, too
+    images, larger, small, equal = (
+        torch.empty(
+            n, preprocessing.n_channels, s, s, device="meta", dtype=torch.float32
+        )
+        for n, s in [(2, side), (3, 2 * side), (2, own), (3, own)]
     )
-    return [(images, larger), (images, equal)]
+    return (images, larger), (small, equal)
 
 
-def _trunk(on_meta: MetaNetwork) -> tuple[list[Block], list[float]]:
+def _trunk(
+    on_meta: MetaNetwork, inputs: tuple[Pair, Pair]
+) -> tuple[list[Block], list[float]]:
     """Return the blocks from the images to what `forward_features` returns.
 
     Also the sides of the images, and of the output of each block.
     """
-    any_size, one_size = _inputs(on_meta.network)
+    (images, _), one_size = inputs
     try:
-        blocks = _Opener(on_meta, _features, any_size, _worth_opening).blocks()
+        blocks = _Opener(on_meta, _features, inputs[0], _worth_opening).blocks()
     except Exception:
         # Broad on purpose: as above.
+        images, _ = one_size
         blocks = _Opener(on_meta, _features, one_size, _worth_opening).blocks()
-    tensors = [any_size[0], *(block.outputs[0] for block in blocks)]
+    tensors = [images, *(block.outputs[0] for block in blocks)]
     return blocks, [map_side(x) for x in tensors]
 
 

@@ -1,5 +1,7 @@
 """Layers are compared with what torchvision's network computes on its own."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,11 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import Permute
 
 from sktl._backbones import feature_extractor
-from sktl._backbones.feature_extractor import FeatureExtractor, layer_widths
+from sktl._backbones.feature_extractor import (
+    FeatureExtractor,
+    layer_widths,
+    reraise_invalid_size,
+)
 from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
@@ -226,6 +232,20 @@ def test_widths_of_a_network_that_reads_values():
     assert layer_widths(backbone, ["body", "penultimate"], 2, size) == (24, 6)
     with pytest.raises(ValueError, match="does not support images of 2 x 2 pixels"):
         layer_widths(backbone, ["body"], 2, Preprocessing(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("It is small.\nSee above."), "It is small."),
+        (AssertionError("It must be even."), "It must be even."),
+        (AssertionError(), "AssertionError."),
+    ],
+)
+def test_errors_of_a_forward_pass_are_about_the_image_size(error, line):
+    message = re.escape(f"support images of 7 x 7 pixels: {line} Choose another")
+    with pytest.raises(ValueError, match=message), reraise_invalid_size(7):
+        raise error
 
 
 def test_widths_of_missing_layers_raise():

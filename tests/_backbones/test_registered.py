@@ -61,3 +61,24 @@ def test_declared_tokens_start_with_the_class_token(n_prefix_tokens: int) -> Non
     structure = load_backbone("mine").structure
     assert structure.n_prefix_tokens("stage1") == 1
     assert structure.has_class_token == (n_prefix_tokens == 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("test_vit", r"multiple of 16 .* 80 or 96\."),
+        ("test_vit3", "supports only images of 160 pixels"),
+    ],
+)
+def test_transformers_of_timm_refuse_sizes_they_do_not_support(
+    name: str, message: str
+) -> None:
+    timm = pytest.importorskip("timm")
+    preprocessing = Preprocessing(160, 160)
+    register_backbone(
+        "mine", lambda: timm.create_model(name), preprocessing=preprocessing
+    )
+    backbone = load_backbone("mine")
+    assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
+    with pytest.raises(ValueError, match=message):
+        backbone.preprocessing_at(90)

@@ -8,9 +8,11 @@ from sktl._backbones import timm_structure
 from sktl._backbones.feature_extractor import FeatureExtractor
 from sktl._backbones.new_head import WHOLE_NETWORK, replace_head, stage_names
 from sktl._backbones.registry import load_backbone
+from sktl._backbones.source import NetworkStructure
 from sktl._backbones.stages import last_linear, split_into_stages
-from sktl._backbones.timm_structure import describe_network, is_timm_network
+from sktl._backbones.timm_structure import is_timm_network
 from sktl._backbones.traced_blocks import Block
+from sktl._images.preprocessing import Preprocessing
 
 timm = pytest.importorskip("timm")
 
@@ -19,6 +21,11 @@ def create(name: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
     network: nn.Module = timm.create_model(name, **options)
     return network.eval().requires_grad_(False)
+
+
+def describe_network(network: nn.Module) -> NetworkStructure:
+    own = Preprocessing.from_timm(network.pretrained_cfg)
+    return timm_structure.describe_network(network, own)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +95,29 @@ def test_registers_are_no_class_token():
         with pytest.raises(ValueError, match="needs a layer with a class token"):
             FeatureExtractor(backbone, [layer], "cls")(x)
         assert FeatureExtractor(backbone, [layer], "avg")(x).shape == (1, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "preprocessing"),
+    [
+        (
+            "test_resnet",
+            {"in_chans": 1},
+            Preprocessing(64, 64, mean=(0.5,), std=(0.5,)),
+        ),
+        ("test_vit3", {"img_size": 96}, Preprocessing(96, 96)),
+    ],
+)
+def test_networks_that_differ_from_their_configuration(name, options, preprocessing):
+    network = create(name, **options)
+    structure = timm_structure.describe_network(network, preprocessing)
+    n_channels, side = preprocessing.n_channels, preprocessing.crop_size
+    x = torch.randn(2, n_channels, side, side)
+    expected = network.forward_features(x)
+    for stage in split_into_stages(structure, side, n_channels).stages.values():
+        x = stage(x)
+    assert torch.allclose(x, expected, atol=1e-5)
+    assert structure.has_fixed_image_size == (name == "test_vit3")
 
 
 def test_positions_belong_to_the_stem():
