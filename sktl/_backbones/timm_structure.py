@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sktl._backbones.source import NetworkStructure
 from sktl._backbones.stages import group_blocks, map_side, n_halvings, stage_name
-from sktl._backbones.steps import Step
+from sktl._backbones.steps import Ref, Step
 from sktl._backbones.traced import (
     Forward,
     MetaNetwork,
@@ -95,7 +95,9 @@ def describe_network(
     structure = _without_parts(network, layers)
     try:
         on_meta = MetaNetwork(network)
-        trunk, sides = _trunk(on_meta, inputs)
+        trunk, sides, is_any_size = _trunk(
+            on_meta, inputs, structure.has_fixed_image_size
+        )
         neck, head = _neck_and_head(on_meta, trunk[-1].outputs)
     except Exception as error:
         # Broad on purpose: code of any architecture runs on symbols.
@@ -115,6 +117,7 @@ def describe_network(
     layers.groups = [[trunk[i] for i in group] for group in groups]
     return replace(
         structure,
+        has_fixed_image_size=structure.has_fixed_image_size or not is_any_size,
         trunk=modules,
         trunk_sides=sides,
         trunk_channels_last=[block.layout == "NHWC" for block in trunk],
@@ -266,21 +269,36 @@ def _inputs(preprocessing: Preprocessing) -> tuple[Pair, Pair]:
 
 
 def _trunk(
-    on_meta: MetaNetwork, inputs: tuple[Pair, Pair]
-) -> tuple[list[Block], list[float]]:
+    on_meta: MetaNetwork, inputs: tuple[Pair, Pair], is_fixed: bool
+) -> tuple[list[Block], list[float], bool]:
     """Return the blocks from the images to what `forward_features` returns.
 
-    Also the sides of the images, and of the output of each block.
+    Also the sides of the images, and of the output of each block; and whether the
+    blocks are those for images of any size. Those for one size may contain numbers
+    that are wrong for others, so they are used only if there are no others.
     """
-    (images, _), one_size = inputs
+    (images, larger), one_size = inputs
+    is_any_size = True
     try:
-        blocks = _Opener(on_meta, _features, inputs[0], _worth_opening).blocks()
+        blocks = _Opener(on_meta, _features, (images, larger), _worth_opening).blocks()
     except Exception:
         # Broad on purpose: as above.
+        if not is_fixed and _supports(on_meta, larger):
+            raise
+        is_any_size = False
         images, _ = one_size
         blocks = _Opener(on_meta, _features, one_size, _worth_opening).blocks()
     tensors = [images, *(block.outputs[0] for block in blocks)]
-    return blocks, [map_side(x) for x in tensors]
+    return blocks, [map_side(x) for x in tensors], is_any_size
+
+
+def _supports(on_meta: MetaNetwork, images: Tensor) -> bool:
+    """Return whether a network supports images of a size."""
+    step = Step("module", ("", "forward_features"), (Ref(0),))
+    with contextlib.suppress(Exception):  # of any type, from code of any architecture
+        on_meta.run(step, lambda index: images)
+        return True
+    return False
 
 
 def _neck_and_head(

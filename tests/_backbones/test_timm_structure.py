@@ -120,6 +120,42 @@ def test_networks_that_differ_from_their_configuration(name, options, preprocess
     assert structure.has_fixed_image_size == (name == "test_vit3")
 
 
+class BranchesOnTheSize(nn.Module):
+    """Has the methods of networks of timm."""
+
+    def __init__(self, is_fixed: bool) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
+        self.fc, self.is_fixed = nn.Linear(8, 2), is_fixed
+
+    def forward_features(self, x):
+        assert not self.is_fixed or x.shape[2] == 128
+        x = self.stem(x)
+        if x.shape[2] > 100:
+            x = x * 2
+        return self.body(x)
+
+    def forward_head(self, x, pre_logits=False):
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def reset_classifier(self, num_classes):
+        self.fc = nn.Identity()
+
+
+@pytest.mark.parametrize("is_fixed", [True, False])
+def test_records_of_one_size_are_used_for_one_size_only(is_fixed):
+    network = BranchesOnTheSize(is_fixed).eval().requires_grad_(False)
+    structure = timm_structure.describe_network(network, Preprocessing(128, 128))
+    assert structure.has_fixed_image_size == is_fixed
+    if not is_fixed:
+        assert "depends on the size of the images" in str(structure.reason_not_staged)
+        return
+    x = torch.randn(1, 3, 128, 128)
+    stem, stage1 = split_into_stages(structure, 128).stages.values()
+    assert torch.equal(stage1(stem(x)), network.forward_features(x))
+
+
 def test_positions_belong_to_the_stem():
     # They have half as many parameters as a block.
     with torch.device("meta"):
