@@ -15,6 +15,26 @@ class Ref:
     index: int
 
 
+@dataclass(frozen=True, repr=False)
+class Mode:
+    """The attribute ``training`` of a module, as an argument of a step.
+
+    Attributes
+    ----------
+    is_training : bool
+        Its value while the step is recorded. When the step runs, the argument is the
+        mode of the module that runs it.
+    """
+
+    is_training: bool
+
+    def __bool__(self) -> bool:
+        return self.is_training
+
+    def __repr__(self) -> str:
+        return "self.training"
+
+
 @dataclass(frozen=True)
 class Step:
     """One operation.
@@ -27,7 +47,7 @@ class Step:
     target : str, tuple of str or callable
         Name or function.
     args, kwargs : tuple, dict
-        Arguments, in which a `Ref` stands for a result.
+        Arguments, in which a `Ref` stands for a result and a `Mode` for the mode.
     """
 
     kind: str
@@ -41,16 +61,19 @@ class Step:
         Parameters
         ----------
         module : Module
-            Owner of the parameters and modules.
+            Owner of the parameters and modules, whose mode is that of the step.
         result : callable
             Takes the index of an earlier step, returns its result.
         """
         if self.kind == "parameter":
             return operator.attrgetter(self.target)(module)
-        args, kwargs = map_nested(
-            lambda a: result(a.index) if isinstance(a, Ref) else a,
-            (self.args, self.kwargs or {}),
-        )
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Ref):
+                return result(argument.index)
+            return module.training if isinstance(argument, Mode) else argument
+
+        args, kwargs = map_nested(value, (self.args, self.kwargs or {}))
         if self.kind == "module":
             name, method = self.target
             return getattr(module.get_submodule(name), method)(*args, **kwargs)

@@ -22,6 +22,7 @@ from sktl._backbones.steps import Ref, Step
 from sktl._backbones.traced import (
     Forward,
     MetaNetwork,
+    Record,
     Values,
     meta_tensors,
     record,
@@ -345,7 +346,7 @@ class _Opener:
 
     def blocks(self) -> list[Block]:
         """Return the blocks."""
-        self.last = record(self.on_meta, self.forward, self.inputs, self.opened)
+        self.last = self._record(self.opened)
         blocks = cut(self.network, self.last)
         for _ in range(_MAX_OPENED):
             names = set(self._worth_opening(self)) - self.opened - self.closed
@@ -362,19 +363,23 @@ class _Opener:
 
     def _blocks_if_opened(self, name: str) -> list[Block] | None:
         """Return the blocks with another module recorded step by step, if possible."""
-        arguments = (self.on_meta, self.forward, self.inputs, {*self.opened, name})
         try:
-            opened = record(*arguments)
-            in_training = record(*arguments, training=True)
+            opened = self._record({*self.opened, name})
             blocks = cut(self.network, opened)
         except Exception:
             # Broad on purpose: code of any architecture runs on symbols.
             return None
-        # The steps of one mode must be right in both.
-        if [str(s) for s in opened.steps] != [str(s) for s in in_training.steps]:
-            return None
         self.last = opened
         return blocks
+
+    def _record(self, opened: set[str]) -> Record:
+        """Record the function; raise if it has other steps in training."""
+        arguments = (self.on_meta, self.forward, self.inputs, opened)
+        records = [record(*arguments, training=mode) for mode in (False, True)]
+        steps = [[*map(str, each.steps), str(each.output)] for each in records]
+        if steps[0] != steps[1]:
+            raise TypeError("its forward method depends on the mode")
+        return records[0]
 
     def input(self, step: Step) -> Values:
         """Return the first input of a step."""

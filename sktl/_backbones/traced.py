@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sktl._backbones.steps import Ref, Step, contains, map_nested
+from sktl._backbones.steps import Mode, Ref, Step, contains, map_nested
 
 Forward = Callable[[Any, Any], Any]  # of a network and a tensor; returns a tensor
 Values = tuple[Any, Any]  # of a step, for images of two sizes
@@ -307,7 +307,7 @@ class _Recorder:
             own[name] = None if tensor is None else self.call(step)
         is_opened = path in self._opened or type(module) in _CONTAINERS
         if is_opened:
-            own["training"] = self._training
+            own["training"] = Mode(self._training)
         else:
             own["forward"] = functools.partial(self._module, path, "__call__")
         kind: Any = type(module)

@@ -34,6 +34,7 @@ class TracedBlock(nn.Module):
 
     def __init__(self, network: nn.Module, steps: Sequence[Step]) -> None:
         super().__init__()
+        self.training = network.training  # a new module would be in training mode
         self.steps = tuple(self._own(network, step) for step in steps)
 
     def _own(self, network: nn.Module, step: Step) -> Step:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from sktl._backbones.steps import Ref, Step, contains, map_nested
+from sktl._backbones.steps import Mode, Ref, Step, contains, map_nested
 
 
 def test_nested_values():
@@ -31,3 +31,13 @@ def test_run(step, expected):
     assert step.run(network, results.__getitem__).item() == expected
     used = [i for i in (0, 1) if Ref(i) in (*step.args, *(step.kwargs or {}).values())]
     assert step.refs() == used
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_that_of_the_module(training):
+    x = torch.ones(1000)
+    options = {"p": 0.5, "training": Mode(not training)}
+    step = Step("function", nn.functional.dropout, (Ref(0),), options)
+    dropped = step.run(nn.Identity().train(training), lambda index: x)
+    assert torch.equal(dropped, x) != training
+    assert str(Mode(True)) == str(Mode(False))

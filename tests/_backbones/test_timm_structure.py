@@ -120,20 +120,19 @@ def test_networks_that_differ_from_their_configuration(name, options, preprocess
     assert structure.has_fixed_image_size == (name == "test_vit3")
 
 
-class BranchesOnTheSize(nn.Module):
+class TwoLayers(nn.Module):
     """Has the methods of networks of timm."""
 
-    def __init__(self, is_fixed: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem, self.body = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 8, 3, 2, 1)
-        self.fc, self.is_fixed = nn.Linear(8, 2), is_fixed
+        self.fc = nn.Linear(8, 2)
+
+    def between(self, x):
+        return x
 
     def forward_features(self, x):
-        assert not self.is_fixed or x.shape[2] == 128
-        x = self.stem(x)
-        if x.shape[2] > 100:
-            x = x * 2
-        return self.body(x)
+        return self.body(self.between(self.stem(x)))
 
     def forward_head(self, x, pre_logits=False):
         x = x.mean((2, 3))
@@ -141,6 +140,17 @@ class BranchesOnTheSize(nn.Module):
 
     def reset_classifier(self, num_classes):
         self.fc = nn.Identity()
+
+
+class BranchesOnTheSize(TwoLayers):
+    def __init__(self, is_fixed: bool) -> None:
+        super().__init__()
+        self.is_fixed = is_fixed
+
+    def between(self, x):
+        if self.is_fixed and x.shape[2] != 64:
+            raise ValueError("images of another size")
+        return x * 2 if x.shape[2] > 100 else x
 
 
 @pytest.mark.parametrize("is_fixed", [True, False])
@@ -154,6 +164,33 @@ def test_records_of_one_size_are_used_for_one_size_only(is_fixed):
     x = torch.randn(1, 3, 128, 128)
     stem, stage1 = split_into_stages(structure, 128).stages.values()
     assert torch.equal(stage1(stem(x)), network.forward_features(x))
+
+
+class BranchesOnTheMode(TwoLayers):
+    def between(self, x):
+        return x * 2 if self.training else x
+
+
+class Drops(TwoLayers):
+    def between(self, x):
+        return nn.functional.dropout(x, 0.5, training=self.training)
+
+
+def test_stages_are_correct_in_training():
+    x, preprocessing = torch.randn(1, 3, 128, 128), Preprocessing(128, 128)
+    structure = timm_structure.describe_network(
+        BranchesOnTheMode().eval(), preprocessing
+    )
+    assert "depends on the mode" in str(structure.reason_not_staged)
+    network = Drops().eval()
+    structure = timm_structure.describe_network(network, preprocessing)
+    stages = split_into_stages(structure, 128).stages.values()
+    outputs = []
+    for each in (network.train().forward_features, nn.Sequential(*stages).train()):
+        torch.manual_seed(0)
+        outputs.append(each(x))
+    assert torch.equal(*outputs)
+    assert not torch.allclose(outputs[0], network.eval().forward_features(x))
 
 
 def test_positions_belong_to_the_stem():

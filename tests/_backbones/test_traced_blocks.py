@@ -90,6 +90,29 @@ def test_printed_blocks_tell_the_steps():
     assert "0x" not in str(block)  # no address, which differs between processes
 
 
+class Drops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(x)
+        return nn.functional.dropout(x, 0.5, training=self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_have_the_mode_in_which_they_run(training):
+    network = Drops().eval()
+    parts = nn.Sequential(*(block.module for block in blocks_of(network)))
+    x = torch.randn(2, 3, 16, 16)
+    outputs = []
+    for each in (network.train(training), parts.train(training)):
+        torch.manual_seed(0)
+        outputs.append(each(x))
+    assert torch.equal(*outputs)
+    assert (outputs[0] == 0).any() == training
+
+
 class TwoPaths(nn.Module):
     def __init__(self) -> None:
         super().__init__()
