@@ -324,8 +324,11 @@ class Backbone:
                 f"{self.name!r}. Got {image_size}. Increase image_size, or choose "
                 "another backbone."
             )
-        has_patches = self.definition.has_fixed_image_size is None
-        multiple = self.structure.side_multiple if has_patches else 1
+        if self.definition.has_fixed_image_size is None:
+            self._check_multiple(image_size, self.structure.side_multiple)
+        return own.with_image_size(image_size)
+
+    def _check_multiple(self, image_size: int, multiple: int) -> None:
         if image_size % multiple:
             below = image_size // multiple * multiple
             nearest = [side for side in (below, below + multiple) if side > 0]
@@ -334,7 +337,6 @@ class Backbone:
                 f"{self.name!r}, which divides images into patches of that side. Got "
                 f"{image_size}. Choose {' or '.join(map(str, nearest))}."
             )
-        return own.with_image_size(image_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return a backbone with a copy of the network, and stages of that copy."""

@@ -120,8 +120,8 @@ class BackboneDefinition:
     min_size : int
         Minimum side of an image in pixels.
     has_fixed_image_size : bool or None
-        As in `NetworkStructure`; None if only the network can tell, or if it supports
-        only some sizes.
+        As in `NetworkStructure`, for networks of any size or of one; None if only the
+        structure of the network tells which sizes it supports.
     weights_name : str
         Name that the source gives to the weights, or to those whose preprocessing and
         categories are used.
