@@ -357,6 +357,8 @@ def _text(step: Step) -> str:
             return f"({', '.join(text(each) for each in value)})"
         if isinstance(value, slice):
             return f"{text(value.start)}:{text(value.stop)}:{text(value.step)}"
+        if callable(value):  # whose repr may have an address
+            return str(getattr(value, "__qualname__", type(value).__qualname__))
         return repr(value)
 
     target = step.target

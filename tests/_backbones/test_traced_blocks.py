@@ -1,6 +1,7 @@
 """Cutting of recorded steps into blocks that pass one tensor."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sktl._backbones.steps import Ref, Step
 from sktl._backbones.traced import MetaNetwork, record
 from sktl._backbones.traced_blocks import TracedBlock, cut, layout_of
 
@@ -88,6 +90,17 @@ def test_printed_blocks_tell_the_steps():
     assert isinstance(block, TracedBlock)
     assert "module blocks_1.__call__(%0, rotary=%" in str(block)
     assert "0x" not in str(block)  # no address, which differs between processes
+
+
+def test_printed_functions_have_no_address():
+    steps = [
+        Step("function", map, (lambda each: each, Ref(0))),
+        Step("method", "register_hook", (Ref(0), functools.partial(max, 1))),
+    ]
+    text = str(TracedBlock(nn.Identity(), steps))
+    assert "<lambda>, %0)" in text
+    assert "partial)" in text
+    assert "0x" not in text
 
 
 class Drops(nn.Module):
