@@ -36,6 +36,13 @@ class TracedBlock(nn.Module):
         super().__init__()
         self.training = network.training  # a new module would be in training mode
         self.steps = tuple(self._own(network, step) for step in steps)
+        uses = [sorted(set(step.refs())) for step in self.steps]
+        last_uses = {result: i for i, used in enumerate(uses) for result in used}
+        # For each step, the results that no later one uses.
+        self._released = tuple(
+            tuple(result for result in used if last_uses[result] == i)
+            for i, used in enumerate(uses)
+        )
 
     def _own(self, network: nn.Module, step: Step) -> Step:
         """Register what a step uses; return the step with its name in this block."""
@@ -59,8 +66,10 @@ class TracedBlock(nn.Module):
     def forward(self, x: Tensor) -> Any:
         """Run the steps."""
         results: list[Any] = [x]
-        for step in self.steps:
+        for index, step in enumerate(self.steps):
             results.append(step.run(self, results.__getitem__))
+            for released in self._released[index]:
+                results[released] = None  # its memory is needed for later ones
         return results[-1]
 
     def extra_repr(self) -> str:

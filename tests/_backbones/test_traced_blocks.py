@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -90,6 +91,22 @@ def test_printed_blocks_tell_the_steps():
     assert isinstance(block, TracedBlock)
     assert "module blocks_1.__call__(%0, rotary=%" in str(block)
     assert "0x" not in str(block)  # no address, which differs between processes
+
+
+def test_results_are_released_after_their_last_use():
+    results, n_alive = [], []
+
+    def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        n_alive.append(sum(result() is not None for result in results))
+        total = x + y
+        results.append(weakref.ref(total))
+        return total
+
+    # The first result is used by the second and the third step.
+    pairs = [(0, 0), (1, 1), (2, 1), (3, 3), (4, 4)]
+    steps = [Step("function", add, (Ref(i), Ref(j))) for i, j in pairs]
+    assert TracedBlock(nn.Identity(), steps)(torch.ones(1)).item() == 24
+    assert n_alive == [0, 1, 2, 1, 1]
 
 
 def test_printed_functions_have_no_address():
