@@ -296,15 +296,14 @@ class _Recorder:
         copied = self._copies[id(module)] = copy.copy(module)
         prefix = f"{path}." if path else ""
         own: dict[str, Any] = copied.__dict__
+        # Containers iterate over this dict, in which names may share a module.
         own["_modules"] = {
             name: child and self._symbolic(child, prefix + name)
             for name, child in module._modules.items()
         }
-        tensors = {**module._parameters, **module._buffers}
-        own["_parameters"], own["_buffers"] = {}, {}
-        for name, tensor in tensors.items():
-            step = Step("parameter", prefix + name)
-            own[name] = None if tensor is None else self.call(step)
+        for members in (module.named_parameters, module.named_buffers):
+            for name, _ in members(recurse=False, remove_duplicate=False):
+                own[name] = self.call(Step("parameter", prefix + name))
         is_opened = path in self._opened or type(module) in _CONTAINERS
         if is_opened:
             own["training"] = Mode(self._training)

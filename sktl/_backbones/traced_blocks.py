@@ -7,7 +7,7 @@ computed again in each block, from the shape of its input.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,16 @@ class TracedBlock(nn.Module):
     steps : sequence of Step
         The last one is the output. Names are those in `network`; ``Ref(0)`` is the
         input and ``Ref(i)`` the result of step i, counted from 1.
+    saved : collection of str
+        Names in the state dict of `network`; its other buffers are not saved.
     """
 
-    def __init__(self, network: nn.Module, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, network: nn.Module, steps: Sequence[Step], saved: Collection[str]
+    ) -> None:
         super().__init__()
         self.training = network.training  # a new module would be in training mode
-        self.steps = tuple(self._own(network, step) for step in steps)
+        self.steps = tuple(self._own(network, step, saved) for step in steps)
         uses = [sorted(set(step.refs())) for step in self.steps]
         last_uses = {result: i for i, used in enumerate(uses) for result in used}
         # For each step, the results that no later one uses.
@@ -44,7 +48,7 @@ class TracedBlock(nn.Module):
             for i, used in enumerate(uses)
         )
 
-    def _own(self, network: nn.Module, step: Step) -> Step:
+    def _own(self, network: nn.Module, step: Step, saved: Collection[str]) -> Step:
         """Register what a step uses; return the step with its name in this block."""
         if step.kind == "module":
             path, method = step.target
@@ -52,14 +56,12 @@ class TracedBlock(nn.Module):
             self.add_module(name, network.get_submodule(path))
             return Step("module", (name, method), step.args, step.kwargs)
         if step.kind == "parameter":
-            path, _, own = step.target.rpartition(".")
-            owner, name = network.get_submodule(path), step.target.replace(".", "_")
-            value = getattr(owner, own)
+            name = step.target.replace(".", "_")
+            value = operator.attrgetter(step.target)(network)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
-                persistent = own not in owner._non_persistent_buffers_set
-                self.register_buffer(name, value, persistent=persistent)
+                self.register_buffer(name, value, persistent=step.target in saved)
             return Step("parameter", name)
         return step
 
@@ -192,12 +194,15 @@ class _Cutter:
     kinds : list of str
         For each step: ``"constant"``; ``"shape"``, if its result depends only on the
         shape of the input; ``"value"``, if it depends on its values.
+    saved : frozenset of str
+        Names in the state dict of the network.
     """
 
     def __init__(self, network: nn.Module, record: Record) -> None:
         if not isinstance(record.output, Ref):
             raise TypeError("its forward method does not return one tensor")
         self.network, self.record, self.end = network, record, record.output.index
+        self.saved = frozenset(network.state_dict())
         self.uses = [step.refs() for step in record.steps]
         self.kinds: list[str] = []
         for step, values, uses in zip(
@@ -285,7 +290,7 @@ class _Segment:
             is_call = step.kind == "module" and step.target[1] == "__call__"
             if is_call and step.args == (Ref(0),) and not step.kwargs:
                 return network.get_submodule(step.target[0])
-        return TracedBlock(network, self._steps)
+        return TracedBlock(network, self._steps, self._cutter.saved)
 
     def use(self, index: int) -> Any:
         """Add what is needed for a result of the record; return its reference."""

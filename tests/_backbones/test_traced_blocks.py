@@ -93,8 +93,28 @@ def test_printed_blocks_tell_the_steps():
     assert "0x" not in str(block)  # no address, which differs between processes
 
 
+class Buffers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+        self.inner = nn.Sequential(nn.Identity())
+        self.inner.register_buffer("saved", torch.ones(3, 1, 1))
+        self.inner.register_buffer("constant", torch.ones(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.layer(x)) * self.inner.saved + self.inner.constant
+
+
+def test_buffers_that_are_not_saved_are_not_saved_by_blocks():
+    parts = nn.ModuleList(block.module for block in blocks_of(Buffers()))
+    saved = {name.split(".")[-1] for name in parts.state_dict()}
+    assert saved == {"weight", "bias", "inner_saved"}
+    assert len(list(parts.buffers())) == 2
+
+
 def test_results_are_released_after_their_last_use():
-    results, n_alive = [], []
+    results: list[weakref.ref[torch.Tensor]] = []
+    n_alive: list[int] = []
 
     def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         n_alive.append(sum(result() is not None for result in results))
@@ -105,7 +125,7 @@ def test_results_are_released_after_their_last_use():
     # The first result is used by the second and the third step.
     pairs = [(0, 0), (1, 1), (2, 1), (3, 3), (4, 4)]
     steps = [Step("function", add, (Ref(i), Ref(j))) for i, j in pairs]
-    assert TracedBlock(nn.Identity(), steps)(torch.ones(1)).item() == 24
+    assert TracedBlock(nn.Identity(), steps, ())(torch.ones(1)).item() == 24
     assert n_alive == [0, 1, 2, 1, 1]
 
 
@@ -114,7 +134,7 @@ def test_printed_functions_have_no_address():
         Step("function", map, (lambda each: each, Ref(0))),
         Step("method", "register_hook", (Ref(0), functools.partial(max, 1))),
     ]
-    text = str(TracedBlock(nn.Identity(), steps))
+    text = str(TracedBlock(nn.Identity(), steps, ()))
     assert "<lambda>, %0)" in text
     assert "partial)" in text
     assert "0x" not in text
