@@ -133,6 +133,8 @@ class FeatureExtractor(nn.Module):
         self._pass.rows, self._pass.shapes = rows, {}
         self._pass.lacks_weights = ""
         for name, part in self._parts.items():
+            if name == "network" and all(layer in rows for layer in self._layers):
+                break  # it shares modules with the neck, whose hooks have recorded all
             if name == PENULTIMATE:  # beside the way from stages to the outputs
                 if name in self._of_parts:
                     self._record(name, part(x))

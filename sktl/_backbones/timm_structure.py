@@ -48,15 +48,20 @@ class WholeNetwork(nn.Module):
     Parameters
     ----------
     network : Module
-        Network; its parameters are used, not copied.
+        Network; its parameters are used, not copied, and so are its modules that
+        contain no classifier.
     """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         tensors = [*network.parameters(), *network.buffers()]
-        # The modules are copied, since the classifier is removed from them.
+        # Copied, since the classifier is removed.
         copied: Any = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
         copied.reset_classifier(0)
+        for name, child in network.named_children():
+            if str(getattr(copied, name, None)) == str(child):
+                # It has no classifier. With the module itself, hooks are shared.
+                setattr(copied, name, child)
         self.network = copied
 
     def forward(self, x: Tensor) -> Tensor:

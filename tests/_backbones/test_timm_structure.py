@@ -239,6 +239,23 @@ def test_a_network_that_cannot_be_cut(monkeypatch):
     assert trained(x).shape == (1, 3)
 
 
+def test_layers_of_a_network_that_cannot_be_cut_run_once(monkeypatch):
+    monkeypatch.setattr(timm_structure, "record", None)
+    backbone = load_backbone("timm/test_resnet", None, random_state=72)
+    x = torch.randn(2, 3, 96, 96)
+    network = backbone.network
+    features = network.forward_head(network.forward_features(x), pre_logits=True)
+    for layer, n_runs in [("layer3", 1), ("fc", 2)]:
+        extractor = FeatureExtractor(backbone, ["penultimate", layer], "avg").eval()
+        calls = []
+        for module in extractor.modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels == 3:
+                module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        alone = FeatureExtractor(backbone, [layer], "avg").eval()(x)
+        assert torch.equal(extractor(x), torch.cat([features, alone], 1))
+        assert len(calls) == n_runs
+
+
 def test_blocks_with_other_features_are_refused(monkeypatch):
     class Wrong(nn.Module):
         def forward(self, x):
