@@ -82,8 +82,9 @@ def find_source(name: str) -> BackboneSource:
     for source in (*_RESERVED, registered):
         if source.owns(name):
             return source
-    # By the name without "timm/", which is easily forgotten.
-    of_timm = timm.names() if timm.is_installed() else ()
+    # By the name without "timm/", which is easily forgotten. An import would take
+    # seconds, and a name of torchvision may be misspelled.
+    of_timm = timm.names() if timm.is_imported() else ()
     known = {timm.without_prefix(each): each for each in of_timm}
     known |= {each: each for each in list_backbones()}
     close = [known[each] for each in difflib.get_close_matches(str(name), known)]
@@ -91,7 +92,7 @@ def find_source(name: str) -> BackboneSource:
         f"There is no backbone {name!r}. "
         f"{'Do you mean ' + ' or '.join(close) + '? ' if close else ''}"
         "list_backbones() returns the names of all networks but timm's, "
-        "list_backbones('timm/*') those. "
+        "list_backbones('timm/*') those, which start with 'timm/'. "
         "Call register_backbone in this process, for a network of your own."
     )
 

@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import re
+import sys
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -53,6 +54,11 @@ def without_prefix(name: str) -> str:
 def is_installed() -> bool:
     """Return whether timm is installed; timm is not imported."""
     return importlib.util.find_spec("timm") is not None
+
+
+def is_imported() -> bool:
+    """Return whether this process has imported timm, which takes seconds."""
+    return sys.modules.get("timm") is not None
 
 
 def may_match(pattern: str) -> bool:
