@@ -148,10 +148,18 @@ def split_into_stages(
 
 def check_stage_name(name: object) -> None:
     """Raise a ValueError if a stage cannot have this name."""
-    if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
+    is_word = isinstance(name, str) and name.isidentifier()
+    # Stages become children of these, which then must not have the attribute.
+    containers = (nn.ModuleDict(), nn.Sequential())
+    if (
+        not is_word
+        or name in _RESERVED
+        or any(hasattr(container, str(name)) for container in containers)
+    ):
         raise ValueError(
             "The name of a stage must be one word such as 'stage1', other than "
-            f"{', '.join(sorted(_RESERVED))}. Got {name!r}."
+            f"{', '.join(sorted(_RESERVED))}, and no attribute of a torch module. Got "
+            f"{name!r}."
         )
 
 

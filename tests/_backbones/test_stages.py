@@ -377,7 +377,12 @@ def test_a_network_without_linear_layer_has_no_head() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["head", "neck", "network", "penultimate", "block.1", ""]
+    "name",
+    [
+        *("head", "neck", "network", "penultimate", "block.1", ""),
+        # Attributes of torch modules, which no child can have as its name.
+        *("keys", "pop", "append", "type", "training"),
+    ],
 )
 def test_names_of_own_stages_are_checked(name: str) -> None:
     network = nn.Module()
