@@ -10,10 +10,25 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from sktl._backbones.source import NetworkStructure
+
+# Modules of torch.nn without parameters, in parts of networks that classify images. A
+# text may come from a file, and other modules could allocate parameters without end.
+_MODULES = frozenset(
+    {
+        *("Flatten", "Identity", "Softmax", "LogSoftmax", "LocalResponseNorm"),
+        *("ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish"),
+        *("Hardswish", "Hardsigmoid", "Hardtanh", "Sigmoid", "Tanh", "Softplus"),
+        *("Dropout", "Dropout1d", "Dropout2d", "AlphaDropout"),
+        *("AvgPool1d", "AvgPool2d", "MaxPool1d", "MaxPool2d", "LPPool2d"),
+        *("AdaptiveAvgPool1d", "AdaptiveAvgPool2d", "AdaptiveMaxPool1d"),
+        *("AdaptiveMaxPool2d", "ZeroPad2d", "ReflectionPad2d", "ReplicationPad2d"),
+        *("PixelShuffle", "PixelUnshuffle", "ChannelShuffle"),
+    }
+)
+_MAX_ARGUMENT = 256  # larger maps or padding could exceed the memory
 
 
 def module_to_text(module: nn.Module) -> str:
@@ -37,15 +52,23 @@ def module_to_text(module: nn.Module) -> str:
     text = repr(module)
     try:
         is_same = _settings(text_to_module(text)) == _settings(module)
-    except ValueError:
-        is_same = False
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Make it a module of the network, and pass its name."
+        ) from error
     if not is_same:
         raise ValueError(
             "A module in `stages` or `head` must be of torch.nn and have no "
-            f"parameters, such as nn.Flatten(1). Got {text}. Make it a module of the "
-            "network, and pass its name."
+            f"parameters, and its printed form must have all of its settings. Got "
+            f"{text}, which lacks some. Make it a module of the network, and pass its "
+            "name."
         )
     return text
+
+
+def is_module_text(name: str) -> bool:
+    """Return whether an element of a part is the text of a module, not a name."""
+    return "(" in name
 
 
 def text_to_module(text: str) -> nn.Module:
@@ -70,15 +93,14 @@ def text_to_module(text: str) -> nn.Module:
         call = ast.parse(text, mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
             raise TypeError("it is not a call")
-        type_: Any = getattr(nn, call.func.id)
-        if not type_.__module__.startswith("torch.nn.modules."):
-            raise TypeError("it is not a module")
+        if call.func.id not in _MODULES:
+            raise TypeError(f"it is none of {', '.join(sorted(_MODULES))}")
+        numbers = [each.value for each in ast.walk(call) if type(each) is ast.Constant]
+        if any(isinstance(n, int | float) and n > _MAX_ARGUMENT for n in numbers):
+            raise TypeError(f"an argument exceeds {_MAX_ARGUMENT}")
         arguments = [ast.literal_eval(value) for value in call.args]
         named = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        with torch.device("meta"):  # allocates no memory
-            module = type_(*arguments, **named)
-        if [*module.parameters(), *module.buffers(), *module.children()]:
-            raise TypeError("it has parameters")
+        module = getattr(nn, call.func.id)(*arguments, **named)
     # A text from a file may be anything, which `ast` and torch refuse in many ways.
     except Exception as error:
         raise ValueError(
@@ -133,7 +155,7 @@ def _part(network: nn.Module, part: str, names: Sequence[str]) -> nn.Sequential:
     known = dict(network.named_modules())
     modules: list[nn.Module] = []
     for name in names:
-        if "(" in name:
+        if is_module_text(name):
             modules.append(text_to_module(name))
         elif not name or name not in known:
             close = difflib.get_close_matches(name, known)

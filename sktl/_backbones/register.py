@@ -7,7 +7,11 @@ from torch import nn
 
 from sktl._backbones import catalog, registered, registry
 from sktl._backbones.layouts import LAYOUTS
-from sktl._backbones.named_modules import module_to_text
+from sktl._backbones.named_modules import (
+    is_module_text,
+    module_to_text,
+    text_to_module,
+)
 from sktl._backbones.registration import Registration, portable_builder
 from sktl._backbones.stages import check_stage_name
 from sktl._images.preprocessing import Preprocessing
@@ -230,4 +234,8 @@ def _module_names(part: str, modules: Any) -> tuple[str, ...]:
             f"{part} must be a list of names of modules, and of modules of torch "
             f"without parameters. Got {modules!r}."
         )
-    return tuple(m if isinstance(m, str) else module_to_text(m) for m in modules)
+    names = [m if isinstance(m, str) else module_to_text(m) for m in modules]
+    for name in names:
+        if is_module_text(name):
+            text_to_module(name)  # raises if it is invalid
+    return tuple(names)
