@@ -9,6 +9,7 @@ and on other names of timm is in this module; it does not import timm.
 import contextlib
 import copy
 import functools
+import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -70,10 +71,21 @@ class WholeNetwork(nn.Module):
         return features
 
 
-def is_timm_network(network: nn.Module) -> bool:
-    """Return whether a network has the methods that networks of timm have."""
+def is_timm_network(network: Any) -> bool:
+    """Return whether a network is of timm, and has the methods of such networks.
+
+    The methods alone do not tell, since other networks have methods of these names.
+    """
     methods = ("forward_features", "forward_head", "reset_classifier")
-    return all(callable(getattr(network, name, None)) for name in methods)
+    if not all(callable(getattr(network, name, None)) for name in methods):
+        return False
+    packages = {each.__module__.partition(".")[0] for each in type(network).__mro__}
+    # Of a class of timm, or of another class that timm has created.
+    is_of_timm = "timm" in packages or isinstance(
+        getattr(network, "pretrained_cfg", None), dict
+    )
+    parameters = inspect.signature(network.forward_head).parameters
+    return is_of_timm and "pre_logits" in parameters
 
 
 def describe_network(
@@ -156,7 +168,12 @@ def _patch_size(embedding: Any) -> int:
 def _not_staged(
     structure: NetworkStructure, network: nn.Module, reason: str
 ) -> NetworkStructure:
-    return replace(structure, neck=[WholeNetwork(network)], reason_not_staged=reason)
+    neck = None
+    # Broad on purpose: a registered network may fail in any way. Its penultimate
+    # features are then the input of its last linear layer.
+    with contextlib.suppress(Exception):
+        neck = [WholeNetwork(network)]
+    return replace(structure, neck=neck, reason_not_staged=reason)
 
 
 class _Layers:
