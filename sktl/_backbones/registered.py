@@ -5,6 +5,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from os import PathLike
+from typing import Any
 
 from torch import nn
 
@@ -126,23 +127,64 @@ def _build(registration: Registration, num_classes: int | None) -> nn.Module:
 
 
 def _describe(registration: Registration, network: nn.Module) -> NetworkStructure:
-    # Instances of classes of torchvision and timm have the stages of their backbones.
-    structure = torchvision.describe_network(network)
-    if structure.reason_not_staged and timm_structure.is_timm_network(network):
+    # Instances of classes of timm and torchvision have the stages of their backbones,
+    # and the layouts of their modules are known.
+    if not timm_structure.is_timm_network(network):
+        structure = torchvision.describe_network(network)
+    elif registration.stages is None:
         structure = timm_structure.describe_network(network, registration.preprocessing)
+    else:
+        structure = timm_structure.describe_layers(network, registration.preprocessing)
+    if registration.stages is not None:
+        structure = _with_declared_stages(registration, network, structure)
     if registration.n_prefix_tokens:
         n_tokens = registration.n_prefix_tokens
         structure = replace(
             structure, n_prefix_tokens=lambda layer: n_tokens, has_class_token=True
         )
-    if registration.stages is None:
-        return structure
-    parts = describe_named_parts(network, registration.stages, registration.head)
+    return structure
+
+
+def _with_declared_stages(
+    registration: Registration, network: nn.Module, source: NetworkStructure
+) -> NetworkStructure:
+    """Describe a network by the parts of its registration.
+
+    Parameters
+    ----------
+    registration : Registration
+        With stages and head.
+    network : Module
+        Network of the registration.
+    source : NetworkStructure
+        Layouts of the modules of the network.
+
+    Returns
+    -------
+    NetworkStructure
+        A stage has the layout of its last module. If that is an operation between
+        modules of the network, the layout is not known.
+    """
+    parts = describe_named_parts(network, registration.stages or (), registration.head)
+    names = {module: name for name, module in network.named_modules()}
+    last: dict[str, str | None] = {}
+    for stage, part in (parts.stages or {}).items():
+        modules: Any = part  # an nn.Sequential
+        last[stage] = names.get(modules[-1]) if len(modules) else None
+
+    def is_channels_last(layer: str) -> bool | None:
+        name = last.get(layer, layer)
+        return None if name is None else source.is_channels_last(name)
+
+    def n_prefix_tokens(layer: str) -> int:
+        name = last.get(layer, layer)
+        return 0 if name is None else source.n_prefix_tokens(name)
+
     return replace(
-        structure,
-        trunk=(),
-        stages=parts.stages,
-        head=parts.head,
-        neck=None,
-        reason_not_staged=None,
+        parts,
+        has_fixed_image_size=source.has_fixed_image_size,
+        side_multiple=source.side_multiple,
+        is_channels_last=is_channels_last,
+        n_prefix_tokens=n_prefix_tokens,
+        has_class_token=source.has_class_token,
     )

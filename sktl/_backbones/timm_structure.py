@@ -158,6 +158,13 @@ def _without_parts(network: Any, layers: "_Layers") -> NetworkStructure:
     )
 
 
+def describe_layers(
+    network: nn.Module, preprocessing: Preprocessing
+) -> NetworkStructure:
+    """Describe a network without cutting it; parameters as in `describe_network`."""
+    return _without_parts(network, _Layers(network, _inputs(preprocessing)[0]))
+
+
 def _patch_size(embedding: Any) -> int:
     """Return the side of a patch, in pixels of the images."""
     if hasattr(embedding, "feat_ratio"):  # of patches of activations, too
