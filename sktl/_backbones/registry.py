@@ -24,6 +24,7 @@ from sktl._backbones.registration import Registration
 from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import find_head, last_linear
+from sktl._backbones.timm_structure import is_timm_network
 from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,
@@ -323,11 +324,18 @@ def _build_backbone(
         # The parameters do not depend on strides, and a name that is registered again
         # may have another preprocessing.
         content = f"{network} {definition.preprocessing} {digest}"
-        if backbone.structure.is_channels_last("") is None:
+        if is_timm_network(network):
+            # Their penultimate features and tokens were once those of other networks.
+            content += f" {definition.layout} {_LAYOUT_VERSION} timm"
+        elif backbone.structure.is_channels_last("") is None:
             content += f" {definition.layout} {_LAYOUT_VERSION}"
+        elif backbone.structure.n_prefix_tokens("encoder"):
+            # The class token of torchvision's vision transformers was once averaged
+            # with the patches.
+            content += " patches"
         registration = definition.registration
         if registration is not None and registration.stages:
-            content += f" {registration.stages} {registration.head}"
+            content += f" {registration.stages} {registration.head} {_LAYOUT_VERSION}"
         if registration is not None and registration.n_prefix_tokens:
             content += f" {registration.n_prefix_tokens} tokens"
         backbone.digest = hashlib.sha256(content.encode()).hexdigest()

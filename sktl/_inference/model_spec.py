@@ -47,9 +47,10 @@ class ModelSpec:
         if self.layers:
             layers = {"layer": " + ".join(self.layers), "pooling": str(self.pooling)}
             # Of torchvision's vision transformers, whose class token was once pooled
-            # together with the patches.
+            # together with the patches. The digest of registered ones has changed.
             has_tokens = any(name.split(".")[0] == "encoder" for name in self.layers)
-            if has_tokens and self.pooling != "flatten":
+            is_transformer = self.backbone.name.startswith("vit_")
+            if is_transformer and has_tokens and self.pooling != "flatten":
                 layers["tokens"] = "patches"
             # Where the stages of timm's networks end depends on how they are recorded.
             if timm.owns(self.backbone.name) and any(map(is_stage_name, self.layers)):

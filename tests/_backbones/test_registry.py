@@ -28,6 +28,7 @@ from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.source import NetworkStructure
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.keyed_cache import KeyedCache
+from sktl._utils.tensor_file import state_dict_digest
 
 _SMALL = Preprocessing(resize_size=32, crop_size=32)
 
@@ -333,6 +334,40 @@ def test_the_digest_of_a_registered_network_depends_on_its_architecture() -> Non
         register_backbone("mine", build, preprocessing=_SMALL)
         digests.add(load_backbone("mine").digest)
     assert len(digests) == 2
+
+
+def _old_digest(backbone: Backbone, layout: str) -> str:
+    """Return the digest of a registered network in older caches."""
+    weights = state_dict_digest(backbone.network.state_dict())
+    content = f"{backbone.network} {backbone.preprocessing} {weights}{layout}"
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("build", "layout"),
+    [(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)), " None 1"), (_resnet10, "")],
+)
+def test_digests_of_networks_with_the_same_rows_are_unchanged(
+    build: Callable[[], nn.Module], layout: str
+) -> None:
+    register_backbone("mine", build, preprocessing=_SMALL)
+    backbone = load_backbone("mine")
+    assert backbone.digest == _old_digest(backbone, layout)
+
+
+def test_digests_of_networks_with_other_rows_have_changed() -> None:
+    # Prefix tokens were averaged with the patches.
+    def vit() -> nn.Module:
+        return models.VisionTransformer(32, 16, 1, 1, 8, 8, num_classes=2)
+
+    register_backbone("mine", vit, preprocessing=_SMALL)
+    backbone = load_backbone("mine")
+    assert backbone.digest != _old_digest(backbone, "")
+    timm = pytest.importorskip("timm")
+    build = lambda: timm.create_model("test_vit", dynamic_img_size=True)  # noqa: E731
+    register_backbone("mine", build, preprocessing=_SMALL)
+    backbone = load_backbone("mine")
+    assert backbone.digest != _old_digest(backbone, " None 1")
 
 
 def test_a_network_without_stages_or_linear_layer() -> None:

@@ -84,10 +84,13 @@ def test_every_setting_is_part_of_the_namespace():
 def test_pooled_tokens_are_not_read_from_older_caches(layer):
     # Of torchvision's vision transformers; their class token was once averaged too.
     old = {"backbone", "weights", "layer", "pooling"}
-    pooled = model_spec(("penultimate", layer)).namespace()
-    flat = model_spec((layer,), "flatten").namespace()
-    assert pooled.keys() - flat.keys() == {"tokens"}
+    spec = model_spec(("penultimate", layer))
+    vit = replace(spec, backbone=replace(spec.backbone, name="vit_b_16"))
+    flat = replace(vit, pooling="flatten").namespace()
+    assert vit.namespace().keys() - flat.keys() == {"tokens"}
     assert old < flat.keys()
+    # The encoder of another network has no such rows.
+    assert "tokens" not in spec.namespace()
 
 
 @pytest.mark.parametrize("layer", ["stem", "stage2", "penultimate", "blocks.1"])
