@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from os import PathLike
 from typing import Any, Self
@@ -36,9 +36,6 @@ from sktl._utils.default_dtype import float32_default, float32_default_if_needed
 from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import state_dict_digest
-
-# Key in the state of a `BackboneSpec`.
-_REGISTRATIONS = "registrations"
 
 # Changes when other axes of a network are pooled, so that no old row is read.
 _LAYOUT_VERSION = 1
@@ -184,23 +181,27 @@ class BackboneSpec:
         As in `load_backbone`.
     digest : str
         Digest of the backbone.
+    registration : Registration or None
+        That with which the backbone was loaded, if it is a registered one.
     """
 
     name: str
     weights: str | None
     random_state: int
     digest: str
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state, with the registration of the backbone, if there is one."""
-        own = registered.registrations_to_pickle(self.name, with_others=False)
-        return {**vars(self), _REGISTRATIONS: own}
+    # The digest depends on it.
+    registration: Registration | None = field(default=None, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, and register the backbone if this process does not know it."""
-        for registration in state.pop(_REGISTRATIONS, []):
-            registered.restore(registration)
         vars(self).update(state)
+        if self.registration is not None:
+            registered.restore(self.registration)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return the specification itself, which cannot be modified."""
+        # Copying the state would register the backbone again.
+        return self
 
     @classmethod
     def to(
@@ -225,7 +226,8 @@ class BackboneSpec:
         """
         if isinstance(weights, PathLike) or (weights is not None and is_path(weights)):
             weights = os.path.join(os.getcwd(), os.path.expanduser(weights))
-        return cls(backbone.name, weights, random_state, backbone.digest)
+        registration = backbone.definition.registration
+        return cls(backbone.name, weights, random_state, backbone.digest, registration)
 
     def load(self) -> Backbone:
         """Load the backbone, or return it from the cache of this process.

@@ -6,7 +6,7 @@ that a file that was made by hand raises a ValueError.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -257,7 +257,7 @@ def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> Fitte
         network_digest(network),
         # Which parts have the weights of the backbone is not saved, so that nothing
         # that is cached for the backbone is used.
-        PretrainedPrefix(0, BackboneSpec(architecture.backbone, None, 0, "")),
+        PretrainedPrefix(0, replace(BackboneSpec.to(backbone, None), digest="")),
         None,
     )
 

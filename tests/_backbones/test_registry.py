@@ -508,6 +508,24 @@ def test_a_specification_is_valid_in_any_directory(
     assert BackboneSpec.to(random, None, 3).load() is random
 
 
+def _resnet3() -> models.ResNet:
+    return _resnet10(3)
+
+
+def test_a_specification_has_the_registration_of_its_backbone() -> None:
+    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    backbone = load_backbone("mine")
+    spec = BackboneSpec.to(backbone, "DEFAULT")
+    register_backbone("mine", _resnet3, preprocessing=_SMALL)
+    assert copy.deepcopy([spec])[0] is spec
+    pickled = pickle.dumps(spec)
+    registered.registrations.clear()
+    loaded = pickle.loads(pickled)
+    assert loaded == spec
+    assert registered.registrations["mine"].reference.endswith(":_resnet10")
+    assert loaded.load().digest == backbone.digest
+
+
 def test_a_specification_raises_without_its_weights(tmp_path: Path) -> None:
     file = _saved(tmp_path, _resnet10())
     register_backbone("mine", _resnet10, preprocessing=Preprocessing(32, 32))
