@@ -93,8 +93,9 @@ def register_backbone(
     as ``"my_module:build"``. Pickles of estimators and files written by ``save``
     contain this reference and the other parameters. Worker processes of joblib, Dask
     and Ray, and processes that load a pickle, import the builder from that module. They
-    use their own registration if they have the same one; if they registered another
-    network under the name, loading raises a ValueError. For files written by ``save``,
+    use their own registration if they have the same one; if they have another network
+    under the name, from `register_backbone` or from another file, loading raises a
+    ValueError. For files written by ``save``,
     see `FineTunedCNNClassifier.load`.
 
     A lambda, a nested function or a function of a script or notebook has no reference.

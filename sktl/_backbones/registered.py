@@ -4,6 +4,7 @@ import copy
 from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
+from multiprocessing import parent_process
 from os import PathLike
 from typing import Any
 
@@ -83,11 +84,13 @@ def registrations_to_pickle(name: object, *, with_others: bool) -> list[Registra
     return own + others
 
 
-def restore(registration: Registration, *, required: bool = True) -> None:
+def restore(
+    registration: Registration, *, required: bool = True, any_builder: bool = False
+) -> None:
     """Register a backbone that comes from a pickle or from a saved file.
 
-    It replaces one that was restored before, since a worker process outlives a
-    registration. It does not replace one that the user of this process registered.
+    In a worker process, which outlives a registration, it replaces one that was
+    restored before. It does not replace one that the user of this process registered.
 
     Parameters
     ----------
@@ -95,24 +98,29 @@ def restore(registration: Registration, *, required: bool = True) -> None:
         Of another process, or of this one.
     required : bool, default=True
         Whether an object that is loaded has this backbone.
+    any_builder : bool, default=False
+        Whether the registration of this process may have another builder.
 
     Raises
     ------
     ValueError
-        If it is required, and the user registered another backbone under the name.
+        If it is required, and this process has another backbone under the name.
     """
     known = registrations.get(registration.name)
-    if known == registration:
-        return
-    if known is None or known.is_restored:
+    is_worker = parent_process() is not None
+    if known is None or (known != registration and known.is_restored and is_worker):
         add(replace(registration, is_restored=True))
     elif required:
-        differences = ", ".join(known.differences(registration))
-        raise ValueError(
-            f"The backbone {registration.name!r} must be the same one in a pickle and "
-            f"in the process that loads it. Got another {differences}. Register one of "
-            "the two under another name."
-        )
+        differences = known.differences(registration)
+        if any_builder:
+            differences = [each for each in differences if each != "builder"]
+        if differences:
+            raise ValueError(
+                f"The backbone {registration.name!r} must be the same one in a pickle "
+                "or saved file and in the process that loads it. Got another "
+                f"{', '.join(differences)}. Register one of the two under another "
+                "name, or load it in a new process."
+            )
 
 
 def _build(registration: Registration, num_classes: int | None) -> nn.Module:

@@ -102,6 +102,8 @@ def check_trusted(
 def restore_registration(document: Mapping[str, Any]) -> None:
     """Register the backbone of a saved file, unless this process knows it.
 
+    The backbone of this process may have another builder, such as a lambda.
+
     Parameters
     ----------
     document : mapping of str
@@ -110,20 +112,21 @@ def restore_registration(document: Mapping[str, Any]) -> None:
     Raises
     ------
     ValueError
-        If the registration is invalid.
+        If the registration is invalid, or this process has another backbone under the
+        name.
     """
     described = document.get("registration")
     if described is None:
         return
     require(isinstance(described, dict), "its 'registration' has an invalid type")
     name, reference = (get_value(described, key, str) for key in ("name", "builder"))
-    if registered.owns(name):
-        return
     require(
         _REFERENCE.fullmatch(reference) is not None,
         f"its builder {reference!r} is no reference of a function of a module",
     )
-    registered.restore(_parse(name, ImportedBuilder(reference), described))
+    registered.restore(
+        _parse(name, ImportedBuilder(reference), described), any_builder=True
+    )
 
 
 def _parse(

@@ -95,6 +95,15 @@ def test_a_registered_backbone_is_used(saved, images):
     )
 
 
+def test_a_backbone_with_other_arguments_is_refused(saved):
+    _, path = saved
+    nets = importlib.import_module("own_nets")
+    nets.register(nets.build)
+    forge(path, n_prefix_tokens=1, layout="NHWC")
+    with pytest.raises(ValueError, match="Got another layout, n_prefix_tokens"):
+        FineTunedCNNClassifier.load(path)
+
+
 @pytest.mark.parametrize("trusted", [(), ["own_nets"], ["own_nets:Net", "os:system"]])
 def test_other_builders_are_not_imported(saved, trusted):
     _, path = saved

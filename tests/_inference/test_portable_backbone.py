@@ -88,11 +88,25 @@ def test_the_registration_of_this_process_is_kept(registrations):
     assert registrations["net"].preprocessing.crop_size == 16
 
 
-def test_a_worker_replaces_what_it_got_before(registrations):
+def test_a_worker_replaces_what_it_got_before(registrations, monkeypatch):
+    monkeypatch.setattr(registered, "parent_process", lambda: "another process")
     del registrations["net"]
     for name in ("a:b", "a:c"):
         registered.restore(Registration("net", ImportedBuilder(name), SIZE))
         assert registrations["net"].reference == name
+
+
+def test_a_second_file_does_not_replace_the_network_of_the_first(registrations):
+    del registrations["net"]
+    first, second = (
+        Registration("net", ImportedBuilder(name), SIZE) for name in ("a:b", "a:c")
+    )
+    registered.restore(first)
+    registered.restore(first)
+    with pytest.raises(ValueError, match="Got another builder"):
+        registered.restore(second)
+    registered.restore(second, required=False)
+    assert registrations["net"] == first
 
 
 MODULE = """
