@@ -95,11 +95,12 @@ def register_backbone(
     and Ray, and processes that load a pickle, import the builder from that module. They
     use their own registration if they have the same one; if they have another network
     under the name, from `register_backbone` or from another file, loading raises a
-    ValueError. For files written by ``save``,
-    see `FineTunedCNNClassifier.load`.
+    ValueError. For files written by ``save``, see `FineTunedCNNClassifier.load`.
 
     A lambda, a nested function or a function of a script or notebook has no reference.
-    Worker processes get a copy of it. Pickles and saved files are refused.
+    Worker processes get a copy of it. Pickles and saved files are refused. What
+    :obj:`joblib.Memory` caches, as in a pipeline with `memory`, has only the name of
+    the backbone, so the process that reads it must register the backbone.
 
     Examples
     --------

@@ -12,7 +12,7 @@ from torch import nn
 
 from sktl._backbones import timm_structure, torchvision
 from sktl._backbones.named_modules import describe_named_parts
-from sktl._backbones.registration import Registration
+from sktl._backbones.registration import Registration, UnavailableBuilder
 from sktl._backbones.source import (
     BackboneDefinition,
     NetworkStructure,
@@ -81,12 +81,13 @@ def registrations_to_pickle(name: object, *, with_others: bool) -> list[Registra
     each = list(registrations.values())
     own = [registration for registration in each if registration.name == name]
     others = [r for r in each if with_others and r.is_importable and r.name != name]
-    return own + others
+    # The same pickle, and so the same hash, in a process that restored them.
+    return [replace(registration, is_restored=False) for registration in own + others]
 
 
 def restore(
     registration: Registration, *, required: bool = True, any_builder: bool = False
-) -> None:
+) -> Registration:
     """Register a backbone that comes from a pickle or from a saved file.
 
     In a worker process, which outlives a registration, it replaces one that was
@@ -101,15 +102,29 @@ def restore(
     any_builder : bool, default=False
         Whether the registration of this process may have another builder.
 
+    Returns
+    -------
+    Registration
+        That of this process now, if it has one.
+
     Raises
     ------
     ValueError
         If it is required, and this process has another backbone under the name.
     """
     known = registrations.get(registration.name)
+    if isinstance(registration.builder, UnavailableBuilder):
+        # A fitted estimator compares the digest of the network later.
+        if known is None and required:
+            raise ValueError(
+                f"{registration.builder.reason} A process that reads a cache of joblib "
+                "must register the backbone before."
+            )
+        return known or registration
     is_worker = parent_process() is not None
     if known is None or (known != registration and known.is_restored and is_worker):
-        add(replace(registration, is_restored=True))
+        known = replace(registration, is_restored=True)
+        add(known)
     elif required:
         differences = known.differences(registration)
         if any_builder:
@@ -121,6 +136,7 @@ def restore(
                 f"{', '.join(differences)}. Register one of the two under another "
                 "name, or load it in a new process."
             )
+    return known
 
 
 def _build(registration: Registration, num_classes: int | None) -> nn.Module:

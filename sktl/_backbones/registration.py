@@ -6,12 +6,13 @@ A process that unpickles a registration imports the builder by its reference, su
 
 import copyreg
 import importlib
+import inspect
 import pickle
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -21,6 +22,11 @@ Builder = Callable[[], nn.Module]
 
 # Modules of a script or a notebook, which another process does not import.
 _MAIN = {"__main__", "__mp_main__"}
+
+# Modules of joblib that pickle arguments to hash them and results to cache them, and
+# the one that writes files.
+_CACHE = {"joblib.hashing", "joblib.memory"}
+_FILE = "joblib.numpy_pickle"
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,9 @@ class LocalBuilder(type):
     """Type of the classes that stand for a builder without a reference.
 
     A lambda or a function of a script can be called in this process only, so pickle
-    refuses such a class. cloudpickle, with which joblib, Dask and Ray send tasks to
-    their workers, pickles classes of any type by value, and unpickles the same one to
-    the same object: the workers get the function.
+    refuses such a class, except for caches of joblib. cloudpickle, with which joblib,
+    Dask and Ray send tasks to their workers, pickles classes of any type by value, and
+    unpickles the same one to the same object: the workers get the function.
     """
 
     builder: Builder
@@ -79,11 +85,52 @@ class LocalBuilder(type):
         return cls.builder()
 
 
-def _refuse_to_pickle(builder: LocalBuilder) -> NoReturn:
-    raise pickle.PicklingError(_not_importable(builder))
+@dataclass(frozen=True)
+class UnavailableBuilder:
+    """What a cache of joblib has in place of a builder without a reference.
+
+    Attributes
+    ----------
+    reason : str
+        Why there is no reference.
+    """
+
+    reason: str
+
+    def __call__(self) -> nn.Module:
+        """Raise a TypeError."""
+        raise TypeError(self.reason)
 
 
-copyreg.pickle(LocalBuilder, _refuse_to_pickle)
+def pickled_for() -> str:
+    """Return what an object is pickled for, of which pickle tells an object nothing.
+
+    Returns
+    -------
+    {"cache", "file", "process"}
+        For a hash or a cache of joblib; for a file of joblib; or for anything else,
+        such as a task of a worker process.
+    """
+    modules: set[object] = set()
+    frame = inspect.currentframe()
+    while frame is not None:
+        modules.add(frame.f_globals.get("__name__"))
+        frame = frame.f_back
+    if not modules.isdisjoint(_CACHE):
+        return "cache"
+    return "file" if _FILE in modules else "process"
+
+
+def _reduce(builder: LocalBuilder) -> tuple[type[UnavailableBuilder], tuple[str]]:
+    reason = _not_importable(builder)
+    # `Pipeline(memory=...)` hashes and stores estimators. The same session reads them,
+    # or a later one that runs the same code.
+    if pickled_for() != "cache":
+        raise pickle.PicklingError(reason)
+    return UnavailableBuilder, (reason,)
+
+
+copyreg.pickle(LocalBuilder, _reduce)
 
 
 def _not_importable(builder: LocalBuilder) -> str:
@@ -107,8 +154,8 @@ class Registration:
     ----------
     name, preprocessing, categories, layout, n_prefix_tokens
         As in `register_backbone`, with `categories` as a tuple.
-    builder : ImportedBuilder or LocalBuilder
-        See `Registration.create`.
+    builder : ImportedBuilder, LocalBuilder or UnavailableBuilder
+        See `portable_builder`.
     stages : tuple of (name, names of modules), or None
         The stages in order.
     head : tuple of str
@@ -139,6 +186,8 @@ class Registration:
         """
         if isinstance(self.builder, LocalBuilder):
             raise TypeError(_not_importable(self.builder))
+        if isinstance(self.builder, UnavailableBuilder):
+            raise TypeError(self.builder.reason)
         assert isinstance(self.builder, ImportedBuilder)
         return self.builder.reference
 

@@ -196,7 +196,8 @@ class BackboneSpec:
         """Set the state, and register the backbone if this process does not know it."""
         vars(self).update(state)
         if self.registration is not None:
-            registered.restore(self.registration)
+            # A cache of joblib may lack the builder, which this process has.
+            vars(self)["registration"] = registered.restore(self.registration)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the specification itself, which cannot be modified."""

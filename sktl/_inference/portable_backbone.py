@@ -10,28 +10,40 @@ from typing import Any
 from sklearn.base import BaseEstimator
 
 from sktl._backbones import registered
-from sktl._backbones.registration import Registration
+from sktl._backbones.registration import Registration, pickled_for
+from sktl._backbones.saved_network import find_saved_network
 
 
 class PortableBackbone(BaseEstimator):
     """Base class of estimators with a `backbone` that other processes know as well."""
 
     backbone: Any
+    weights: Any
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Return the reduced estimator, which first registers its backbone.
 
-        It takes along all others that can be imported, since a search sets another
-        backbone in the worker process, and saved weights may have another one.
+        A task of a worker process takes along all others that can be imported, since a
+        search sets another backbone there. A file or a hash of joblib does not depend
+        on them.
         """
         create, arguments, *rest = super().__reduce_ex__(protocol)
+        backbone = self._backbone_name()
         registrations = registered.registrations_to_pickle(
-            self.backbone, with_others=True
+            backbone, with_others=pickled_for() == "process"
         )
         if registrations:
-            arguments = (self.backbone, registrations, create, arguments)
+            arguments = (backbone, registrations, create, arguments)
             create = _register_and_create
         return create, arguments, *rest
+
+    def _backbone_name(self) -> Any:
+        """Return the name of the backbone, which saved weights may determine."""
+        try:
+            saved = find_saved_network(self.weights)
+        except (OSError, ValueError):  # fit reports invalid weights
+            saved = None
+        return self.backbone if saved is None else saved.architecture.backbone
 
 
 def _register_and_create(

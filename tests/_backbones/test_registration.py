@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Callable
 
 import cloudpickle
+import joblib
 import pytest
 from torch import nn
 
@@ -12,6 +13,7 @@ from sktl._backbones.registration import (
     ImportedBuilder,
     LocalBuilder,
     Registration,
+    pickled_for,
     portable_builder,
 )
 from sktl._images.preprocessing import Preprocessing
@@ -78,6 +80,16 @@ def test_other_builders_are_not_pickled(
             pickle.dumps(registration, protocol)
     with pytest.raises(TypeError, match="Define it at the top level of a module"):
         _ = registration.reference
+
+
+def test_joblib_hashes_a_local_builder_by_its_name() -> None:
+    def register(width: int, size: int = 8) -> Registration:
+        builder = portable_builder("mine", lambda: nn.Linear(3, width))
+        return Registration("mine", builder, Preprocessing(size, size))
+
+    assert pickled_for() == "process"
+    assert joblib.hash(register(2)) == joblib.hash(register(3))
+    assert joblib.hash(register(2)) != joblib.hash(register(2, 16))
 
 
 def test_workers_get_a_copy_of_a_local_builder() -> None:

@@ -6,13 +6,26 @@ import pickle
 import subprocess
 import sys
 
+import joblib
+import numpy as np
 import pytest
 from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from torch import nn
 
-from sktl import PretrainedClassifier, PretrainedFeatures, register_backbone
+from sktl import (
+    FineTunedCNNClassifier,
+    PretrainedClassifier,
+    PretrainedFeatures,
+    register_backbone,
+)
 from sktl._backbones import registered
-from sktl._backbones.registration import ImportedBuilder, Registration
+from sktl._backbones.registration import (
+    ImportedBuilder,
+    Registration,
+    UnavailableBuilder,
+)
 from sktl._images.preprocessing import Preprocessing
 
 SIZE = Preprocessing(8, 8)
@@ -63,6 +76,57 @@ def test_an_estimator_takes_along_what_can_be_imported(registrations):
     pickle.loads(pickled)
     assert "net" in registrations
     assert "local" not in registrations
+
+
+def test_a_file_and_a_hash_have_the_own_backbone_only(images, registrations, tmp_path):
+    mini, net = PretrainedFeatures("resnet_mini"), PretrainedFeatures("net")
+    digests = joblib.hash(mini), joblib.hash(net)
+    register_backbone("other", Net, preprocessing=SIZE)
+    assert (joblib.hash(mini), joblib.hash(net)) == digests
+    for name, estimator in [("mini", mini), ("net", net)]:
+        joblib.dump(estimator, tmp_path / name)
+    registrations.clear()
+    joblib.load(tmp_path / "mini")
+    assert not registrations
+    joblib.load(tmp_path / "net")
+    assert list(registrations) == ["net"]
+    assert joblib.hash(net) == digests[1]
+
+
+def test_a_file_has_the_backbone_of_saved_weights(images, registrations, tmp_path):
+    weights = tmp_path / "tuned.safetensors"
+    FineTunedCNNClassifier(
+        "net", max_epochs=0, trainable="head", head_init="random", lr=1e-3
+    ).fit(images[:8], np.arange(8) % 2).save(weights)
+    joblib.dump(PretrainedFeatures(weights=weights), tmp_path / "features")
+    registrations.clear()
+    joblib.load(tmp_path / "features")
+    assert list(registrations) == ["net"]
+
+
+def test_a_pipeline_caches_a_local_builder(images, tmp_path, monkeypatch):
+    register_backbone("local", lambda: Net(), preprocessing=SIZE, **STAGES)
+    y = np.arange(len(images)) % 2
+    steps = PretrainedFeatures("local"), LogisticRegression(max_iter=1000)
+    model = make_pipeline(*steps, memory=str(tmp_path)).fit(images, y)
+    # The second fit reads the fitted transformer and the features, although the
+    # notebook has run the registration again.
+    register_backbone("local", lambda: Net(), preprocessing=SIZE, **STAGES)
+    monkeypatch.setattr(PretrainedFeatures, "fit_transform", None)
+    again = clone(model).fit(images, y)
+    assert again.predict_proba(images).tolist() == model.predict_proba(images).tolist()
+    with pytest.raises(pickle.PicklingError, match="builder of the backbone 'local'"):
+        pickle.dumps(again)
+
+
+def test_a_cache_needs_the_registration_of_a_local_builder(registrations):
+    cached = Registration("local", UnavailableBuilder("It is a lambda."), SIZE)
+    with pytest.raises(ValueError, match=r"It is a lambda\. A process that reads"):
+        registered.restore(cached)
+    registered.restore(cached, required=False)
+    assert "local" not in registrations
+    register_backbone("local", lambda: Net(), preprocessing=SIZE)
+    assert registered.restore(cached) == registrations["local"]
 
 
 def test_a_local_builder_is_copied_and_not_pickled():
