@@ -65,7 +65,8 @@ class FeatureExtractor(nn.Module):
     Raises
     ------
     ValueError
-        If the backbone has no layer of that name. The message has the closest names.
+        If the backbone has no layer of that name, where the message has the closest
+        names, or `pooling` does not apply to the penultimate layer.
     """
 
     widths: tuple[int, ...]
@@ -89,6 +90,13 @@ class FeatureExtractor(nn.Module):
         structure = backbone.structure
         self._n_prefix_tokens = {n: structure.n_prefix_tokens(n) for n in self._layers}
         self._has_class_token = structure.has_class_token
+        is_pooled = PENULTIMATE in self._layers and structure.pools_other_tokens
+        if pooling == "cls" and is_pooled:
+            raise ValueError(
+                f"pooling='cls' needs a layer with a class token. Got {PENULTIMATE!r} "
+                f"of {backbone.name!r}, whose features are pooled from other tokens. "
+                "Choose a stage or a module of it, or another pooling."
+            )
 
         memo = meta_tensors(backbone.network) if on_meta else {}
         parts = dict(stages)

@@ -211,4 +211,5 @@ def _with_declared_stages(
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
         has_class_token=source.has_class_token,
+        pools_other_tokens=source.pools_other_tokens,
     )

@@ -70,6 +70,8 @@ class NetworkStructure:
         the start of its activations ``(n, tokens, c)``.
     has_class_token : bool
         Whether the first of these tokens is the class token.
+    pools_other_tokens : bool
+        Whether the penultimate features are known not to be those of the class token.
     """
 
     trunk: Sequence[nn.Module] = ()
@@ -84,6 +86,7 @@ class NetworkStructure:
     is_channels_last: Callable[[str], bool | None] = _is_channels_first
     n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
     has_class_token: bool = True
+    pools_other_tokens: bool = False
 
 
 @dataclass(frozen=True)

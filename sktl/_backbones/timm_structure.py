@@ -155,6 +155,7 @@ def _without_parts(network: Any, layers: "_Layers") -> NetworkStructure:
         is_channels_last=layers.is_channels_last,
         n_prefix_tokens=layers.n_prefix_tokens,
         has_class_token=_has_class_token(network),
+        pools_other_tokens=_pools_other_tokens(network),
     )
 
 
@@ -271,6 +272,15 @@ def _has_class_token(network: nn.Module) -> bool:
     """
     names = [name.split(".")[-1] for name, _ in network.named_parameters()]
     return any(name.startswith("cls_token") for name in names)
+
+
+def _pools_other_tokens(network: nn.Module) -> bool:
+    """Return whether the penultimate features are not those of the class token.
+
+    In networks of timm that may pool tokens, an attribute has the name of the pooling.
+    """
+    pooling = getattr(network, "global_pool", None)
+    return isinstance(pooling, str) and pooling not in ("", "token")
 
 
 def _features(network: Any, x: Any) -> Any:

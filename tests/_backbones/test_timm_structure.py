@@ -94,7 +94,7 @@ def test_class_token_is_the_first(name, options, n_prefix):
 def test_registers_are_no_class_token():
     backbone = load_backbone("timm/test_vit2", None)
     x = torch.zeros(1, 3, 32, 32)
-    for layer in ("stem", "stage4", "blocks.3"):
+    for layer in ("stem", "stage4", "blocks.3", "penultimate"):
         with pytest.raises(ValueError, match="needs a layer with a class token"):
             FeatureExtractor(backbone, [layer], "cls")(x)
         assert FeatureExtractor(backbone, [layer], "avg")(x).shape == (1, 64)
@@ -194,6 +194,26 @@ def test_stages_are_correct_in_training():
         outputs.append(each(x))
     assert torch.equal(*outputs)
     assert not torch.allclose(outputs[0], network.eval().forward_features(x))
+
+
+@pytest.mark.parametrize("global_pool", ["token", "avg", "map"])
+def test_penultimate_features_may_not_be_the_class_token(global_pool, monkeypatch):
+    monkeypatch.setattr(registered, "registrations", {})
+    register_backbone(
+        "mine",
+        lambda: create("test_vit", global_pool=global_pool, dynamic_img_size=True),
+        preprocessing=Preprocessing(32, 32),
+    )
+    backbone = load_backbone("mine")
+    x = torch.randn(1, 3, 32, 32)
+    if global_pool == "token":
+        got = FeatureExtractor(backbone, ["penultimate"], "cls")(x)
+        assert torch.allclose(got, backbone.network.forward_features(x)[:, 0])
+    else:
+        with pytest.raises(ValueError, match="Got 'penultimate' of 'mine', whose"):
+            FeatureExtractor(backbone, ["penultimate"], "cls")
+    # The class token of the last block is available in each.
+    assert FeatureExtractor(backbone, ["stage4"], "cls")(x).shape == (1, 64)
 
 
 def test_positions_belong_to_the_stem():
