@@ -448,6 +448,8 @@ def _check_head(backbone: Backbone, weights: object) -> None:
         reason = "whose head is missing in the weights"
     elif not backbone.has_classification_head:
         reason = "which has none: its outputs are features"
+    elif backbone.returns_embeddings:
+        reason = "whose outputs are embeddings that were trained with texts"
     else:
         return
     raise ValueError(

@@ -1,6 +1,7 @@
 """PretrainedClassifier, compared with the plain network and plain arithmetic."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -276,3 +277,14 @@ def test_outputs_that_are_not_of_a_trained_head_raise(images, weights):
     mine = PretrainedClassifier(backbone, weights=weights)
     with pytest.raises(ValueError, match=f"{backbone}', .*{reason}"):
         mine.fit(images, np.arange(40) % 2)
+
+
+def test_embeddings_are_no_categories(images, monkeypatch):
+    network = copy.deepcopy(load_backbone("named").network)
+    register_backbone("tower", lambda: network, preprocessing=Preprocessing(16, 16))
+    definition = load_backbone("tower").definition
+    monkeypatch.setattr(
+        load_backbone("tower"), "definition", replace(definition, embedding_width=5)
+    )
+    with pytest.raises(ValueError, match="of 'tower', whose outputs are embeddings"):
+        PretrainedClassifier("tower").fit(images, np.arange(40) % 2)

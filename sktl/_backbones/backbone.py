@@ -284,6 +284,13 @@ class Backbone:
             for parameter in block.parameters()
         )
 
+    @property
+    def returns_embeddings(self) -> bool:
+        """Whether the outputs are an embedding of the image, as of CLIP."""
+        width = self.definition.embedding_width
+        # A network that was fine-tuned on categories has another number of outputs.
+        return width is not None and self.n_outputs in (None, width)
+
     def preprocessing_at(
         self, image_size: int | None, resize: str | None = None
     ) -> Preprocessing:

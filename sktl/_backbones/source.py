@@ -144,6 +144,9 @@ class BackboneDefinition:
         License of the weights, or None if the source states none.
     heads : tuple of HeadConfig
         Heads that replaced the original one, in the order of the fine-tunings.
+    embedding_width : int or None
+        Number of outputs of the weights, if these are an embedding of the image, not
+        scores of categories.
     """
 
     build: Callable[[int | None], nn.Module]
@@ -160,6 +163,7 @@ class BackboneDefinition:
     known_weights: tuple[str, ...] = ()
     license: str | None = None
     heads: tuple[HeadConfig, ...] = ()
+    embedding_width: int | None = None
 
     @property
     def is_registered(self) -> bool:

@@ -225,6 +225,7 @@ def _definition(
         adapt_state_dict=functools.partial(_adapt_state_dict, model),
         known_weights=("DEFAULT",) if model.tags else (),
         license=license_,
+        embedding_width=(model.cfg.num_classes if has_embeddings(model.name) else None),
     )
 
 
@@ -338,6 +339,25 @@ def _raise_when_loading(library: Any) -> Iterator[None]:
 
 
 @functools.cache
+def has_embeddings(name: str) -> bool:
+    """Return whether the outputs of weights of timm are an embedding of the image.
+
+    Parameters
+    ----------
+    name : str
+        Name of an architecture with a tag, as in timm, whose weights have outputs.
+
+    Returns
+    -------
+    bool
+        True for networks that were trained with texts: CLIP and Perception Encoder.
+        timm says so in comments only. Where such a network was fine-tuned on
+        categories, its tag says that.
+    """
+    was_trained_with_texts = "clip" in name or "_pe_core_" in name
+    return was_trained_with_texts and "_ft_in" not in name
+
+
 def _categories(n_outputs: int) -> tuple[str, ...] | None:
     """Return the names of the outputs, or None if timm has no table of them.
 

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,18 @@ def test_images_may_become_square_in_another_way() -> None:
     assert backbone.preprocessing_at(None, "squash") == squashed
     padded = Preprocessing(64, 64, resize="pad")
     assert backbone.preprocessing_at(64, "pad") == padded
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"), [(None, False), (200, True), (9, False)]
+)
+def test_outputs_are_embeddings_if_their_number_is_that_of_the_weights(
+    width: int | None, expected: bool
+) -> None:
+    mini = load_backbone("resnet_mini")
+    definition = replace(mini.definition, embedding_width=width)
+    backbone = Backbone("mini", "", definition, lambda: LoadedNetwork(mini.network, ""))
+    assert backbone.returns_embeddings is expected
 
 
 def test_stages_of_a_copy_are_modules_of_its_network() -> None:

@@ -374,3 +374,15 @@ def test_pooled_tokens_of_a_published_transformer(test_data: Path, engine: str) 
             engine=engine,
         ).transform([str(photo) for photo in photos])
         np.testing.assert_allclose(rows, expected[pooling], rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_are_distinguished_from_categories() -> None:
+    found, expected = set(), set()
+    for name in timm.list_models(pretrained=True):
+        n_outputs = timm.get_pretrained_cfg(name).num_classes
+        # Embeddings have widths such as 512; a number of categories is no multiple.
+        if n_outputs and n_outputs % 128 == 0:
+            expected.add(name)
+        if n_outputs and source.has_embeddings(name):
+            found.add(name)
+    assert found == expected
