@@ -18,6 +18,7 @@ from sktl._backbones.source import (
     NetworkStructure,
     weights_path,
 )
+from sktl._backbones.timm_methods import is_timm_network
 
 registrations: dict[str, Registration] = {}
 
@@ -153,7 +154,7 @@ def _build(registration: Registration, num_classes: int | None) -> nn.Module:
 def _describe(registration: Registration, network: nn.Module) -> NetworkStructure:
     # Instances of classes of timm and torchvision have the stages of their backbones,
     # and the layouts of their modules are known.
-    if not timm_structure.is_timm_network(network):
+    if not is_timm_network(network):
         structure = torchvision.describe_network(network)
     elif registration.stages is None:
         structure = timm_structure.describe_network(network, registration.preprocessing)

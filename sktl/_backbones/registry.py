@@ -24,7 +24,7 @@ from sktl._backbones.registration import Registration
 from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import find_head, last_linear
-from sktl._backbones.timm_structure import is_timm_network
+from sktl._backbones.timm_methods import is_timm_network
 from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,

@@ -1,15 +1,12 @@
 """Structure of the networks of timm: trunk, neck and head, from recorded methods.
 
-All networks of timm have the methods ``forward_features`` and ``forward_head``, whose
-argument ``pre_logits`` returns the penultimate features. What they do is recorded and
-cut, so no architecture needs a description of its own. What depends on these methods
-and on other names of timm is in this module; it does not import timm.
+What their methods do is recorded and cut, so no architecture needs a description of its
+own.
 """
 
 import contextlib
 import copy
 import functools
-import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -20,6 +17,15 @@ from torch import Tensor, nn
 from sktl._backbones.source import NetworkStructure
 from sktl._backbones.stages import group_blocks, map_side, n_halvings, stage_name
 from sktl._backbones.steps import Ref, Step
+from sktl._backbones.timm_methods import (
+    WholeNetwork,
+    features,
+    has_class_token,
+    logits,
+    patch_size,
+    penultimate,
+    pools_other_tokens,
+)
 from sktl._backbones.traced import (
     Forward,
     MetaNetwork,
@@ -41,51 +47,6 @@ _MAX_OPENED = 40
 _MIN_SIDE = 128
 
 Pair = tuple[Tensor, Tensor]
-
-
-class WholeNetwork(nn.Module):
-    """A network of timm without its classifier: images to penultimate features.
-
-    Parameters
-    ----------
-    network : Module
-        Network; its parameters are used, not copied, and so are its modules that
-        contain no classifier.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        tensors = [*network.parameters(), *network.buffers()]
-        # Copied, since the classifier is removed.
-        copied: Any = copy.deepcopy(network, {id(tensor): tensor for tensor in tensors})
-        copied.reset_classifier(0)
-        for name, child in network.named_children():
-            if str(getattr(copied, name, None)) == str(child):
-                # It has no classifier. With the module itself, hooks are shared.
-                setattr(copied, name, child)
-        self.network = copied
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the penultimate features of images."""
-        features: Tensor = _penultimate(self.network, _features(self.network, x))
-        return features
-
-
-def is_timm_network(network: Any) -> bool:
-    """Return whether a network is of timm, and has the methods of such networks.
-
-    The methods alone do not tell, since other networks have methods of these names.
-    """
-    methods = ("forward_features", "forward_head", "reset_classifier")
-    if not all(callable(getattr(network, name, None)) for name in methods):
-        return False
-    packages = {each.__module__.partition(".")[0] for each in type(network).__mro__}
-    # Of a class of timm, or of another class that timm has created.
-    is_of_timm = "timm" in packages or isinstance(
-        getattr(network, "pretrained_cfg", None), dict
-    )
-    parameters = inspect.signature(network.forward_head).parameters
-    return is_of_timm and "pre_logits" in parameters
 
 
 def describe_network(
@@ -151,11 +112,11 @@ def _without_parts(network: Any, layers: "_Layers") -> NetworkStructure:
     is_dynamic = getattr(network, "dynamic_img_size", False)
     return NetworkStructure(
         has_fixed_image_size=config.get("fixed_input_size", False) and not is_dynamic,
-        side_multiple=_patch_size(network.patch_embed) if is_dynamic else 1,
+        side_multiple=patch_size(network.patch_embed) if is_dynamic else 1,
         is_channels_last=layers.is_channels_last,
         n_prefix_tokens=layers.n_prefix_tokens,
-        has_class_token=_has_class_token(network),
-        pools_other_tokens=_pools_other_tokens(network),
+        has_class_token=has_class_token(network),
+        pools_other_tokens=pools_other_tokens(network),
     )
 
 
@@ -164,13 +125,6 @@ def describe_layers(
 ) -> NetworkStructure:
     """Describe a network without cutting it; parameters as in `describe_network`."""
     return _without_parts(network, _Layers(network, _inputs(preprocessing)[0]))
-
-
-def _patch_size(embedding: Any) -> int:
-    """Return the side of a patch, in pixels of the images."""
-    if hasattr(embedding, "feat_ratio"):  # of patches of activations, too
-        return int(embedding.feat_ratio())
-    return int(max(embedding.patch_size))
 
 
 def _not_staged(
@@ -256,43 +210,12 @@ def _is_equivalent(network: nn.Module, blocks: list[Block], images: Tensor) -> b
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(images[:1].shape, generator=generator, dtype=torch.float32)
     with torch.inference_mode():
-        expected = _penultimate(network, _features(network, x.clone()))
+        expected = penultimate(network, features(network, x.clone()))
         for block in blocks:
             x = block.module(x)
     return x.shape == expected.shape and torch.allclose(
         x, expected, rtol=1e-4, atol=1e-5, equal_nan=True
     )
-
-
-def _has_class_token(network: nn.Module) -> bool:
-    """Return whether the first of the prefix tokens is a class token.
-
-    All networks of timm that have one give the parameter this name, in some with the
-    number of the stage, and put it before the registers.
-    """
-    names = [name.split(".")[-1] for name, _ in network.named_parameters()]
-    return any(name.startswith("cls_token") for name in names)
-
-
-def _pools_other_tokens(network: nn.Module) -> bool:
-    """Return whether the penultimate features are not those of the class token.
-
-    In networks of timm that may pool tokens, an attribute has the name of the pooling.
-    """
-    pooling = getattr(network, "global_pool", None)
-    return isinstance(pooling, str) and pooling not in ("", "token")
-
-
-def _features(network: Any, x: Any) -> Any:
-    return network.forward_features(x)
-
-
-def _logits(network: Any, x: Any) -> Any:
-    return network.forward_head(x)
-
-
-def _penultimate(network: Any, x: Any) -> Any:
-    return network.forward_head(x, pre_logits=True)
 
 
 def _inputs(preprocessing: Preprocessing) -> tuple[Pair, Pair]:
@@ -320,14 +243,14 @@ def _trunk(
     (images, larger), one_size = inputs
     is_any_size = True
     try:
-        blocks = _Opener(on_meta, _features, (images, larger), _worth_opening).blocks()
+        blocks = _Opener(on_meta, features, (images, larger), _worth_opening).blocks()
     except Exception:
         # Broad on purpose: as above.
         if not is_fixed and _supports(on_meta, larger):
             raise
         is_any_size = False
         images, _ = one_size
-        blocks = _Opener(on_meta, _features, one_size, _worth_opening).blocks()
+        blocks = _Opener(on_meta, features, one_size, _worth_opening).blocks()
     tensors = [images, *(block.outputs[0] for block in blocks)]
     return blocks, [map_side(x) for x in tensors], is_any_size
 
@@ -345,8 +268,8 @@ def _neck_and_head(
     on_meta: MetaNetwork, inputs: Pair
 ) -> tuple[list[Block], list[Block]]:
     """Return the blocks from there to penultimate features and to the outputs."""
-    neck = _Opener(on_meta, _penultimate, inputs, _with_argument)
-    head = _Opener(on_meta, _logits, inputs, lambda opener: ())
+    neck = _Opener(on_meta, penultimate, inputs, _with_argument)
+    head = _Opener(on_meta, logits, inputs, lambda opener: ())
     blocks = neck.blocks()
     head.opened = neck.opened
     return blocks, head.blocks()

@@ -1,7 +1,5 @@
 """Stages, neck and head of networks of timm."""
 
-from typing import ClassVar
-
 import pytest
 import torch
 from torch import nn
@@ -13,7 +11,6 @@ from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import load_backbone
 from sktl._backbones.source import NetworkStructure
 from sktl._backbones.stages import last_linear, split_into_stages
-from sktl._backbones.timm_structure import is_timm_network
 from sktl._backbones.traced_blocks import Block
 from sktl._images.preprocessing import Preprocessing
 
@@ -290,59 +287,3 @@ def test_blocks_with_other_features_are_refused(monkeypatch):
     monkeypatch.setattr(timm_structure, "_neck_and_head", neck_and_head)
     structure = describe_network(create("test_resnet"))
     assert "do not have the features" in str(structure.reason_not_staged)
-
-
-class _SameNames(nn.Module):
-    """Not a network of timm, with methods of the same names."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.fc = nn.Linear(4, 2)
-
-    def forward_features(self, x):
-        return self.conv(x).mean((2, 3))
-
-    def forward_head(self, x):
-        return self.fc(x)
-
-    def reset_classifier(self, num_classes):
-        raise NotImplementedError
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
-
-
-class _Renamed(_SameNames):
-    pretrained_cfg: ClassVar[dict[str, object]] = {}
-
-
-class _WithFlag(_SameNames):
-    def forward_head(self, x, pre_logits=False):
-        return x if pre_logits else self.fc(x)
-
-
-class _OfTimm(_WithFlag):
-    pretrained_cfg: ClassVar[dict[str, object]] = {}
-
-
-def test_is_timm_network():
-    assert is_timm_network(create("test_resnet"))
-    assert is_timm_network(timm.models.ResNet(timm.models.resnet.BasicBlock, [1] * 4))
-    assert not is_timm_network(nn.Linear(1, 1))
-    assert not any(is_timm_network(c()) for c in (_SameNames, _Renamed, _WithFlag))
-    assert is_timm_network(_OfTimm())
-
-
-@pytest.mark.parametrize("network", [_SameNames, _OfTimm])
-def test_other_networks_keep_their_penultimate_features(network, monkeypatch):
-    # The second one is taken for one of timm, and its classifier cannot be removed.
-    monkeypatch.setattr(registered, "registrations", {})
-    register_backbone("mine", network, preprocessing=Preprocessing(8, 8))
-    backbone = load_backbone("mine")
-    assert backbone.neck is None or network is _OfTimm
-    x = torch.randn(2, 3, 8, 8)
-    with torch.inference_mode():
-        features = FeatureExtractor(backbone, ["penultimate"], "avg")(x)
-        expected = backbone.network.forward_features(x)
-    torch.testing.assert_close(features, expected)
