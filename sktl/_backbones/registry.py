@@ -25,6 +25,7 @@ from sktl._backbones.saved_network import find_saved_network, saved_backbone_nam
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import find_head, last_linear
 from sktl._backbones.timm_methods import is_timm_network
+from sktl._backbones.timm_structure import CUT_VERSION
 from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
     file_digest,
@@ -329,7 +330,7 @@ def _build_backbone(
         content = f"{network} {definition.preprocessing} {digest}"
         if is_timm_network(network):
             # Their penultimate features and tokens were once those of other networks.
-            content += f" {definition.layout} {_LAYOUT_VERSION} timm"
+            content += f" {definition.layout} {_LAYOUT_VERSION} timm {CUT_VERSION}"
         elif backbone.structure.is_channels_last("") is None:
             content += f" {definition.layout} {_LAYOUT_VERSION}"
         elif backbone.structure.n_prefix_tokens("encoder"):
