@@ -21,13 +21,14 @@ from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.catalog import find_source
 from sktl._backbones.check_stages import check_staged_model
 from sktl._backbones.registration import Registration
-from sktl._backbones.saved_network import find_saved_network, saved_backbone_name
+from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import find_head, last_linear
 from sktl._backbones.timm_methods import is_timm_network
 from sktl._backbones.timm_structure import CUT_VERSION
 from sktl._backbones.unwrap import Head, fill_missing_head, select_state_dict
 from sktl._backbones.weights import (
+    changed_while_read,
     file_digest,
     load_weights,
     load_weights_into,
@@ -133,8 +134,7 @@ def declare_without_weights(
     TypeError, ValueError
         As `load_backbone`.
     """
-    name = saved_backbone_name(name, weights)
-    definition = _resolve(name, weights, progress=False, fetch=False)
+    name, definition = _resolve(name, weights, progress=False, fetch=False)
     network = _build_network(definition, None, 0, has_weights=on_meta)
     network = network.to("meta" if on_meta else "cpu", torch.float32)
     loaded = LoadedNetwork(network.eval().requires_grad_(False), digest="")
@@ -144,12 +144,11 @@ def declare_without_weights(
 def _get_backbone(
     name: str, weights: str | PathLike[str] | None, random_state: int, progress: bool
 ) -> Backbone:
-    name = saved_backbone_name(name, weights)
-    definition = _resolve(name, weights, progress)
+    name, definition = _resolve(name, weights, progress)
     if definition.file is None:
         identity = f"seed {random_state}"
     else:
-        identity = file_digest(definition.file)
+        identity = definition.file_digest or file_digest(definition.file)
     key = (name, definition.registration or definition.weights_name, identity)
     if definition.file is None or definition.is_registered:
         backbone = backbones.get(key)
@@ -271,11 +270,21 @@ def _resolve(
     progress: bool,
     *,
     fetch: bool = True,
-) -> BackboneDefinition:
+) -> tuple[str, BackboneDefinition]:
+    """Return the name of a backbone and its definition.
+
+    The name is that in a saved file, if `weights` is one; both are of one reading.
+    """
     saved = find_saved_network(weights)
     if saved is None or weights is None:
-        return find_source(name).resolve(name, weights, progress, fetch=fetch)
+        return name, find_source(name).resolve(name, weights, progress, fetch=fetch)
     own = saved.architecture.backbone
+    if name not in (own, DEFAULT_BACKBONE):
+        raise ValueError(
+            f"The weights {str(weights)!r} were fine-tuned from the backbone {own!r}, "
+            f"so the 'backbone' parameter must be {own!r} or its default. Got "
+            f"{name!r}. Remove the parameter, or choose other weights."
+        )
     try:
         definition = find_source(own).resolve(own, None, progress)
     except ValueError as error:
@@ -283,7 +292,7 @@ def _resolve(
             f"The backbone of the fine-tuned network in {str(weights)!r} must be "
             f"known. Got: {error}"
         ) from error
-    return saved.definition(definition, weights)
+    return own, saved.definition(definition, weights)
 
 
 def _declare_backbone(
@@ -294,7 +303,7 @@ def _declare_backbone(
     def load() -> LoadedNetwork:
         loaded = _load_network(name, definition, file, 0)
         if loaded.digest != digest:
-            raise _changed_while_read(file)
+            raise changed_while_read(file)
         return loaded
 
     return Backbone(name, digest, replace(definition, file=file), load)
@@ -307,7 +316,7 @@ def _build_backbone(
     loaded = _load_network(name, definition, definition.file, seed)
     network, digest = loaded.network, loaded.digest
     if definition.file is not None and digest != identity:
-        raise _changed_while_read(definition.file)
+        raise changed_while_read(definition.file)
     backbone = Backbone(name, digest, definition, lambda: loaded)
     if definition.is_registered:
         if backbone.staged_model is not None:
@@ -346,13 +355,6 @@ def _build_backbone(
     return backbone
 
 
-def _changed_while_read(file: str) -> ValueError:
-    return ValueError(
-        f"The weights {file!r} must not change while they are read, but they did. "
-        "Wait until the file is written, and try again."
-    )
-
-
 def _load_network(
     name: str, definition: BackboneDefinition, file: str | None, seed: int
 ) -> LoadedNetwork:
@@ -362,7 +364,7 @@ def _load_network(
         return LoadedNetwork(network, state_dict_digest(network.state_dict()))
     weights = load_weights(file)
     if file_digest(file) != weights.digest:  # after the tensors were read
-        raise _changed_while_read(file)
+        raise changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
     # Once, since networks of timm are recorded; in the mode that this requires.
     structure = definition.describe(network.eval())

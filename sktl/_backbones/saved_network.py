@@ -24,7 +24,11 @@ from sktl._backbones.source import (
     NetworkStructure,
     is_path,
 )
-from sktl._backbones.weights import file_digest, skip_weight_allocation
+from sktl._backbones.weights import (
+    changed_while_read,
+    file_digest,
+    skip_weight_allocation,
+)
 from sktl._images.preprocessing import Preprocessing
 from sktl._utils.json_values import get_value, is_list_of, require
 from sktl._utils.keyed_cache import KeyedCache
@@ -90,11 +94,14 @@ class SavedNetwork:
         Preprocessing of its images.
     labels : tuple of str, int, float or bool
         Class labels, in the order of the outputs.
+    digest : str
+        sha256 of the file.
     """
 
     architecture: Architecture
     preprocessing: Preprocessing
     labels: tuple[Label, ...]
+    digest: str
 
     def definition(
         self, backbone: BackboneDefinition, file: str | PathLike[str]
@@ -133,6 +140,7 @@ class SavedNetwork:
             preprocessing=self.preprocessing,
             categories=self.labels,
             file=os.fspath(file),
+            file_digest=self.digest,
             adapt_state_dict=lambda network, state_dict: state_dict,
             known_weights=(),
             license=None,
@@ -160,7 +168,8 @@ def find_saved_network(weights: object) -> SavedNetwork | None:
     Raises
     ------
     ValueError
-        If the file is damaged, or was saved by another version.
+        If the file is damaged, was saved by another version, or changed while it was
+        read.
     """
     if not isinstance(weights, PathLike) and not (
         isinstance(weights, str) and is_path(weights)
@@ -169,40 +178,8 @@ def find_saved_network(weights: object) -> SavedNetwork | None:
     path = os.path.expanduser(weights)
     if not os.path.isfile(path):
         return None
-    return _saved.get_or_create(file_digest(path), lambda: _read(path))
-
-
-def saved_backbone_name(name: str, weights: object) -> str:
-    """Return the name of a backbone: that in a saved file, if `weights` is one.
-
-    Parameters
-    ----------
-    name : str
-        Value of the parameter `backbone`.
-    weights : object
-        Value of the parameter `weights`.
-
-    Returns
-    -------
-    str
-        Name of a backbone.
-
-    Raises
-    ------
-    ValueError
-        If `name` is neither the default nor the name in the file.
-    """
-    saved = find_saved_network(weights)
-    if saved is None:
-        return name
-    own = saved.architecture.backbone
-    if name not in (own, DEFAULT_BACKBONE):
-        raise ValueError(
-            f"The weights {str(weights)!r} were fine-tuned from the backbone {own!r}, "
-            f"so the 'backbone' parameter must be {own!r} or its default. Got "
-            f"{name!r}. Remove the parameter, or choose other weights."
-        )
-    return own
+    digest = file_digest(path)
+    return _saved.get_or_create(digest, lambda: _read(path, digest))
 
 
 def parse_architecture(document: Mapping[str, Any]) -> Architecture:
@@ -264,8 +241,10 @@ def parse_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
     )
 
 
-def _read(path: str) -> SavedNetwork | None:
+def _read(path: str, digest: str) -> SavedNetwork | None:
     document = read_document(path)
+    if file_digest(path) != digest:  # else the document would be that of another file
+        raise changed_while_read(path)
     if document is None:
         return None
     if document.get("format") != FORMAT:
@@ -282,6 +261,7 @@ def _read(path: str) -> SavedNetwork | None:
             parse_architecture(document),
             parse_preprocessing(document),
             tuple(labels_from_json(target).tolist()),
+            digest,
         )
     except ValueError as error:
         raise ValueError(

@@ -130,6 +130,8 @@ class BackboneDefinition:
         categories are used.
     file : str or None
         Weights file; None for random weights.
+    file_digest : str or None
+        sha256 that the weights file must have, since the definition was read from it.
     registration : Registration or None
         Of a network from `register_backbone`: it is built with all its values, and may
         have any number of outputs.
@@ -157,6 +159,7 @@ class BackboneDefinition:
     has_fixed_image_size: bool | None = False
     weights_name: str = ""
     file: str | None = None
+    file_digest: str | None = None
     registration: Registration | None = None
     adapt_state_dict: Callable[[nn.Module, StateDict], StateDict] = _keep_state_dict
     layout: str | None = None

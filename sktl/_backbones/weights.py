@@ -292,6 +292,14 @@ def load_weights_into(
         )
 
 
+def changed_while_read(file: str | PathLike[str]) -> ValueError:
+    """Return the error to raise if a file was replaced while it was read."""
+    return ValueError(
+        f"The weights {os.fspath(file)!r} must not change while they are read, but "
+        "they did. Wait until the file is written, and try again."
+    )
+
+
 def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     try:
         return tensor.to(dtype)

@@ -15,7 +15,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
-from sktl._backbones import registry, timm_structure
+from sktl._backbones import registry, saved_network, timm_structure
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
 from sktl._utils.keyed_cache import KeyedCache
@@ -261,6 +261,37 @@ def test_other_files_are_no_saved_networks(file, tmp_path):
     for weights in ("DEFAULT", None, 3):
         assert find_saved_network(weights) is None
     assert find_saved_network(str(file)).labels == ("ant", "bee", "wasp")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(saved_network, "read_document"), (registry, "find_saved_network")],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_file_that_is_replaced_while_it_is_read(
+    file, images, monkeypatch, module, name, is_before
+):
+    first, other = file.read_bytes(), file.with_name("other.safetensors")
+    fit(images, labels=[0, 1], max_epochs=0).save(other)
+    original = getattr(module, name)
+
+    def read(path):
+        result = original(path)
+        shutil.copy(other, path)
+        return original(path) if is_before else result
+
+    monkeypatch.setattr(saved_network, "_saved", KeyedCache(max_size=4))
+    monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, read)
+        if module is registry and is_before:  # all of it is the other file
+            assert load_backbone(DEFAULT_BACKBONE, file).categories == (0, 1)
+        else:
+            with pytest.raises(ValueError, match="must not change while they are read"):
+                load_backbone(DEFAULT_BACKBONE, file)
+    for content, labels in ((first, ("ant", "bee", "wasp")), (None, (0, 1))):
+        file.write_bytes(content or other.read_bytes())
+        assert load_backbone(DEFAULT_BACKBONE, file).categories == labels
 
 
 @pytest.mark.slow
