@@ -5,7 +5,6 @@ replaced its own, so that the network can be built without the original weights.
 network has the stages of the backbone, with the fine-tuned weights.
 """
 
-import copy
 import functools
 import os
 from collections.abc import Mapping
@@ -120,23 +119,11 @@ class SavedNetwork:
         BackboneDefinition
             The categories are the class labels.
         """
-
-        # Built when `build` is called, whose caller decides about random numbers.
-        @functools.cache
-        def template() -> Backbone:
-            network = backbone.build(None)
-            own = Backbone(
-                self.architecture.backbone,
-                "",
-                backbone,
-                lambda: LoadedNetwork(network, ""),
-            )
-            return self.architecture.build(own, len(self.labels))
-
+        builder = _Builder(self, backbone)
         return replace(
             backbone,
-            build=lambda num_classes: copy.deepcopy(template().network),
-            describe=lambda network: template().definition.describe(network),
+            build=builder.build,
+            describe=builder.describe,
             preprocessing=self.preprocessing,
             categories=self.labels,
             file=os.fspath(file),
@@ -146,6 +133,37 @@ class SavedNetwork:
             license=None,
             heads=self.architecture.heads,
         )
+
+
+class _Builder:
+    """Builds the network of a saved file, and describes what it has built.
+
+    Parameters
+    ----------
+    saved : SavedNetwork
+        Description of the network.
+    backbone : BackboneDefinition
+        Of the backbone that was fine-tuned.
+    """
+
+    def __init__(self, saved: SavedNetwork, backbone: BackboneDefinition) -> None:
+        self._saved, self._backbone = saved, backbone
+
+    def build(self, num_classes: int | None) -> nn.Module:
+        """Return a new network; its number of outputs is that of the labels."""
+        # Never a copy of an earlier one: that one may have no values where this one
+        # must have them, such as constants that no file contains.
+        loaded = LoadedNetwork(self._backbone.build(None), "")
+        name = self._saved.architecture.backbone
+        backbone = Backbone(name, "", self._backbone, lambda: loaded)
+        built = self._saved.architecture.build(backbone, len(self._saved.labels))
+        loaded.network.to("meta")  # needed for the description only
+        self._describe = built.definition.describe
+        return built.network
+
+    def describe(self, network: nn.Module) -> NetworkStructure:
+        """Describe a network from `build`, or a copy of one."""
+        return self._describe(network)
 
 
 # By digest of the file.

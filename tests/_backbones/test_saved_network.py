@@ -1,21 +1,29 @@
 """Saved files as weights, compared with the estimators that saved them."""
 
 import shutil
+from dataclasses import replace
 
 import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
+from conftest import FIXED, TinyNet
 from reference import normalized
 from safetensors.torch import load_file, save_file
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from torch import nn
 
-from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
-from sktl._backbones import registry, saved_network, timm_structure
+from sktl import (
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedClassifier,
+    PretrainedFeatures,
+    register_backbone,
+)
+from sktl._backbones import registered, registry, saved_network, timm_structure
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
 from sktl._utils.keyed_cache import KeyedCache
@@ -294,6 +302,43 @@ def test_file_that_is_replaced_while_it_is_read(
         assert load_backbone(DEFAULT_BACKBONE, file).categories == labels
 
 
+class Scale(nn.Module):
+    """Multiplies by a constant that is not saved, and filled after its creation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.empty(1), persistent=False)
+        self.factor.fill_(0.5)
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def scaled_network():
+    network = TinyNet()
+    network.stages["stem"].append(Scale())
+    return network
+
+
+class NotRegistered:
+    """A source whose networks are built without values."""
+
+    def resolve(self, name, weights, progress):
+        definition = registered.resolve(name, weights, progress)
+        return replace(definition, registration=None)
+
+
+def test_constants_that_are_not_saved(images, tmp_path, monkeypatch):
+    register_backbone("scaled", scaled_network, preprocessing=Preprocessing(16, 16))
+    tuned = fit(images, "scaled")
+    tuned.save(tmp_path / "tuned.safetensors")
+    monkeypatch.setattr(registry, "find_source", lambda name: NotRegistered())
+    monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
+    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images)
+    expected = tuned.predict_proba(images)
+    np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["squeezenet1_1", "swin_t", "resnet_mini"])
 def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
@@ -321,12 +366,20 @@ def test_layout_of_modules_in_stages(images, tmp_path):
     assert [structure.is_channels_last(name) for name in names] == expected
 
 
-@pytest.mark.parametrize("name", ["timm/test_vit", "timm/test_resnet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/test_vit",
+        "timm/test_resnet",
+        # Its kernels are not saved.
+        pytest.param("timm/resnetblur18", marks=pytest.mark.slow),
+    ],
+)
 def test_transformers_and_networks_that_cannot_be_cut(
     images, tmp_path, monkeypatch, name
 ):
     pytest.importorskip("timm")
-    is_cut = name == "timm/test_vit"
+    is_cut = name != "timm/test_resnet"
     if not is_cut:
         monkeypatch.setattr(timm_structure, "record", None)
     images, file = images[:6], tmp_path / "tuned.safetensors"
