@@ -247,7 +247,8 @@ def load_weights_into(
     ----------
     network : Module
         Also one that was built inside `skip_weight_allocation`. The tensors of
-        `state_dict` become its parameters. After an error its state is undefined.
+        `state_dict` become its parameters; a parameter with several names stays one.
+        After an error its state is undefined.
     state_dict : dict of str to Tensor
         All tensors of the network.
     origin : str
@@ -258,13 +259,17 @@ def load_weights_into(
     ValueError
         If names or shapes do not match the network.
     """
-    own = network.state_dict()
+    own = network.state_dict(keep_vars=True)
     filling: Any = OrderedDict()
+    shared: dict[int, nn.Parameter] = {}
     for name, tensor in state_dict.items():
         # Converted only if its shape is valid: the header of a small file may declare
         # a huge tensor.
         if name in own and own[name].shape == tensor.shape:
             tensor = _converted(tensor, own[name].dtype, f"{origin}: {name}")
+            if isinstance(own[name], nn.Parameter):
+                parameter = nn.Parameter(tensor, own[name].requires_grad)
+                tensor = shared.setdefault(id(own[name]), parameter)
         filling[name] = tensor
     # torch.save stores the version of each layer, safetensors does not, and MNASNet
     # requires its own.

@@ -303,6 +303,17 @@ def test_weights_are_converted_to_the_types_of_the_network(layer: nn.Linear) -> 
     assert torch.equal(network.weight, half["weight"].float())
 
 
+def test_a_parameter_with_several_names_stays_one() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    state = {name: value + 1 for name, value in network.state_dict().items()}
+    load_weights_into(network, state, "they")
+    assert network[1].weight is network[0].weight
+    assert network[1].bias is not network[0].bias
+    assert torch.equal(network[1].weight, state["1.weight"])
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 @pytest.mark.parametrize(
     "create",
     [
