@@ -39,6 +39,8 @@ class TracedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.training = network.training  # a new module would be in training mode
+        self.steps: tuple[Step, ...] = ()  # no module may have the names of these two
+        self._released: tuple[tuple[int, ...], ...] = ()
         self.steps = tuple(self._own(network, step, saved) for step in steps)
         uses = [sorted(set(step.refs())) for step in self.steps]
         last_uses = {result: i for i, used in enumerate(uses) for result in used}
@@ -52,18 +54,26 @@ class TracedBlock(nn.Module):
         """Register what a step uses; return the step with its name in this block."""
         if step.kind == "module":
             path, method = step.target
-            name = path.replace(".", "_")
-            self.add_module(name, network.get_submodule(path))
+            module = network.get_submodule(path)
+            name = self._free_name(path, module)
+            self.add_module(name, module)
             return Step("module", (name, method), step.args, step.kwargs)
         if step.kind == "parameter":
-            name = step.target.replace(".", "_")
             value = operator.attrgetter(step.target)(network)
+            name = self._free_name(step.target, value)
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
             else:
                 self.register_buffer(name, value, persistent=step.target in saved)
             return Step("parameter", name)
         return step
+
+    def _free_name(self, path: str, value: Any) -> str:
+        """Return a name for a module or a tensor, which it may have already."""
+        name = path.replace(".", "_")
+        while getattr(self, name, value) is not value:
+            name += "_"
+        return name
 
     def forward(self, x: Tensor) -> Any:
         """Run the steps."""

@@ -179,6 +179,24 @@ def test_no_cut_beside_a_residual_connection():
     assert len(list(second.module.children())) == 2
 
 
+class AmbiguousNames(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a_0, self.steps = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.a = nn.ModuleList([nn.Conv2d(3, 3, 1)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.a[0](self.a_0(self.steps(x)))
+
+
+def test_modules_with_similar_names_are_told_apart():
+    network = AmbiguousNames()
+    (block,) = blocks_of(network)
+    assert set(block.module.parameters()) == set(network.parameters())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(block.module(x), network(x))
+
+
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
