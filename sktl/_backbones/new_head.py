@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from torch import nn
@@ -49,32 +49,39 @@ def replace_head(
         If the backbone has no stages, if its weights lack more than the last linear
         layer, or if its head is not an nn.Sequential that contains that layer.
     """
-    stages, neck, width = _parts_below_head(backbone)
-    parts = OrderedDict(stages)
-    parts[NECK] = nn.Sequential(*neck)
-    parts[HEAD] = _new_head(width, n_outputs, hidden_layer_sizes, dropout)
-    return nn.Sequential(parts).requires_grad_(True)
-
-
-def _parts_below_head(
-    backbone: Backbone,
-) -> tuple[dict[str, nn.Module], list[nn.Module], int]:
-    """Return copies of the stages and the blocks of the neck, and its width."""
     _check_weights(backbone)
+    network = copy.deepcopy(parts_below_head(backbone))
+    head = _new_head(_width(backbone), n_outputs, hidden_layer_sizes, dropout)
+    network.add_module(HEAD, head)
+    return network.requires_grad_(True)
+
+
+def parts_below_head(backbone: Backbone) -> nn.Sequential:
+    """Return what `replace_head` copies: the stages and the neck.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        As in `replace_head`.
+
+    Returns
+    -------
+    nn.Sequential
+        With the modules and the parameters of the network itself.
+
+    Raises
+    ------
+    ValueError
+        As in `replace_head`.
+    """
+    neck: list[nn.Module] = []
     if backbone.neck is None:
-        # One deepcopy of all three, so that shared modules stay shared.
-        stages, head, last = copy.deepcopy(
-            (backbone.stages, backbone.head, backbone.last_linear)
-        )
-        return stages, *_neck_before(last, head, backbone)
-    (width,) = layer_widths(backbone, [PENULTIMATE], "avg", backbone.preprocessing)
-    if backbone.reason_without_stages is not None:
-        return {WHOLE_NETWORK: copy.deepcopy(backbone.neck)}, [], width
-    stages, neck = copy.deepcopy((backbone.stages, backbone.neck))
-    blocks = list(_flatten(neck))
-    while blocks and isinstance(blocks[-1], nn.Dropout):
-        del blocks[-1]
-    return stages, blocks, width
+        stages, neck = backbone.stages, _neck_before(backbone)
+    elif backbone.reason_without_stages is not None:
+        stages = {WHOLE_NETWORK: backbone.neck}
+    else:
+        stages, neck = backbone.stages, _without_dropout(_flatten(backbone.neck))
+    return nn.Sequential(OrderedDict({**stages, NECK: nn.Sequential(*neck)}))
 
 
 def _check_weights(backbone: Backbone) -> None:
@@ -88,10 +95,9 @@ def _check_weights(backbone: Backbone) -> None:
         )
 
 
-def _neck_before(
-    last: nn.Module, head: nn.Module, backbone: Backbone
-) -> tuple[list[nn.Module], int]:
-    """Return the blocks of a head before its last linear layer, and their width."""
+def _neck_before(backbone: Backbone) -> list[nn.Module]:
+    """Return the blocks of a head before its last linear layer."""
+    head, last = backbone.head, backbone.last_linear
     blocks = list(_flatten(head))
     if last not in blocks:
         raise ValueError(
@@ -99,13 +105,29 @@ def _neck_before(
             f"last linear layer, to be replaced. Got {type(head).__name__} around "
             f"{backbone.penultimate!r}. Make it an nn.Sequential."
         )
-    neck = blocks[: blocks.index(last)]
-    while neck and isinstance(neck[-1], nn.Dropout):
-        del neck[-1]
+    neck = _without_dropout(blocks[: blocks.index(last)])
     if isinstance(last, nn.Conv2d):  # (n, c, h, w) -> (n, c)
         neck += [nn.AdaptiveAvgPool2d(1), nn.Flatten(1)]
-        return neck, last.in_channels
-    return neck, cast(nn.Linear, last).in_features
+    return neck
+
+
+def _without_dropout(blocks: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return blocks without the dropout at their end."""
+    kept = list(blocks)
+    while kept and isinstance(kept[-1], nn.Dropout):
+        del kept[-1]
+    return kept
+
+
+def _width(backbone: Backbone) -> int:
+    """Return the number of penultimate features."""
+    if backbone.neck is None:
+        last = backbone.last_linear
+        if isinstance(last, nn.Conv2d):
+            return last.in_channels
+        return cast(nn.Linear, last).in_features
+    (width,) = layer_widths(backbone, [PENULTIMATE], "avg", backbone.preprocessing)
+    return width
 
 
 def stage_names(network: nn.Sequential) -> list[str]:

@@ -3,6 +3,11 @@
 A saved file names the backbone that was fine-tuned and describes the heads that
 replaced its own, so that the network can be built without the original weights. The
 network has the stages of the backbone, with the fine-tuned weights.
+
+Its tensors have the names that they have in the backbone, such as
+``backbone.layer1.0.conv1.weight``, and ``heads.0.1.weight`` in the first of the heads.
+Names of a fine-tuned network would also depend on how the backbone is divided into
+blocks, which for a network of timm may change with its code and with ours.
 """
 
 import functools
@@ -12,10 +17,10 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from sktl._backbones.backbone import Backbone, LoadedNetwork
-from sktl._backbones.new_head import HEAD, NECK, replace_head
+from sktl._backbones.new_head import HEAD, NECK, parts_below_head, replace_head
 from sktl._backbones.source import (
     BackboneDefinition,
     HeadConfig,
@@ -23,6 +28,7 @@ from sktl._backbones.source import (
     NetworkStructure,
     is_path,
 )
+from sktl._backbones.unwrap import StateDict
 from sktl._backbones.weights import (
     changed_while_read,
     file_digest,
@@ -34,7 +40,7 @@ from sktl._utils.keyed_cache import KeyedCache
 from sktl._utils.labels import labels_from_json
 from sktl._utils.tensor_file import read_document
 
-FORMAT = "sktl fine-tuned model, version 4"
+FORMAT = "sktl fine-tuned model, version 5"
 #: Default of the parameter `backbone`, which cannot be told from a value of the user.
 DEFAULT_BACKBONE = "resnet18"
 
@@ -71,8 +77,9 @@ class Architecture:
         Returns
         -------
         Backbone
-            Its network is one from `replace_head`. The parameters of the heads have no
-            memory, since the widths in a file may be invalid.
+            Its network is one from `replace_head`, and its structure has
+            `saved_names`. The parameters of the heads have no memory, since the widths
+            in a file may be invalid.
         """
         _ = backbone.structure  # it may be found by running the network
         with skip_weight_allocation():
@@ -128,7 +135,7 @@ class SavedNetwork:
             categories=self.labels,
             file=os.fspath(file),
             file_digest=self.digest,
-            adapt_state_dict=lambda network, state_dict: state_dict,
+            adapt_state_dict=builder.adapt_state_dict,
             known_weights=(),
             license=None,
             heads=self.architecture.heads,
@@ -164,6 +171,64 @@ class _Builder:
     def describe(self, network: nn.Module) -> NetworkStructure:
         """Describe a network from `build`, or a copy of one."""
         return self._describe(network)
+
+    def adapt_state_dict(self, network: nn.Module, state_dict: StateDict) -> StateDict:
+        """Return the tensors of the file with their names in a network."""
+        return from_saved_names(state_dict, self.describe(network))
+
+
+def saved_names(backbone: Backbone, network: nn.Sequential) -> dict[str, str]:
+    """Return the name in a saved file of each tensor of a network.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        Backbone that was fine-tuned.
+    network : nn.Sequential
+        Network that `replace_head` has made from it.
+
+    Returns
+    -------
+    dict of str to str
+        By the names in the state dict of `network`. A parameter with several names has
+        one in the file.
+    """
+    before = backbone.structure.saved_names
+    own: dict[int, str] = {}
+    for name, tensor in backbone.network.state_dict(keep_vars=True).items():
+        saved = f"backbone.{name}" if before is None else before[name]
+        own.setdefault(id(tensor), saved)
+    # The tensors of these parts are those of the backbone, except for what a network
+    # uses without having registered it.
+    below = parts_below_head(backbone).state_dict(keep_vars=True)
+    names = {name: own.get(id(below[name]), f"parts.{name}") for name in below}
+    head = f"heads.{len(backbone.definition.heads)}"
+    for name in network.get_submodule(HEAD).state_dict():
+        names[f"{HEAD}.{name}"] = f"{head}.{name}"
+    return names
+
+
+def from_saved_names(
+    tensors: Mapping[str, Tensor], structure: NetworkStructure
+) -> StateDict:
+    """Return the tensors of a saved file with their names in the network.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        Tensors by their names in the file.
+    structure : NetworkStructure
+        Of the network, with `saved_names`.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Unknown tensors keep their names, for the error message of `load_weights_into`.
+    """
+    names = structure.saved_names or {}
+    known = {name: tensors[saved] for name, saved in names.items() if saved in tensors}
+    unknown = tensors.keys() - set(names.values())
+    return {**{name: tensors[name] for name in sorted(unknown)}, **known}
 
 
 # By digest of the file.
@@ -296,16 +361,21 @@ def _with_new_head(backbone: Backbone, head: HeadConfig, n_outputs: int) -> Back
         hidden_layer_sizes=head.hidden_layer_sizes,
         dropout=head.dropout,
     )
-    describe = functools.partial(_describe_network, backbone)
+    definition = backbone.definition
+    describe = functools.partial(
+        _describe_network, backbone, saved_names(backbone, network)
+    )
     return Backbone(
         backbone.name,
         backbone.digest,
-        replace(backbone.definition, describe=describe),
+        replace(definition, describe=describe, heads=(*definition.heads, head)),
         lambda: LoadedNetwork(network, backbone.digest),
     )
 
 
-def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructure:
+def _describe_network(
+    backbone: Backbone, saved_names: Mapping[str, str], network: nn.Module
+) -> NetworkStructure:
     """Describe a network that `replace_head` has made from a backbone."""
     parts = dict(network.named_children())
     neck, head = parts.pop(NECK), parts.pop(HEAD)
@@ -343,4 +413,5 @@ def _describe_network(backbone: Backbone, network: nn.Module) -> NetworkStructur
         trunk_sides=None,
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
+        saved_names=saved_names,
     )

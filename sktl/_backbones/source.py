@@ -72,6 +72,8 @@ class NetworkStructure:
         Whether the first of these tokens is the class token.
     pools_other_tokens : bool
         Whether the penultimate features are known not to be those of the class token.
+    saved_names : mapping of str to str or None
+        Of a fine-tuned network: the name of each of its tensors in a saved file.
     """
 
     trunk: Sequence[nn.Module] = ()
@@ -87,6 +89,7 @@ class NetworkStructure:
     n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
     has_class_token: bool = True
     pools_other_tokens: bool = False
+    saved_names: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from sktl._backbones.new_head import replace_head, stage_names
 from sktl._backbones.registry import BackboneSpec, load_backbone
-from sktl._backbones.saved_network import Architecture
+from sktl._backbones.saved_network import Architecture, saved_names
 from sktl._backbones.source import HeadConfig
 from sktl._images.preprocessing import Preprocessing
 from sktl._training.network import network_digest, output_shape
@@ -104,6 +104,8 @@ class FittedModel:
         Parameters that define the network.
     architecture : Architecture
         How to build the network.
+    saved_names : dict of str to str
+        Name in a saved file of each tensor of the network.
     digest : str
         Digest of the network.
     pretrained : PretrainedPrefix
@@ -118,6 +120,7 @@ class FittedModel:
     target: Target
     config: ModelConfig
     architecture: Architecture
+    saved_names: dict[str, str]
     digest: str
     pretrained: PretrainedPrefix
     prefix: FrozenPrefix | None
@@ -137,6 +140,8 @@ class InitialModel:
         Parameters that define the network.
     architecture : Architecture
         How to build the network.
+    saved_names : dict of str to str
+        Name in a saved file of each tensor of the network.
     digest : str
         Digest of the weights that the training starts from, without a new head.
     pretrained : PretrainedPrefix
@@ -147,6 +152,7 @@ class InitialModel:
     preprocessing: Preprocessing
     config: ModelConfig
     architecture: Architecture
+    saved_names: dict[str, str]
     digest: str
     pretrained: PretrainedPrefix
 
@@ -205,6 +211,7 @@ class InitialModel:
             backbone.preprocessing_at(config.image_size, config.resize),
             config,
             Architecture(backbone.name, (*backbone.definition.heads, head)),
+            saved_names(backbone, network),
             backbone.digest,
             PretrainedPrefix(len(network) - 1, spec),
         )
@@ -245,6 +252,7 @@ class InitialModel:
             fitted.preprocessing,
             config,
             fitted.architecture,
+            fitted.saved_names,
             fitted.digest,
             fitted.pretrained,
         )
@@ -285,6 +293,7 @@ class InitialModel:
             target,
             self.config,
             self.architecture,
+            self.saved_names,
             network_digest(network),
             pretrained,
             prefix,

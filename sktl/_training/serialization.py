@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sktl._backbones.registry import BackboneSpec, load_backbone
 from sktl._backbones.saved_network import (
     FORMAT,
+    from_saved_names,
     parse_architecture,
     parse_head,
     parse_preprocessing,
@@ -129,7 +130,11 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         "n_features_in": model.n_features_in,
         "feature_names_in": None if names is None else names.tolist(),
     }
-    write_tensors(Path(path).expanduser(), fitted.network.state_dict(), document)
+    tensors = {
+        fitted.saved_names[name]: tensor
+        for name, tensor in fitted.network.state_dict().items()
+    }
+    write_tensors(Path(path).expanduser(), tensors, document)
 
 
 def load_model(
@@ -245,15 +250,17 @@ def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> Fitte
     # Only the heads are built without memory and random numbers.
     backbone = load_backbone(architecture.backbone, None)
     with float32_default(), preserve_rng_state():
-        built = architecture.build(backbone, target.n_outputs).network
-    load_weights_into(built, tensors, "Those of the file")
-    network = cast(nn.Sequential, built.eval())
+        built = architecture.build(backbone, target.n_outputs)
+    state_dict = from_saved_names(tensors, built.structure)
+    load_weights_into(built.network, state_dict, "Those of the file")
+    network = cast(nn.Sequential, built.network.eval())
     return FittedModel(
         network,
         parse_preprocessing(document),
         target,
         config,
         architecture,
+        dict(built.structure.saved_names or {}),
         network_digest(network),
         # Which parts have the weights of the backbone is not saved, so that nothing
         # that is cached for the backbone is used.

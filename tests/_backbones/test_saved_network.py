@@ -32,6 +32,7 @@ from sktl._utils.tensor_file import read_tensors, write_tensors
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 LABELS = np.array(["wasp", "ant", "bee"])
+AFFINE = ("weight", "bias")
 
 
 def fit(images, backbone="five stages", labels=LABELS, **parameters):
@@ -122,11 +123,16 @@ def test_another_fine_tuning_starts_from_the_saved_network(tuned, file, images):
 
 
 def test_a_chain_of_fine_tunings_is_saved_and_loaded(tuned, file, images):
+    first = load_file(file)
     for n_classes, hidden in ((2, 5), (3, ())):
         options = {"hidden_layer_sizes": hidden, "dropout": 0.1, "trainable": 1}
         estimator = fit(images, "resnet18", range(n_classes), weights=file, **options)
         file = file.with_name(f"{n_classes} classes")  # without a suffix
         estimator.save(file)
+    # The last layer of each head is replaced by the next head.
+    names = {name for name in first if not name.startswith("heads.0.7.")}
+    names |= {f"heads.{head}.{name}" for head in ("1.1", "2.1") for name in AFFINE}
+    assert load_file(file).keys() == names
     expected = estimator.predict_proba(images)
     loaded = FineTunedCNNClassifier.load(file)
     np.testing.assert_array_equal(loaded.predict_proba(images), expected)
@@ -176,7 +182,7 @@ def test_cached_rows_are_those_of_one_file(file, images, tmp_path):
     features = PretrainedFeatures(weights=file, memory=tmp_path / "cache")
     first = features.fit_transform(images)
     tensors, document = read_tensors(file)
-    tensors["head.1.bias"] += 1
+    tensors["heads.0.1.bias"] += 1
     write_tensors(file, tensors, document)
     with pytest.raises(ValueError, match=r"seen in fit.* Call fit again"):
         features.transform(images)
@@ -216,7 +222,7 @@ def test_damaged_file(file, images):
 
 
 INVALID = {
-    "format": [..., None, "sktl fine-tuned model, version 3", "sktl checkpoint"],
+    "format": [..., None, "sktl fine-tuned model, version 4", "sktl checkpoint"],
     "target": [..., 3, {}, {"kind": "other"}, {"kind": "multiclass", "classes": 3}],
     "architecture": [..., 3, {}, {"backbone": "tiny", "heads": []}],
     "preprocessing": [..., [], {"mean": [1]}],
@@ -402,3 +408,24 @@ def test_transformers_and_networks_that_cannot_be_cut(
     before, after = tuned.module_.state_dict(), second.module_.state_dict()
     pairs = zip(list(before.values())[:-2], list(after.values())[:-2], strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_names_in_the_file_do_not_depend_on_the_blocks(images, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    images, file = images[:4], tmp_path / "tuned.safetensors"
+    options = {"max_epochs": 0, "head_init": "random", "engine": "torch"}
+    tuned = fit(images, "timm/test_vit", [0, 1], weights=None, image_size=32, **options)
+    tuned.save(file)
+    own = timm.create_model("test_vit").state_dict()
+    expected = {f"backbone.{name}" for name in own if not name.startswith("head.")}
+    expected |= {f"heads.0.0.{name}" for name in AFFINE}
+    assert load_file(file).keys() == expected
+    # Another version may divide the network elsewhere, or not at all.
+    monkeypatch.setattr(timm_structure, "record", None)
+    monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
+    loaded = FineTunedCNNClassifier.load(file)
+    assert len(loaded.module_) < len(tuned.module_)
+    probabilities = [each.predict_proba(images) for each in (tuned, loaded)]
+    np.testing.assert_allclose(*probabilities, atol=1e-6)
+    mine = PretrainedClassifier(weights=file, engine="torch").fit(images)
+    np.testing.assert_allclose(mine.predict_proba(images), probabilities[0], atol=1e-6)

@@ -203,10 +203,38 @@ def test_loaded_model_can_be_saved_cloned_and_trained(images, fitted, file):
 def test_file_contains_the_weights_as_safetensors(fitted, file):
     tensors = load_file(save(fitted, file))
     own = fitted.module_.state_dict()
-    assert set(tensors) == set(own)
-    assert all(torch.equal(tensors[name], own[name]) for name in own)
+    below = [name for name in TinyNet().state_dict() if name.startswith("stages.")]
+    expected = {f"backbone.{name}": own[name.removeprefix("stages.")] for name in below}
+    expected |= {
+        f"heads.0.0.{name}": own[f"head.0.{name}"] for name in ("weight", "bias")
+    }
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
     with safe_open(file, "pt") as opened:
         assert "FineTunedCNNClassifier" in opened.metadata()["sktl"]
+
+
+def network_with_a_shared_layer():
+    network, shared = TinyNet(), torch.nn.Conv2d(16, 16, 3, padding=1)
+    network.stages["stage1"].append(shared)
+    network.stages["stage2"] = torch.nn.Sequential(shared, torch.nn.ReLU())
+    return network
+
+
+def test_shared_parameters_are_saved_once(images, file):
+    preprocessing = Preprocessing(16, 16)
+    register_backbone(
+        "shared layer", network_with_a_shared_layer, preprocessing=preprocessing
+    )
+    estimator = fit(images, backbone="shared layer", trainable="head")
+    loaded = round_trip(estimator, file)
+    names = load_file(file).keys()
+    assert "backbone.stages.stage1.2.weight" in names
+    assert "backbone.stages.stage2.0.weight" not in names
+    module = loaded.module_
+    assert module.stage1[2].weight is module.stage2[0].weight
+    expected = estimator.predict_proba(images)
+    np.testing.assert_array_equal(loaded.predict_proba(images), expected)
 
 
 def test_loading_needs_no_pretrained_weights(images, file, monkeypatch):
