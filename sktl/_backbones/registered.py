@@ -165,7 +165,10 @@ def _describe(registration: Registration, network: nn.Module) -> NetworkStructur
     if registration.n_prefix_tokens:
         n_tokens = registration.n_prefix_tokens
         structure = replace(
-            structure, n_prefix_tokens=lambda layer: n_tokens, has_class_token=True
+            structure,
+            trunk_prefix_tokens=(n_tokens,) * len(structure.trunk),
+            n_prefix_tokens=lambda layer: n_tokens,
+            has_class_token=True,
         )
     return structure
 

@@ -374,31 +374,31 @@ def _with_new_head(backbone: Backbone, head: HeadConfig, n_outputs: int) -> Back
 
 
 def _describe_network(
-    backbone: Backbone, saved_names: Mapping[str, str], network: nn.Module
+    backbone: Backbone, saved: Mapping[str, str], network: nn.Module
 ) -> NetworkStructure:
     """Describe a network that `replace_head` has made from a backbone."""
     parts = dict(network.named_children())
     neck, head = parts.pop(NECK), parts.pop(HEAD)
-    names = {module: name for name, module in backbone.network.named_modules()}
-    stages = backbone.staged_model.stages if backbone.staged_model else {}
     structure = backbone.structure
-
-    def own_name(layer: str) -> str | None:
-        """Return the name of a layer in the backbone, or None if it has none."""
-        stage, _, inside = layer.partition(".")
-        if not inside or stage not in stages:
-            return layer if layer in stages else None
-        return names.get(stages[stage].get_submodule(inside))
+    is_staged = structure.reason_not_staged is None
+    # The modules of the backbone, by their names in the network: first those that it
+    # knows by a name of its own, then blocks that are made of its modules.
+    below = dict(parts_below_head(backbone).named_modules(remove_duplicate=False))
+    own = {module: name for name, module in backbone.network.named_modules()}
+    own_names = {layer: own[module] for layer, module in below.items() if module in own}
+    own_names |= {stage: stage for stage in parts if is_staged}
+    tokens = dict(zip(structure.trunk, structure.trunk_prefix_tokens, strict=False))
+    n_tokens = {n: tokens[module] for n, module in below.items() if module in tokens}
 
     def is_channels_last(layer: str) -> bool | None:
-        own = own_name(layer)
-        return None if own is None else structure.is_channels_last(own)
+        known = layer in own_names
+        return structure.is_channels_last(own_names[layer]) if known else None
 
     def n_prefix_tokens(layer: str) -> int:
-        own = own_name(layer)
-        return 0 if own is None else structure.n_prefix_tokens(own)
+        if layer in own_names:
+            return structure.n_prefix_tokens(own_names[layer])
+        return n_tokens.get(layer, 0)
 
-    is_staged = structure.reason_not_staged is None
     # From the images, if there are no stages.
     neck_blocks = [neck] if is_staged else [*parts.values(), neck]
     return replace(
@@ -410,8 +410,9 @@ def _describe_network(
         if structure.neck is None
         else [*neck_blocks, *list(head.children())[:-1]],
         trunk_channels_last=(),
+        trunk_prefix_tokens=(),
         trunk_sides=None,
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
-        saved_names=saved_names,
+        saved_names=saved,
     )

@@ -54,6 +54,9 @@ class NetworkStructure:
     trunk_channels_last : sequence of bool
         Whether the output of each block of the trunk is ``(n, h, w, c)``, not
         ``(n, c, h, w)`` or ``(n, tokens, c)``. Empty: of none.
+    trunk_prefix_tokens : sequence of int
+        Number of class and register tokens at the start of the output of each block of
+        the trunk. Empty: of none.
     trunk_sides : sequence of float or None
         Side of the images, then of the output of each block of the trunk, in
         positions. None: to be measured.
@@ -82,6 +85,7 @@ class NetworkStructure:
     neck: Sequence[nn.Module] | None = None
     reason_not_staged: str | None = None
     trunk_channels_last: Sequence[bool] = ()
+    trunk_prefix_tokens: Sequence[int] = ()
     trunk_sides: Sequence[float] | None = None
     has_fixed_image_size: bool = False
     side_multiple: int = 1

@@ -100,6 +100,7 @@ def describe_network(
         trunk=modules,
         trunk_sides=sides,
         trunk_channels_last=[block.layout == "NHWC" for block in trunk],
+        trunk_prefix_tokens=[block.n_prefix for block in trunk],
         neck=[block.module for block in neck],
         head=[block.module for block in head],
     )

@@ -182,6 +182,8 @@ def describe_network(network: nn.Module) -> NetworkStructure:
         structure,
         trunk_channels_last=(type(network) is models.SwinTransformer,)
         * len(structure.trunk),
+        trunk_prefix_tokens=(int(isinstance(network, models.VisionTransformer)),)
+        * len(structure.trunk),
         has_fixed_image_size=isinstance(
             network, models.VisionTransformer | models.MaxVit
         ),

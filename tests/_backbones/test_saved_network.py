@@ -1,5 +1,6 @@
 """Saved files as weights, compared with the estimators that saved them."""
 
+import copy
 import shutil
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from torch import nn
+from torchvision import models
 
 from sktl import (
     FineTunedCNNClassifier,
@@ -408,6 +410,39 @@ def test_transformers_and_networks_that_cannot_be_cut(
     before, after = tuned.module_.state_dict(), second.module_.state_dict()
     pairs = zip(list(before.values())[:-2], list(after.values())[:-2], strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+
+
+def small_transformer():
+    return models.VisionTransformer(32, 16, 4, 2, 8, 8, num_classes=3)
+
+
+@pytest.mark.parametrize("name", ["small transformer", "timm/test_vit"])
+def test_tokens_of_all_layers(images, tmp_path, name):
+    if name == "timm/test_vit":
+        pytest.importorskip("timm")
+    else:
+        register_backbone(name, small_transformer, preprocessing=Preprocessing(32, 32))
+    file, options = tmp_path / "tuned.safetensors", {"max_epochs": 0, "image_size": 32}
+    start = {"weights": None, "head_init": "random", "engine": "torch"}
+    fit(images[:4], name, [0, 1], **options, **start).save(file)
+    backbone = copy.deepcopy(load_backbone(DEFAULT_BACKBONE, file))
+    expected, kinds = {}, set()
+
+    def count(layer):
+        def hook(module, inputs, output):
+            if isinstance(output, torch.Tensor) and output.ndim == 3:
+                expected[layer] = output.shape[1] - 4  # of (32 / 16)^2 patches
+                kinds.add(type(module).__name__)
+
+        return hook
+
+    for layer, module in backbone.network.named_modules():
+        module.register_forward_hook(count(layer))
+    with torch.inference_mode():
+        backbone.network(torch.zeros(1, 3, 32, 32))
+    got = {layer: backbone.structure.n_prefix_tokens(layer) for layer in expected}
+    assert got == expected
+    assert kinds & {"_Embedding", "TracedBlock"}  # which the backbone does not have
 
 
 def test_names_in_the_file_do_not_depend_on_the_blocks(images, tmp_path, monkeypatch):
