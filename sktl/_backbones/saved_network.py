@@ -289,20 +289,8 @@ def parse_architecture(document: Mapping[str, Any]) -> Architecture:
         "its heads must be a list of descriptions",
     )
     return Architecture(
-        get_value(described, "backbone", str), tuple(map(parse_head, heads))
+        get_value(described, "backbone", str), tuple(map(_parse_head, heads))
     )
-
-
-def parse_head(document: Mapping[str, Any]) -> HeadConfig:
-    """Return the head that a JSON object describes, as `parse_architecture` does."""
-    widths = get_value(document, "hidden_layer_sizes", list)
-    require(
-        all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
-        f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
-    )
-    dropout = get_value(document, "dropout", (int, float))
-    require(0 <= dropout < 1, "its dropout must be in [0, 1)")
-    return HeadConfig(tuple(widths), float(dropout))
 
 
 def parse_preprocessing(document: Mapping[str, Any]) -> Preprocessing:
@@ -351,6 +339,17 @@ def _read(path: str, digest: str) -> SavedNetwork | None:
             f"{path!r} must be an unchanged file of a fine-tuned estimator. Got: "
             f"{error}"
         ) from error
+
+
+def _parse_head(document: Mapping[str, Any]) -> HeadConfig:
+    widths = get_value(document, "hidden_layer_sizes", list)
+    require(
+        all(type(width) is int and 0 < width <= _MAX_WIDTH for width in widths),
+        f"its hidden_layer_sizes must be ints from 1 to {_MAX_WIDTH}",
+    )
+    dropout = get_value(document, "dropout", (int, float))
+    require(0 <= dropout < 1, "its dropout must be in [0, 1)")
+    return HeadConfig(tuple(widths), float(dropout))
 
 
 def _with_new_head(backbone: Backbone, head: HeadConfig, n_outputs: int) -> Backbone:

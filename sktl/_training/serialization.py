@@ -6,7 +6,7 @@ that a file that was made by hand raises a ValueError.
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,6 @@ from sktl._backbones.saved_network import (
     FORMAT,
     from_saved_names,
     parse_architecture,
-    parse_head,
     parse_preprocessing,
 )
 from sktl._backbones.saved_registration import (
@@ -27,6 +26,7 @@ from sktl._backbones.saved_registration import (
     registration_to_document,
     restore_registration,
 )
+from sktl._backbones.source import HeadConfig
 from sktl._backbones.weights import load_weights_into
 from sktl._images.preprocessing import RESIZE_MODES
 from sktl._training.config import (
@@ -116,11 +116,14 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         the builder of a registered backbone.
     """
     fitted, names = model.fitted, model.feature_names_in
+    config = asdict(fitted.config)
+    for field in fields(HeadConfig):  # they are in the last head of the architecture
+        del config[field.name]
     document = {
         "format": FORMAT,
         "estimator": model.estimator,
         "parameters": {k: to_json(v) for k, v in model.parameters.items()},
-        "network": asdict(fitted.config),
+        "network": config,
         "architecture": asdict(fitted.architecture),
         "registration": registration_to_document(fitted.architecture.backbone),
         "preprocessing": asdict(fitted.preprocessing),
@@ -241,12 +244,12 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
 
 
 def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> FittedModel:
-    config = _parse_config(get_value(document, "network", dict))
+    architecture = parse_architecture(document)
+    config = _parse_config(get_value(document, "network", dict), architecture.heads[-1])
     described = get_value(document, "target", dict)
     kind = get_value(described, "kind", str)
     require(kind in _TARGETS, f"its kind of target {kind!r} is unknown")
     target = _TARGETS[kind](described)
-    architecture = parse_architecture(document)
     # Only the heads are built without memory and random numbers.
     backbone = load_backbone(architecture.backbone, None)
     with float32_default(), preserve_rng_state():
@@ -269,14 +272,13 @@ def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> Fitte
     )
 
 
-def _parse_config(document: dict[str, Any]) -> ModelConfig:
+def _parse_config(document: dict[str, Any], head: HeadConfig) -> ModelConfig:
     size, resize = document.get("image_size"), document.get("resize")
     require(size is None or type(size) is int, "its image_size must be an int or None")
     require(
         resize is None or resize in RESIZE_MODES,
         f"its resize must be None or one of {list(RESIZE_MODES)}",
     )
-    head = parse_head(document)
     return ModelConfig(
         get_value(document, "backbone", str),
         get_value(document, "weights", str),

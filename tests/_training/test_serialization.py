@@ -307,30 +307,25 @@ def test_pickle_is_not_executed(file, dump):
 
 
 GAP = [{"epoch": epoch, "train_loss": 1.0} for epoch in (1, 3)]
+INVALID_WIDTHS = [3, None, [0], [True], [2.5], ["a"], {}, [10**30]]
+INVALID_DROPOUTS = [None, "0.5", True, 2, -1, 10**400]
 INVALID_VALUES = {
     "estimator": [..., 3, [], None, "PretrainedClassifier"],
     "parameters": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}, {"lr": {}}],
     "target": [..., 3, [], None, "abc", {}, {"kind": "other"}, {"kind": ["a"]}],
     "network": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}],
-    "network.hidden_layer_sizes": [
-        ...,
-        3,
-        None,
-        [0],
-        [True],
-        [2.5],
-        ["a"],
-        {},
-        [10**30],
-    ],
     "network.backbone": [..., 3, None],
     "architecture": [..., 3, [], None, {}],
     "architecture.backbone": [..., 3, None, "resnet81"],
-    "architecture.heads": [..., 3, None, [], [3], [{}], {}],
+    "architecture.heads": [
+        *(..., 3, None, [], [3], [{}], {}),
+        *([{"hidden_layer_sizes": value, "dropout": 0.0}] for value in INVALID_WIDTHS),
+        *([{"hidden_layer_sizes": [], "dropout": value}] for value in INVALID_DROPOUTS),
+        *([{"dropout": 0.0}], [{"hidden_layer_sizes": []}]),
+    ],
     "network.weights": [..., 3, None],
     "network.image_size": ["20", 2.5, True, []],
     "network.resize": ["stretch", 3, True, []],
-    "network.dropout": [..., None, "0.5", True, 2, -1, 10**400],
     "preprocessing": [..., 3, [], None, "abc", {"lr": {"pairs": 3}}],
     "preprocessing.mean": [..., 3, None, ["a"] * 3, [[]] * 3, [0.5], {}, [10**400] * 3],
     "preprocessing.interpolation": [..., 3, None, "best"],
