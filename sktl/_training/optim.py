@@ -94,15 +94,18 @@ def parameter_groups(
     -------
     list of dict
         From the head downwards, without empty groups. The neck belongs to the last
-        stage.
+        stage, and a parameter of several stages to the last one of them.
     """
     parts = dict(network.named_children())
     head, neck = parts.pop(HEAD), parts.pop(NECK)
     stages = list(parts.values())[::-1]
     depths = [[head], [stages[0], neck], *([stage] for stage in stages[1:])]
     groups = []
+    grouped: set[nn.Parameter] = set()  # an optimizer refuses a parameter given twice
     for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
-        parameters = [p for module in modules for p in module.parameters()]
+        own = dict.fromkeys(p for module in modules for p in module.parameters())
+        parameters = [p for p in own if p not in grouped]
+        grouped.update(parameters)
         for decay, chosen in (
             (weight_decay, [p for p in parameters if p.ndim > 1]),
             (0.0, [p for p in parameters if p.ndim <= 1]),

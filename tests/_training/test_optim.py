@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from sktl._backbones.new_head import replace_head
@@ -126,6 +127,17 @@ def test_parameter_groups(name):
         assert group["lr"] == pytest.approx(0.1 * 0.5 ** depth.get(part, 5))
         assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
     assert not group_of
+
+
+def test_a_parameter_of_several_stages_is_in_one_group():
+    network = replace_head(load_backbone("resnet_mini", None), 3)
+    shared = nn.Linear(2, 2)
+    for part in (network.stage2, network.stage3, network.stage4, network.neck):
+        part.append(shared)
+    optimizer = make_optimizer(network, 9, "sgd", 0.5, 0.1, [], lr=0.1)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert rates.keys() == {id(parameter) for parameter in network.parameters()}
+    assert rates[id(shared.weight)] == rates[id(shared.bias)] == 0.05
 
 
 @pytest.mark.parametrize("n_trainable", [0, 1, 3])
