@@ -363,7 +363,8 @@ def _load_network(
         network = _freeze(_build_network(definition, None, seed))
         return LoadedNetwork(network, state_dict_digest(network.state_dict()))
     weights = load_weights(file)
-    if file_digest(file) != weights.digest:  # after the tensors were read
+    # That of the file after the tensors were read, unless it was known before.
+    if weights.digest != (definition.file_digest or file_digest(file)):
         raise changed_while_read(file)
     network = _build_network(definition, None, seed, has_weights=True)
     # Once, since networks of timm are recorded; in the mode that this requires.
