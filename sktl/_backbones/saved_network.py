@@ -160,7 +160,7 @@ class _Builder:
         """Return a new network; its number of outputs is that of the labels."""
         # Never a copy of an earlier one: that one may have no values where this one
         # must have them, such as constants that no file contains.
-        loaded = LoadedNetwork(self._backbone.build(None), "")
+        loaded = LoadedNetwork(self._backbone.build(None).eval(), "")
         name = self._saved.architecture.backbone
         backbone = Backbone(name, "", self._backbone, lambda: loaded)
         built = self._saved.architecture.build(backbone, len(self._saved.labels))
