@@ -121,7 +121,7 @@ def pickled_for() -> str:
     return "file" if _FILE in modules else "process"
 
 
-def _reduce(builder: LocalBuilder) -> tuple[type[UnavailableBuilder], tuple[str]]:
+def _reduce(builder: LocalBuilder) -> tuple[Any, tuple[str]]:
     reason = _not_importable(builder)
     # `Pipeline(memory=...)` hashes and stores estimators. The same session reads them,
     # or a later one that runs the same code.

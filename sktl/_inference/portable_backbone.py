@@ -28,7 +28,7 @@ class PortableBackbone(BaseEstimator):
         on them.
         """
         create, arguments, *rest = super().__reduce_ex__(protocol)
-        backbone = self._backbone_name()
+        backbone = _saved_or_own_name(self)
         registrations = registered.registrations_to_pickle(
             backbone, with_others=pickled_for() == "process"
         )
@@ -37,13 +37,14 @@ class PortableBackbone(BaseEstimator):
             create = _register_and_create
         return create, arguments, *rest
 
-    def _backbone_name(self) -> Any:
-        """Return the name of the backbone, which saved weights may determine."""
-        try:
-            saved = find_saved_network(self.weights)
-        except (OSError, ValueError):  # fit reports invalid weights
-            saved = None
-        return self.backbone if saved is None else saved.architecture.backbone
+
+def _saved_or_own_name(estimator: PortableBackbone) -> Any:
+    """Return the name of the backbone, which saved weights may determine."""
+    try:
+        saved = find_saved_network(estimator.weights)
+    except (OSError, ValueError):  # fit reports invalid weights
+        saved = None
+    return estimator.backbone if saved is None else saved.architecture.backbone
 
 
 def _register_and_create(
