@@ -24,7 +24,7 @@ from sktl._training.targets import EncodedTargets
 from sktl._training.trainer import Trainer
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
-_FORMAT = "sktl training checkpoint, version 3"
+_FORMAT = "sktl training checkpoint, version 4"
 _NAME = "fine_tuning"
 # Parameters that do not change the result.
 _IGNORED = {

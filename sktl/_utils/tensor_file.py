@@ -23,6 +23,9 @@ from sktl._utils.files import write_atomically
 _MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
 _PARSE_ERRORS = (LookupError, RecursionError, TypeError, ValueError)
 
+# Keys of the metadata. If one of them is damaged, the other shows whose file it is.
+_DOCUMENT, _SHA256 = "sktl", "sktl_sha256"
+
 
 def write_tensors(
     file: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]
@@ -51,7 +54,7 @@ def write_tensors(
         for name in sorted(tensors)
     }
     text = json.dumps(document, sort_keys=True)
-    metadata = {"sktl": text, "sha256": _digest(cpu_tensors, text)}
+    metadata = {_DOCUMENT: text, _SHA256: _digest(cpu_tensors, text)}
     write_atomically(file, safetensors.torch.save(cpu_tensors, metadata=metadata))
 
 
@@ -106,17 +109,14 @@ def parse_tensors(
         tensors = safetensors.torch.load(content)
         (length,) = struct.unpack("<Q", content[:8])
         metadata = json.loads(content[8 : 8 + length])["__metadata__"]
-        text = metadata["sktl"]
-        is_intact = metadata["sha256"] == _digest(dict(sorted(tensors.items())), text)
+        text = metadata[_DOCUMENT]
+        is_intact = metadata[_SHA256] == _digest(dict(sorted(tensors.items())), text)
         document = json.loads(text)
         if not is_intact or not isinstance(document, dict):
             raise ValueError("its sha256 does not match its content")
     # Deeply nested JSON raises RecursionError.
     except (SafetensorError, *_PARSE_ERRORS) as error:
-        raise ValueError(
-            f"{name!r} must be an unmodified file written by sktl. Got an invalid "
-            f"file: {str(error) or type(error).__name__}. Nothing in it was executed."
-        ) from error
+        raise _invalid(name, error) from error
     return tensors, document
 
 
@@ -132,21 +132,39 @@ def read_document(path: str | PathLike[str]) -> dict[str, Any] | None:
     -------
     dict of str or None
         JSON document, which is not verified. None if the header has none: the file was
-        not written by `write_tensors`, or it is damaged.
+        not written by `write_tensors`, or it is so damaged that no library can read it.
 
     Raises
     ------
     OSError
         If the file cannot be read.
+    ValueError
+        If the file was written by `write_tensors` and its document is damaged.
     """
     with Path(path).open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= _MAX_HEADER else b""
     try:
-        document = json.loads(json.loads(header)["__metadata__"]["sktl"])
+        metadata = json.loads(header)["__metadata__"]
+        is_own = not {_DOCUMENT, _SHA256}.isdisjoint(metadata)
     except _PARSE_ERRORS:
         return None
-    return document if isinstance(document, dict) else None
+    if not is_own:
+        return None
+    try:
+        document = json.loads(metadata[_DOCUMENT])
+        if not isinstance(document, dict):
+            raise ValueError("its document has no names")
+    except _PARSE_ERRORS as error:
+        raise _invalid(str(path), error) from error
+    return document
+
+
+def _invalid(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name!r} must be an unmodified file written by sktl. Got an invalid file: "
+        f"{str(error) or type(error).__name__}. Nothing in it was executed."
+    )
 
 
 def state_dict_digest(tensors: Mapping[str, Tensor]) -> str:

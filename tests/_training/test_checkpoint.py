@@ -243,7 +243,7 @@ def damage(content, how):
     if how == "pickle":
         return pickle.dumps(Malicious())
     if how == "json":
-        header = b'{"__metadata__":{"sktl":"' + b"[" * 9000 + b'","sha256":"0"}}'
+        header = b'{"__metadata__":{"sktl":"' + b"[" * 9000 + b'","sktl_sha256":"0"}}'
         return len(header).to_bytes(8, "little") + header
     content = bytearray(content)
     if how.startswith("cut"):

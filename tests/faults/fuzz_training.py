@@ -32,7 +32,7 @@ def damage_with_valid_sha256(rng, content):
         _damage_tensors(rng, tensors)
     text = text.encode("utf-8", "replace").decode()
     tensors = {name: tensors[name].contiguous() for name in sorted(tensors)}
-    metadata = {"sktl": text, "sha256": _digest(tensors, text)}
+    metadata = {"sktl": text, "sktl_sha256": _digest(tensors, text)}
     return safetensors.torch.save(tensors, metadata)
 
 
