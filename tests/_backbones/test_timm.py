@@ -12,13 +12,15 @@ import safetensors.torch
 import torch
 from hub_server import COMMIT, HubServer, serving
 from PIL import Image
+from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torchvision import models
 
-from sktl import PretrainedClassifier, PretrainedFeatures
+from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 from sktl._backbones import registry
 from sktl._backbones import timm as source
 from sktl._backbones.registry import BackboneSpec, load_backbone
@@ -322,6 +324,60 @@ def test_the_weights_of_a_published_network(test_data: Path) -> None:
         list(map(str, photos))
     )
     np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-4)
+
+
+def _ants_and_bees(test_data: Path, part: str) -> tuple[list[str], list[str]]:
+    photos = sorted((test_data / "hymenoptera" / part).rglob("*.jpg"))
+    return list(map(str, photos)), [photo.parent.name for photo in photos]
+
+
+@pytest.fixture
+def lite0(test_data: Path) -> dict[str, object]:
+    path = test_data / "weights" / "tf_efficientnet_lite0-imagenet.pth"
+    return {"backbone": "timm/tf_efficientnet_lite0", "weights": path}
+
+
+@pytest.mark.slow
+def test_features_of_a_published_network_separate_classes(
+    test_data: Path, lite0: dict[str, object]
+) -> None:
+    features = PretrainedFeatures(**lite0)
+    (X, y), (X_val, y_val) = (_ants_and_bees(test_data, p) for p in ("train", "val"))
+    model = make_pipeline(features, StandardScaler(), LogisticRegression(C=0.1))
+    assert model.fit(X, y).score(X_val, y_val) >= 0.94
+    rows = clone(features).set_params(engine="openvino").fit_transform(X_val[::20])
+    np.testing.assert_allclose(
+        rows, features.fit_transform(X_val[::20]), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.slow
+def test_predictions_of_a_published_network(
+    test_data: Path, lite0: dict[str, object]
+) -> None:
+    X, y = _ants_and_bees(test_data, "val")
+    ants = [path for path, label in zip(X, y, strict=True) if label == "ants"][:24]
+    named = list(PretrainedClassifier(**lite0).fit(ants).predict(ants))
+    assert named.count("ant") >= 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", [1, "all"])
+def test_a_published_network_is_fine_tuned(
+    test_data: Path, lite0: dict[str, object], trainable: object
+) -> None:
+    X, y = (each[::4] for each in _ants_and_bees(test_data, "train"))
+    classifier = FineTunedCNNClassifier(
+        **lite0, trainable=trainable, image_size=96, max_epochs=3, random_state=0
+    )
+    X_val, y_val = (each[::2] for each in _ants_and_bees(test_data, "val"))
+    assert classifier.fit(X, y).score(X_val, y_val) > 0.75
+    before = load_backbone(lite0["backbone"], lite0["weights"]).stages
+    unchanged = [
+        all(map(torch.equal, old.parameters(), new.parameters()))
+        for old, new in zip(before.values(), classifier.module_, strict=False)
+    ]
+    assert unchanged == [trainable == 1] * 4 + [False]
 
 
 def _dinov2(test_data: Path) -> tuple[str, Path, nn.Module]:
