@@ -214,8 +214,9 @@ class PartiallyFrozen(nn.Module):
     def unfreeze(self, n_trainable_stages: int) -> None:
         """Make the head and `n_trainable_stages` stages trainable, freeze the rest."""
         self.n_frozen = count_frozen_parts(self.network, n_trainable_stages)
-        for depth, part in enumerate(self.network):
-            part.requires_grad_(depth >= self.n_frozen)
+        # Downwards: a parameter that frozen and trainable parts share is frozen.
+        for depth in reversed(range(len(self.network))):
+            self.network[depth].requires_grad_(depth >= self.n_frozen)
         self._modes = [(cast(nn.Module, self), True), *self._training_modes()]
         self.train(self.training)
         self.release_prefix()

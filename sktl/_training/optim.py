@@ -94,7 +94,8 @@ def parameter_groups(
     -------
     list of dict
         From the head downwards, without empty groups. The neck belongs to the last
-        stage, and a parameter of several stages to the last one of them.
+        stage, and a parameter of several stages to the last one of them. Without the
+        parameters of frozen parts, also if a trainable one shares them.
     """
     parts = dict(network.named_children())
     head, neck = parts.pop(HEAD), parts.pop(NECK)
@@ -104,7 +105,7 @@ def parameter_groups(
     grouped: set[nn.Parameter] = set()  # an optimizer refuses a parameter given twice
     for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
         own = dict.fromkeys(p for module in modules for p in module.parameters())
-        parameters = [p for p in own if p not in grouped]
+        parameters = [p for p in own if p not in grouped and p.requires_grad]
         grouped.update(parameters)
         for decay, chosen in (
             (weight_decay, [p for p in parameters if p.ndim > 1]),

@@ -140,6 +140,18 @@ def test_a_parameter_of_several_stages_is_in_one_group():
     assert rates[id(shared.weight)] == rates[id(shared.bias)] == 0.05
 
 
+def test_a_parameter_that_a_frozen_stage_shares_is_not_trained():
+    network = replace_head(load_backbone("resnet_mini", None), 3)
+    network.stage4.append(network.stage2)
+    PartiallyFrozen(network, 1)
+    groups = parameter_groups(network, 1, lr=0.1, layer_decay=0.5, weight_decay=0.01)
+    trained = {id(p) for group in groups for p in group["params"]}
+    frozen = {id(p) for p in network.stage2.parameters()}
+    assert trained
+    assert trained.isdisjoint(frozen)
+    assert not any(p.requires_grad for p in network.stage2.parameters())
+
+
 @pytest.mark.parametrize("n_trainable", [0, 1, 3])
 def test_parameter_groups_contain_trainable_parameters_only(n_trainable):
     network = replace_head(load_backbone("resnet_mini"), 3)

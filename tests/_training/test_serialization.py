@@ -237,6 +237,19 @@ def test_shared_parameters_are_saved_once(images, file):
     np.testing.assert_array_equal(loaded.predict_proba(images), expected)
 
 
+def test_shared_parameters_of_a_frozen_stage_are_not_trained(images, tmp_path):
+    register_backbone(
+        "shared layer",
+        network_with_a_shared_layer,
+        preprocessing=Preprocessing(16, 16),
+    )
+    memory = tmp_path / "cache"
+    estimator = fit(images, backbone="shared layer", trainable=1, memory=memory)
+    cached = estimator.predict_proba(images)
+    computed = estimator.set_params(memory=None).predict_proba(images)
+    np.testing.assert_allclose(cached, computed, atol=1e-6)
+
+
 def test_loading_needs_no_pretrained_weights(images, file, monkeypatch):
     estimator = fit(images, backbone="resnet_mini", trainable="head")
     expected = estimator.predict_proba(images)
