@@ -17,30 +17,37 @@ from sktl._utils.json_values import get_value, is_list_of, require
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
-def registration_to_document(name: str) -> dict[str, Any] | None:
-    """Return the registration of a backbone as a JSON object.
+def registration_to_document(
+    registration: Registration | None,
+) -> dict[str, Any] | None:
+    """Return a registration as a JSON object.
 
     Parameters
     ----------
-    name : str
-        Name of the backbone.
+    registration : Registration or None
+        With which the backbone was loaded. None if `register_backbone` has not added
+        it. If the builder cannot be imported, that of this process now is named.
 
     Returns
     -------
     dict of str or None
-        None if `register_backbone` has not added it.
+        None without a registration.
 
     Raises
     ------
     TypeError
         If other processes cannot import the builder.
     """
-    registration = registered.registrations.get(name)
     if registration is None:
         return None
+    current = registered.registrations.get(registration.name)
+    if current and not registration.is_importable:
+        # The network was defined in a module and registered again, to save it.
+        if registration.differences(current) == ["builder"]:
+            registration = current
     stages = registration.stages
     return {
-        "name": name,
+        "name": registration.name,
         "builder": registration.reference,
         "preprocessing": asdict(registration.preprocessing),
         "stages": None if stages is None else [[n, list(m)] for n, m in stages],

@@ -125,7 +125,9 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         "parameters": {k: to_json(v) for k, v in model.parameters.items()},
         "network": config,
         "architecture": asdict(fitted.architecture),
-        "registration": registration_to_document(fitted.architecture.backbone),
+        "registration": registration_to_document(
+            fitted.pretrained.backbone.registration
+        ),
         "preprocessing": asdict(fitted.preprocessing),
         "target": fitted.target.to_document(),
         **asdict(model.record),

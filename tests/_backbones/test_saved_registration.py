@@ -175,6 +175,14 @@ def test_a_local_builder_is_not_saved_until_registered_again(nets, images, tmp_p
     fitted.save(path)
 
 
+def test_the_registration_of_the_fit_is_saved(nets, images, tmp_path):
+    nets.register(nets.build)
+    fitted, path = fit(images), tmp_path / "model.safetensors"
+    nets.register(nets.Net)
+    fitted.save(path)
+    assert read_tensors(path)[1]["registration"]["builder"] == REFERENCE
+
+
 def test_other_files_need_no_registration(nets, images, tmp_path):
     path = tmp_path / "model.safetensors"
     nets.register(lambda: nets.Net())  # not that of the file

@@ -152,6 +152,20 @@ def test_the_registration_of_this_process_is_kept(registrations):
     assert registrations["net"].preprocessing.crop_size == 16
 
 
+def test_a_fitted_estimator_survives_another_registration(images, registrations):
+    y = np.arange(len(images)) % 2
+    tuned = FineTunedCNNClassifier("net", max_epochs=0).fit(images, y)
+    expected = tuned.predict_proba(images)
+    other = {**STAGES, "categories": ["wasp", "fly"]}
+    register_backbone("net", Net, preprocessing=SIZE, **other)
+    content = pickle.dumps(tuned)
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            pickle.loads(content).predict_proba(images), expected
+        )
+        registrations.clear()
+
+
 def test_a_worker_replaces_what_it_got_before(registrations, monkeypatch):
     monkeypatch.setattr(registered, "parent_process", lambda: "another process")
     del registrations["net"]
