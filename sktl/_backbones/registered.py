@@ -82,8 +82,7 @@ def registrations_to_pickle(name: object, *, with_others: bool) -> list[Registra
     each = list(registrations.values())
     own = [registration for registration in each if registration.name == name]
     others = [r for r in each if with_others and r.is_importable and r.name != name]
-    # The same pickle, and so the same hash, in a process that restored them.
-    return [replace(registration, is_restored=False) for registration in own + others]
+    return own + others
 
 
 def restore(

@@ -5,6 +5,7 @@ A process that unpickles a registration imports the builder by its reference, su
 """
 
 import copyreg
+import hashlib
 import importlib
 import inspect
 import pickle
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -24,8 +26,8 @@ Builder = Callable[[], nn.Module]
 _MAIN = {"__main__", "__mp_main__"}
 
 # Modules of joblib that pickle arguments to hash them and results to cache them, and
-# the one that writes files.
-_CACHE = {"joblib.hashing", "joblib.memory"}
+# the one that writes files. No function of a user is called from the first two.
+_CACHE = {"joblib.hashing", "joblib._store_backends"}
 _FILE = "joblib.numpy_pickle"
 
 
@@ -93,9 +95,12 @@ class UnavailableBuilder:
     ----------
     reason : str
         Why there is no reference.
+    code : str
+        Digest of the code, so that joblib caches the results of each code.
     """
 
     reason: str
+    code: str = field(default="", repr=False)
 
     def __call__(self) -> nn.Module:
         """Raise a TypeError."""
@@ -103,7 +108,9 @@ class UnavailableBuilder:
 
 
 def pickled_for() -> str:
-    """Return what an object is pickled for, of which pickle tells an object nothing.
+    """Return the purpose of the pickle that is written, from the stack of calls.
+
+    pickle does not pass it to the objects.
 
     Returns
     -------
@@ -121,16 +128,36 @@ def pickled_for() -> str:
     return "file" if _FILE in modules else "process"
 
 
-def _reduce(builder: LocalBuilder) -> tuple[Any, tuple[str]]:
+def _reduce(builder: LocalBuilder) -> tuple[Any, tuple[str, str]]:
     reason = _not_importable(builder)
     # `Pipeline(memory=...)` hashes and stores estimators. The same session reads them,
     # or a later one that runs the same code.
     if pickled_for() != "cache":
         raise pickle.PicklingError(reason)
-    return UnavailableBuilder, (reason,)
+    return UnavailableBuilder, (reason, _code_digest(builder.builder))
 
 
 copyreg.pickle(LocalBuilder, _reduce)
+
+
+def _code_digest(function: Any) -> str:
+    """Return a digest of what a function executes, wherever it is defined."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return ""
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    values = [*cells, *(function.__defaults__ or ())]
+    plain = [repr(v) for v in values if isinstance(v, bool | int | float | str | None)]
+    return hashlib.sha256(repr([_instructions(code), plain]).encode()).hexdigest()
+
+
+def _instructions(code: CodeType) -> list[Any]:
+    """Return instructions, names and constants, without the lines of the source."""
+    constants = [
+        _instructions(each) if isinstance(each, CodeType) else repr(each)
+        for each in code.co_consts
+    ]
+    return [code.co_code, code.co_names, constants]
 
 
 def _not_importable(builder: LocalBuilder) -> str:
@@ -174,6 +201,10 @@ class Registration:
     stages: tuple[tuple[str, tuple[str, ...]], ...] | None = None
     head: tuple[str, ...] = ()
     is_restored: bool = field(default=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the same state in a process that restored the registration."""
+        return {**vars(self), "is_restored": False}
 
     @property
     def reference(self) -> str:

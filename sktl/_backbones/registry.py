@@ -20,7 +20,7 @@ from sktl._backbones import registered
 from sktl._backbones.backbone import Backbone, LoadedNetwork
 from sktl._backbones.catalog import find_source
 from sktl._backbones.check_stages import check_staged_model
-from sktl._backbones.registration import Registration
+from sktl._backbones.registration import Registration, UnavailableBuilder
 from sktl._backbones.saved_network import DEFAULT_BACKBONE, find_saved_network
 from sktl._backbones.source import BackboneDefinition, is_path
 from sktl._backbones.stages import find_head, last_linear
@@ -195,9 +195,12 @@ class BackboneSpec:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set the state, and register the backbone if this process does not know it."""
         vars(self).update(state)
-        if self.registration is not None:
-            # A cache of joblib may lack the builder, which this process has.
-            vars(self)["registration"] = registered.restore(self.registration)
+        if self.registration is None:
+            return
+        # `load` compares digests, so this process may have another registration now.
+        known = registered.restore(self.registration, required=False)
+        if isinstance(self.registration.builder, UnavailableBuilder):
+            vars(self)["registration"] = known
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Return the specification itself, which cannot be modified."""
@@ -337,7 +340,9 @@ def _build_backbone(
         # The parameters do not depend on strides, and a name that is registered again
         # may have another preprocessing.
         content = f"{network} {definition.preprocessing} {digest}"
-        if is_timm_network(network):
+        registration = definition.registration
+        declared = registration is not None and registration.stages is not None
+        if is_timm_network(network) and not declared:
             # Their penultimate features and tokens were once those of other networks.
             content += f" {definition.layout} {_LAYOUT_VERSION} timm {CUT_VERSION}"
         elif backbone.structure.is_channels_last("") is None:
@@ -346,7 +351,6 @@ def _build_backbone(
             # The class token of torchvision's vision transformers was once averaged
             # with the patches.
             content += " patches"
-        registration = definition.registration
         if registration is not None and registration.stages:
             content += f" {registration.stages} {registration.head} {_LAYOUT_VERSION}"
         if registration is not None and registration.n_prefix_tokens:
@@ -401,7 +405,8 @@ def _build_network(
     *,
     has_weights: bool = False,
 ) -> nn.Module:
-    if has_weights and not definition.is_registered:
+    # The stages of a saved network are compared with its original, which needs values.
+    if has_weights and not (definition.is_registered or definition.heads):
         # Without values nothing is drawn, so no lock of the generators is needed.
         with contextlib.suppress(RuntimeError):  # a constant depends on the values
             with float32_default(), skip_weight_allocation():

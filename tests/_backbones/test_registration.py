@@ -3,6 +3,8 @@
 import functools
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import cloudpickle
 import joblib
@@ -82,14 +84,36 @@ def test_other_builders_are_not_pickled(
         _ = registration.reference
 
 
-def test_joblib_hashes_a_local_builder_by_its_name() -> None:
+def test_joblib_hashes_the_code_of_a_local_builder() -> None:
     def register(width: int, size: int = 8) -> Registration:
         builder = portable_builder("mine", lambda: nn.Linear(3, width))
         return Registration("mine", builder, Preprocessing(size, size))
 
+    other = portable_builder("mine", lambda: nn.Linear(4, 2))
+    again = portable_builder("mine", lambda: nn.Linear(4, 2))
     assert pickled_for() == "process"
-    assert joblib.hash(register(2)) == joblib.hash(register(3))
+    assert joblib.hash(register(2)) == joblib.hash(register(2))
+    assert joblib.hash(register(2)) != joblib.hash(register(3))
     assert joblib.hash(register(2)) != joblib.hash(register(2, 16))
+    assert joblib.hash(other) == joblib.hash(again) != joblib.hash(register(2).builder)
+
+
+def test_a_cached_function_writes_no_file_without_the_builder(tmp_path: Path) -> None:
+    builder = portable_builder("mine", lambda: nn.Linear(3, 2))
+
+    def write(path: Path) -> None:
+        for dump in (joblib.dump, lambda each, path: pickle.dumps(each)):
+            with pytest.raises(pickle.PicklingError, match="other processes"):
+                dump(builder, path)
+
+    joblib.Memory(tmp_path, verbose=0).cache(write)(tmp_path / "file")
+
+
+def test_a_restored_registration_has_the_same_hash() -> None:
+    registration = Registration("mine", ImportedBuilder("nets:build"), SIZE)
+    restored = replace(registration, is_restored=True)
+    assert joblib.hash(restored) == joblib.hash(registration)
+    assert not pickle.loads(pickle.dumps(restored)).is_restored
 
 
 def test_workers_get_a_copy_of_a_local_builder() -> None:
