@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from sktl._backbones import timm
 from sktl._backbones.feature_extractor import FeatureExtractor
+from sktl._backbones.new_head import NECK
 from sktl._backbones.registry import BackboneSpec
 from sktl._backbones.stages import is_stage_name
 from sktl._backbones.timm_structure import CUT_VERSION
@@ -53,7 +54,10 @@ class ModelSpec:
             if is_transformer and has_tokens and self.pooling != "flatten":
                 layers["tokens"] = "patches"
             # Where the stages of timm's networks end depends on how they are recorded.
-            if timm.owns(self.backbone.name) and any(map(is_stage_name, self.layers)):
+            # Modules of a saved network have names such as "stage1.0".
+            first = {layer.partition(".")[0] for layer in self.layers}
+            is_cut = NECK in first or any(map(is_stage_name, first))
+            if timm.owns(self.backbone.name) and is_cut:
                 layers["stages"] = CUT_VERSION
         return {
             "backbone": self.backbone.name,

@@ -93,11 +93,14 @@ def test_pooled_tokens_are_not_read_from_older_caches(layer):
     assert "tokens" not in spec.namespace()
 
 
-@pytest.mark.parametrize("layer", ["stem", "stage2", "penultimate", "blocks.1"])
+@pytest.mark.parametrize(
+    "layer", ["stem", "stage2", "stage2.0", "neck.0", "penultimate", "blocks.1"]
+)
 def test_stages_of_timm_have_a_version(layer, monkeypatch):
     spec = model_spec((layer, "norm"), "flatten")
     of_timm = replace(spec, backbone=replace(spec.backbone, name="timm/test_vit"))
     before = of_timm.namespace()
     monkeypatch.setattr(model_spec_module, "CUT_VERSION", "another")
-    assert (of_timm.namespace() != before) == (layer in ("stem", "stage2"))
+    is_cut = layer.split(".")[0] in ("stem", "stage2", "neck")
+    assert (of_timm.namespace() != before) == is_cut
     assert "stages" not in spec.namespace()
