@@ -262,14 +262,20 @@ def load_weights_into(
     own = network.state_dict(keep_vars=True)
     filling: Any = OrderedDict()
     shared: dict[int, nn.Parameter] = {}
+    different: list[str] = []
     for name, tensor in state_dict.items():
         # Converted only if its shape is valid: the header of a small file may declare
         # a huge tensor.
         if name in own and own[name].shape == tensor.shape:
             tensor = _converted(tensor, own[name].dtype, f"{origin}: {name}")
             if isinstance(own[name], nn.Parameter):
-                parameter = nn.Parameter(tensor, own[name].requires_grad)
-                tensor = shared.setdefault(id(own[name]), parameter)
+                known = shared.get(id(own[name]))
+                if known is None:
+                    known = nn.Parameter(tensor, own[name].requires_grad)
+                    shared[id(own[name])] = known
+                elif not torch.equal(known, tensor):
+                    different.append(f"{name}: not equal to another name of it")
+                tensor = known
         filling[name] = tensor
     # torch.save stores the version of each layer, safetensors does not, and MNASNet
     # requires its own.
@@ -277,7 +283,7 @@ def load_weights_into(
     filling._metadata = getattr(state_dict, "_metadata", unversioned)
     try:
         keys = network.load_state_dict(filling, strict=False, assign=True)
-        wrong = describe_mismatch(keys.missing_keys, keys.unexpected_keys, [])
+        wrong = describe_mismatch(keys.missing_keys, keys.unexpected_keys, different)
     except RuntimeError as error:
         wrong = describe_mismatch(
             [name for name in own if name not in filling],

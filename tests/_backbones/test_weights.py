@@ -364,6 +364,14 @@ def test_errors_of_a_network_are_reported(layer: nn.Linear) -> None:
         load_weights_into(Strict(3, 2), state, "they")
 
 
+def test_names_of_one_parameter_need_one_value() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    network[1].weight = network[0].weight
+    state = {**network.state_dict(), "1.weight": torch.ones(3, 3)}
+    with pytest.raises(ValueError, match=r"1\.weight: not equal to another name"):
+        load_weights_into(network, state, "they")
+
+
 def test_loads_an_mnasnet_without_version() -> None:
     source = models.mnasnet0_5()
     with skip_weight_allocation():
