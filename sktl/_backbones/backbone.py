@@ -175,9 +175,6 @@ class Backbone:
     @property
     def categories(self) -> tuple[Label, ...] | None:
         """Names or labels of the outputs, or None if the weights have none."""
-        return self._compute_once("categories", self._find_categories)
-
-    def _find_categories(self) -> tuple[Label, ...] | None:
         names = self.definition.categories
         if names is None or self.missing_head:
             return None

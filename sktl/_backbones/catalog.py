@@ -82,8 +82,8 @@ def find_source(name: str) -> BackboneSource:
     for source in (*_RESERVED, registered):
         if source.owns(name):
             return source
-    # By the name without "timm/", which is easily forgotten. An import would take
-    # seconds, and a name of torchvision may be misspelled.
+    # Names of timm are compared without the prefix, which is easily forgotten. timm is
+    # not imported only for this message.
     of_timm = timm.names() if timm.is_imported() else ()
     known = {timm.without_prefix(each): each for each in of_timm}
     known |= {each: each for each in list_backbones()}

@@ -32,16 +32,17 @@ def check_staged_model(
     Raises
     ------
     ValueError
-        If a parameter of a stage is not one of the network, or the outputs differ by
-        more than the rounding errors of float32.
+        If a parameter or buffer of a stage is not one of the network, or the outputs
+        differ by more than the rounding errors of float32.
     """
     kind = type(network).__name__
-    known = set(network.parameters())
-    if any(not known.issuperset(part.parameters()) for part in staged.stages.values()):
+    known = {*network.parameters(), *network.buffers()}
+    parts = staged.stages.values()
+    if any(not known.issuperset((*p.parameters(), *p.buffers())) for p in parts):
         raise ValueError(
             f"The `stages` of a {kind} must be its own modules; otherwise training the "
-            "stages does not train the network. Got parameters that are not in its "
-            "`parameters()`. Make `stages` a ModuleDict or a ModuleList."
+            "stages does not train the network. Got parameters or buffers that are not "
+            "those of the network. Make `stages` a ModuleDict or a ModuleList."
         )
     _check_output(network, staged, _random_images(image_size, n_channels))
     # Small images may end in one position, where wrong pooling goes unnoticed.

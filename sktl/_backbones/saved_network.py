@@ -65,7 +65,7 @@ class Architecture:
     heads: tuple[HeadConfig, ...]
 
     def build(self, backbone: Backbone, n_outputs: int) -> Backbone:
-        """Return the fine-tuned network, with weights that are not its own.
+        """Return the fine-tuned network, with uninitialized or random weights.
 
         Parameters
         ----------
@@ -138,6 +138,7 @@ class SavedNetwork:
             adapt_state_dict=builder.adapt_state_dict,
             known_weights=(),
             license=None,
+            embedding_width=None,
             heads=self.architecture.heads,
         )
 
@@ -198,10 +199,9 @@ def saved_names(backbone: Backbone, network: nn.Sequential) -> dict[str, str]:
     for name, tensor in backbone.network.state_dict(keep_vars=True).items():
         saved = f"backbone.{name}" if before is None else before[name]
         own.setdefault(id(tensor), saved)
-    # The tensors of these parts are those of the backbone, except for what a network
-    # uses without having registered it.
+    # The tensors of these parts are those of the backbone.
     below = parts_below_head(backbone).state_dict(keep_vars=True)
-    names = {name: own.get(id(below[name]), f"parts.{name}") for name in below}
+    names = {name: own[id(below[name])] for name in below}
     head = f"heads.{len(backbone.definition.heads)}"
     for name in network.get_submodule(HEAD).state_dict():
         names[f"{HEAD}.{name}"] = f"{head}.{name}"

@@ -138,7 +138,7 @@ class BackboneDefinition:
     file : str or None
         Weights file; None for random weights.
     file_digest : str or None
-        sha256 that the weights file must have, since the definition was read from it.
+        sha256 that the weights file must have, if the definition was read from it.
     registration : Registration or None
         Of a network from `register_backbone`: it is built with all its values, and may
         have any number of outputs.

@@ -6,7 +6,6 @@ own.
 
 import contextlib
 import copy
-import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -158,6 +157,7 @@ class _Layers:
     def __init__(self, network: nn.Module, images: Pair) -> None:
         self._network, self._images = network, images
         self.groups: list[list[Block]] = []
+        self._found: dict[str, tuple[str, int]] | None = None
 
     def is_channels_last(self, layer: str) -> bool | None:
         """Return whether maps of a layer are ``(n, h, w, c)``, or None."""
@@ -176,9 +176,15 @@ class _Layers:
     def _stages(self) -> dict[str, list[Block]]:
         return {stage_name(depth): group for depth, group in enumerate(self.groups)}
 
-    @functools.cached_property
+    @property
     def _layouts(self) -> dict[str, tuple[str, int]]:
         """Layout and number of prefix tokens of the output of each module."""
+        # Not a cached property, whose lock all instances share in Python 3.11.
+        if self._found is None:
+            self._found = self._find_layouts()
+        return self._found
+
+    def _find_layouts(self) -> dict[str, tuple[str, int]]:
         on_meta = copy.deepcopy(self._network, meta_tensors(self._network))
         outputs: list[dict[str, Any]] = []
 

@@ -197,6 +197,7 @@ class InitialModel:
         backbone = load_backbone(
             config.backbone, weights, random_state=weights_seed, progress=progress
         )
+        _ = backbone.network  # loading may acquire the lock of the generators
         with temporary_seed(torch.device("cpu"), seed):
             network = replace_head(
                 backbone,
