@@ -228,7 +228,7 @@ def test_default_dtype_changes_nothing():
         ({"name": "resnet19"}, "no backbone 'resnet19'. Do you mean resnet1"),
         ({"name": "resnet18", "image_size": 0}, "'image_size' parameter of describe"),
         ({"name": "resnet18", "weights": "V9"}, "has the weights IMAGENET1K_V1, DEF"),
-        ({"name": "vit_b_16", "image_size": 256}, "only images of 224 pixels"),
+        ({"name": "maxvit_t", "image_size": 256}, "only images of 224 pixels"),
         ({"name": "resnet18", "weights": 3}, "'weights' parameter of describe_back"),
     ],
 )

@@ -320,7 +320,7 @@ class Backbone:
                 f"The backbone {self.name!r} supports only images of {own.crop_size} "
                 f"pixels a side. Got image_size={image_size}. Set image_size=None, or "
                 "choose another network, such as a convolutional network or a vision "
-                "transformer of timm."
+                "transformer."
             )
         if image_size < self.min_size:
             raise ValueError(

@@ -114,7 +114,7 @@ def patch_map(x: Tensor, n_prefix_tokens: int, layer: str) -> Tensor:
             f"of patch tokens. Got the layer {layer!r}, with {patches.shape[1]} patch "
             "tokens. Choose another pooling."
         )
-    return patches.transpose(1, 2).reshape(len(x), -1, side, side)
+    return patches.transpose(1, 2).reshape(x.shape[0], -1, side, side)
 
 
 def _patch_tokens(x: Tensor, n_prefix_tokens: int, layer: str) -> Tensor:

@@ -19,6 +19,7 @@ from sktl._backbones.source import (
     weights_path,
 )
 from sktl._backbones.timm_methods import is_timm_network
+from sktl._backbones.vision_transformer import support_other_sizes
 
 registrations: dict[str, Registration] = {}
 
@@ -147,7 +148,7 @@ def _build(registration: Registration, num_classes: int | None) -> nn.Module:
             f"torch.nn.Module. Got {type(network).__name__}."
         )
     # Copied, since the network of a backbone is frozen and the user's is not.
-    return copy.deepcopy(network)
+    return support_other_sizes(copy.deepcopy(network))
 
 
 def _describe(registration: Registration, network: nn.Module) -> NetworkStructure:

@@ -23,6 +23,13 @@ from sktl._backbones.source import (
 )
 from sktl._backbones.stages import describe_network as describe_own_stages
 from sktl._backbones.unwrap import StateDict
+from sktl._backbones.vision_transformer import (
+    Embedding,
+    VisionTransformer,
+    adapt_positions,
+    patch_size,
+    support_other_sizes,
+)
 from sktl._backbones.weights import fetch_weights
 from sktl._images.preprocessing import Preprocessing
 
@@ -45,22 +52,6 @@ class _Renormalize(nn.Module):
         return torch.stack((red, green, blue), 1)
 
 
-class _Embedding(nn.Module):
-    """Patches, class token and positions: the start of a vision transformer."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__()
-        self.conv_proj = network.conv_proj
-        self.class_token = network.class_token
-        self.pos_embedding = network.encoder.pos_embedding
-
-    def forward(self, x: Tensor) -> Tensor:
-        patches = self.conv_proj(x).flatten(2).transpose(1, 2)  # (n, patches, c)
-        tokens = torch.cat([self.class_token.expand(len(x), -1, -1), patches], dim=1)
-        embedded: Tensor = tokens + self.pos_embedding
-        return embedded
-
-
 class _ClassToken(nn.Module):
     """Select the first token: (n, tokens, c) -> (n, c)."""
 
@@ -75,7 +66,7 @@ def _renormalize(network: Any) -> nn.Module:
 # Operations in the forward methods of torchvision that are not modules.
 _FUNCTIONS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "+class_token": lambda network: _ClassToken(),
-    "+embedding": _Embedding,
+    "+embedding": Embedding,
     "+avgpool": lambda network: nn.AdaptiveAvgPool2d(1),
     "+flatten": lambda network: nn.Flatten(1),
     "+relu": lambda network: nn.ReLU(),
@@ -122,6 +113,7 @@ _PARTS: dict[type[nn.Module], tuple[str, str]] = {
         "+class_token heads",
     ),
 }
+_PARTS[VisionTransformer] = _PARTS[models.VisionTransformer]
 
 
 def owns(name: str) -> bool:
@@ -178,22 +170,26 @@ def describe_network(network: nn.Module) -> NetworkStructure:
     if type(network) in _PARTS:
         trunk, head = (_blocks(network, row) for row in _PARTS[type(network)])
         structure = NetworkStructure(trunk=trunk, head=head)
+    is_transformer = isinstance(network, models.VisionTransformer)
+    side_multiple = patch_size(network)
     return replace(
         structure,
         trunk_channels_last=(type(network) is models.SwinTransformer,)
         * len(structure.trunk),
-        trunk_prefix_tokens=(int(isinstance(network, models.VisionTransformer)),)
-        * len(structure.trunk),
-        has_fixed_image_size=isinstance(
-            network, models.VisionTransformer | models.MaxVit
-        ),
+        trunk_prefix_tokens=(int(is_transformer),) * len(structure.trunk),
+        has_fixed_image_size=isinstance(network, models.MaxVit)
+        or (is_transformer and side_multiple is None),
+        side_multiple=side_multiple or 1,
         is_channels_last=functools.partial(_is_channels_last, network),
         n_prefix_tokens=functools.partial(_n_prefix_tokens, network),
     )
 
 
 def adapt_state_dict(network: nn.Module, state_dict: StateDict) -> StateDict:
-    """Rename tensors of old DenseNet files and omit unused auxiliary heads.
+    """Convert the state dicts that differ from those of today's networks.
+
+    Tensors of old DenseNet files are renamed, and unused auxiliary heads omitted. Of
+    vision transformers, the positional embeddings may be those of another image size.
 
     Parameters
     ----------
@@ -215,6 +211,7 @@ def adapt_state_dict(network: nn.Module, state_dict: StateDict) -> StateDict:
             adapted[name] = tensor
     if hasattr(state_dict, "_metadata"):
         adapted._metadata = state_dict._metadata
+    adapt_positions(network, adapted)
     return adapted
 
 
@@ -233,15 +230,17 @@ def _definition(
     name: str, member: Any, file: str | None, license_: str | None, is_random: bool
 ) -> BackboneDefinition:
     options: dict[str, Any] = {}
+    is_transformer = name.startswith("vit_")
     if name in ("googlenet", "inception_v3"):
         # The options of the networks with weights, after loading.
         options = {"aux_logits": False, "transform_input": True, "init_weights": True}
-    elif name.startswith("vit_"):
+    elif is_transformer:
         options = {"image_size": member.meta["min_size"][0]}
 
     def build(num_classes: int | None) -> nn.Module:
         count = {} if num_classes is None else {"num_classes": num_classes}
-        return models.get_model(name, weights=None, **options, **count)
+        network = models.get_model(name, weights=None, **options, **count)
+        return support_other_sizes(network)
 
     categories = None if is_random else member.meta["categories"]
     return BackboneDefinition(
@@ -249,8 +248,9 @@ def _definition(
         describe_network,
         Preprocessing.from_torchvision(member.transforms()),
         None if categories is None else tuple(categories),
-        min_size=max(member.meta["min_size"]),
-        has_fixed_image_size=name.startswith(("vit_", "maxvit")),
+        min_size=1 if is_transformer else max(member.meta["min_size"]),
+        # Of a vision transformer, the network has the size of a patch.
+        has_fixed_image_size=None if is_transformer else name.startswith("maxvit"),
         weights_name=member.name,
         file=file,
         adapt_state_dict=adapt_state_dict,

@@ -16,15 +16,26 @@ from sktl._backbones.source import BackboneDefinition, NetworkStructure
 from sktl._images.preprocessing import Preprocessing
 
 
-def test_a_vision_transformer_has_images_of_one_size() -> None:
+def test_a_vision_transformer_has_images_of_whole_patches() -> None:
     backbone = load_backbone("vit_b_32", None)
     assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]
     assert backbone.neck is None
     assert backbone.penultimate == "heads.head"
     assert backbone.last_linear.in_features == 768
     assert backbone.preprocessing_at(224) == Preprocessing(224, 224)
-    with pytest.raises(ValueError, match="supports only images of 224 pixels a side"):
-        backbone.preprocessing_at(256)
+    assert backbone.preprocessing_at(256) == Preprocessing(256, 256)
+    with pytest.raises(ValueError, match=r"multiple of 32 .* Choose 128 or 160\."):
+        backbone.preprocessing_at(150)
+
+
+def test_a_network_with_images_of_one_size() -> None:
+    mini = load_backbone("resnet_mini")
+    definition = replace(mini.definition, has_fixed_image_size=True)
+    backbone = Backbone("mini", "", definition, lambda: LoadedNetwork(mini.network, ""))
+    size = mini.preprocessing.crop_size
+    assert backbone.preprocessing_at(size).crop_size == size
+    with pytest.raises(ValueError, match=f"only images of {size} pixels a side"):
+        backbone.preprocessing_at(2 * size)
 
 
 def test_images_may_have_another_size_within_limits() -> None:

@@ -442,7 +442,30 @@ def test_tokens_of_all_layers(images, tmp_path, name):
         backbone.network(torch.zeros(1, 3, 32, 32))
     got = {layer: backbone.structure.n_prefix_tokens(layer) for layer in expected}
     assert got == expected
-    assert kinds & {"_Embedding", "TracedBlock"}  # which the backbone does not have
+    assert kinds & {"Embedding", "TracedBlock"}  # which the backbone does not have
+
+
+def test_a_transformer_with_weights_of_another_size(images, tmp_path):
+    images, name = images[:6], "small transformer"
+    register_backbone(name, small_transformer, preprocessing=Preprocessing(32, 32))
+    plain = models.VisionTransformer(64, 16, 4, 2, 8, 8, num_classes=3).eval()
+    torch.save(plain.state_dict(), tmp_path / "w.pth")
+    start = {"weights": tmp_path / "w.pth", "engine": "torch"}
+    features = PretrainedFeatures(name, image_size=64, **start).fit_transform(images)
+    plain.heads = nn.Identity()
+    with torch.inference_mode():
+        expected = plain(normalized(images, Preprocessing(64, 64)))
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    # At a third size, as the network is fine-tuned.
+    tuned = fit(images, name, image_size=48, trainable=2, head_init="random", **start)
+    assert tuned.module_.stem[0].pos_embedding.shape == (1, 17, 8)
+    assert torch.equal(tuned.module_.stem[0].pos_embedding, plain.encoder.pos_embedding)
+    tuned.save(tmp_path / "tuned.safetensors")
+    probabilities = tuned.predict_proba(images)
+    loaded = FineTunedCNNClassifier.load(tmp_path / "tuned.safetensors")
+    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors", engine="torch")
+    for each in (loaded, mine.fit(images)):
+        np.testing.assert_allclose(each.predict_proba(images), probabilities, atol=1e-6)
 
 
 def test_names_in_the_file_do_not_depend_on_the_blocks(images, tmp_path, monkeypatch):

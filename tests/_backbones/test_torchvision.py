@@ -41,7 +41,7 @@ def test_names_and_definitions() -> None:
     assert torchvision.names() == set(models.list_models(module=models))
     definition = torchvision.resolve("vit_b_16", None, False)
     assert (definition.file, definition.categories) == (None, None)
-    assert definition.preprocessing.crop_size == definition.min_size == 224
+    assert (definition.preprocessing.crop_size, definition.min_size) == (224, 1)
 
 
 def test_weights_that_are_not_fetched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,10 @@ import pytest
 import torch
 from reference import normalized
 from torch import nn
+from torchvision.models import VisionTransformer
 
 from sktl._backbones.feature_extractor import FeatureExtractor
+from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference import engines
@@ -114,6 +116,26 @@ def test_layers_inside_a_network(engine):
     net = compiled("resnet18", layer="layer2.0.conv1", engine=engine)
     expected = expected_features("resnet18", PIXELS, "layer2.0.conv1")
     np.testing.assert_allclose(run(net), expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "pooling"), [("penultimate", "avg"), ("stage1", 2), ("encoder", "cls")]
+)
+def test_openvino_interpolates_positions(layer, pooling):
+    register_backbone(
+        "small vit",
+        lambda: VisionTransformer(32, 8, 4, 2, 16, 24, num_classes=3),
+        preprocessing=Preprocessing(32, 32),
+    )
+    backbone = load_backbone("small vit")
+    sized = backbone.preprocessing_at(64)
+    extractor = FeatureExtractor(backbone, [layer], pooling).eval()
+    with torch.inference_mode():
+        expected = extractor(normalized(PIXELS, sized)).numpy()
+    # As many images as it is traced with, and more.
+    net = OpenVINONetwork(extractor, sized, on_cpu("openvino"))
+    for n in (2, 4):
+        np.testing.assert_allclose(run(net, PIXELS[:n]), expected[:n], atol=1e-4)
 
 
 class CreatesTensors(nn.Module):
