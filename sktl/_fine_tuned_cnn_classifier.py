@@ -38,8 +38,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     backbone : str, default="resnet18"
         Name of a network, see `list_backbones`; ``"timm/<architecture>"`` or
         ``"timm/<architecture>.<tag>"`` is one of timm, which requires
-        ``pip install "sktl[timm]"``. A network of timm without stages requires
-        ``"head"`` or ``"all"`` as `trainable`; other networks must have stages.
+        ``pip install "sktl[timm]"``. A network without stages requires ``"head"`` or
+        ``"all"`` as `trainable`.
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"``: the best ones of torchvision, or those of the

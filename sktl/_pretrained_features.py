@@ -68,8 +68,8 @@ class PretrainedFeatures(TransformerMixin, MemoryAccess):
         Layer or layers whose activations are returned.
 
         - ``"penultimate"``: the features that the network's last linear layer
-          classifies; for timm, those of ``forward_head(x, pre_logits=True)``, also if
-          there is no such layer.
+          classifies; for timm, those of ``forward_head(x, pre_logits=True)``. Without
+          such a layer, the output of the network.
         - The name of a stage: ``"stem"``, ``"stage1"``, and so on. A stage ends where
           the resolution halves, in a vision transformer after a quarter of the blocks.
           Lower stages suit images unlike photographs.

@@ -41,7 +41,9 @@ def register_backbone(
     builder : callable
         Called without arguments; returns a network that maps ``(n, 3, h, w)``, or
         ``(n, 1, h, w)`` if `preprocessing` has the mean of one channel, to
-        ``(n, n_categories)``. Its last linear layer defines the penultimate features.
+        ``(n, n_categories)`` or, without a classifier, to features ``(n, n_features)``.
+        The penultimate features are the input of its last linear layer, or the output
+        of a `head` without one. Fine-tuning replaces that layer, or adds one.
         With ``weights="DEFAULT"`` and ``weights=None`` the network is used as it is
         built, with torch's random number generator seeded; with a path, the state dict
         of that file is loaded into it.

@@ -20,6 +20,7 @@ from sktl._backbones.source import (
 )
 from sktl._backbones.timm_methods import is_timm_network
 from sktl._backbones.vision_transformer import support_other_sizes
+from sktl._backbones.without_classifier import find_neck
 
 registrations: dict[str, Registration] = {}
 
@@ -170,6 +171,9 @@ def _describe(registration: Registration, network: nn.Module) -> NetworkStructur
             n_prefix_tokens=lambda layer: n_tokens,
             has_class_token=True,
         )
+    if structure.neck is None:
+        neck = find_neck(network, structure, registration.preprocessing)
+        structure = replace(structure, neck=neck)
     return structure
 
 

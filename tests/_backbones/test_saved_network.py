@@ -11,6 +11,7 @@ import torch
 from conftest import FIXED, TinyNet
 from reference import normalized
 from safetensors.torch import load_file, save_file
+from scipy.special import softmax
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -23,6 +24,7 @@ from sktl import (
     Preprocessing,
     PretrainedClassifier,
     PretrainedFeatures,
+    describe_backbone,
     register_backbone,
 )
 from sktl._backbones import registered, registry, saved_network, timm_structure
@@ -345,6 +347,59 @@ def test_constants_that_are_not_saved(images, tmp_path, monkeypatch):
     mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images)
     expected = tuned.predict_proba(images)
     np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
+
+
+def encoder():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU())
+
+
+def headless():
+    return nn.Sequential(*encoder(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1))
+
+
+def without_stages():
+    return nn.Sequential(*headless(), nn.Linear(6, 4))
+
+
+@pytest.mark.parametrize("builder", [headless, without_stages])
+def test_registered_networks_without_head_or_stages(images, tmp_path, builder):
+    parts = {}
+    if builder is headless:
+        parts = {"stages": {"stem": ["0", "1"]}, "head": ["2", "3"]}
+    name, size = builder.__name__, Preprocessing(16, 16)
+    register_backbone(name, builder, preprocessing=size, **parts)
+    features = PretrainedFeatures(name, engine="torch").fit_transform(images)
+    with torch.inference_mode():
+        expected = load_backbone(name).network[:4](normalized(images, size))
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    description = describe_backbone(name)
+    assert description.param_grids["FineTunedCNNClassifier"]["trainable"] == [
+        *("head", "all")
+    ]
+    assert [part["name"] for part in description.parts[-2:]] == [
+        *(["penultimate", "head"] if builder is without_stages else []),
+        *(["stem", "penultimate"] if builder is headless else []),
+    ]
+    # The head alone is fitted on the penultimate features.
+    probe = fit(images, name, trainable="head", max_epochs=0, engine="torch")
+    logits = probe.module_[-1](torch.from_numpy(features)).detach().numpy()
+    np.testing.assert_allclose(
+        probe.predict_proba(images), softmax(logits, 1), atol=1e-5
+    )
+    tuned, file = fit(images, name, trainable="all"), tmp_path / "tuned.safetensors"
+    before, after = probe.module_.state_dict(), tuned.module_.state_dict()
+    changed = {n for n in before if not torch.equal(before[n], after[n])}
+    assert changed == before.keys()
+    tuned.save(file)
+    for each in (
+        FineTunedCNNClassifier.load(file),
+        PretrainedClassifier(weights=file, engine="torch").fit(images),
+    ):
+        np.testing.assert_allclose(
+            each.predict_proba(images), tuned.predict_proba(images), atol=1e-5
+        )
+    second = fit(images, name, weights=file, trainable="head", max_epochs=0)
+    assert second.module_[-1][0].in_features == 6
 
 
 @pytest.mark.slow

@@ -140,14 +140,21 @@ def test_weights_from_a_file(tmp_path):
     assert torch.equal(model.network.get_parameter(name), state[f"stages.{name}"])
 
 
-def test_backbone_without_stages():
+@pytest.mark.parametrize("above", [[], [nn.Softmax(1)]])
+def test_backbone_without_stages(above):
+    layers = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2), *above]
     register_backbone(
         "without stages",
-        lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2)),
+        lambda: nn.Sequential(*layers),
         preprocessing=Preprocessing(16, 16),
     )
-    with pytest.raises(ValueError, match="stages"):
-        make_model("without stages")
+    if above:  # the network without its linear layer has other features
+        with pytest.raises(ValueError, match="has no stages"):
+            make_model("without stages")
+    else:
+        model = make_model("without stages")
+        assert model.stages == ["network"]
+        assert model.network[-1][0].in_features == 3
 
 
 def test_model_from_fitted_is_a_copy(fitted):
