@@ -54,7 +54,9 @@ class _Recorder(nn.Identity):
         self.outputs: list[Tensor] = []
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch refuses to change a leaf that requires a gradient in place.
+        # torch refuses to change a leaf that requires a gradient in place. Below the
+        # layer gradients are disabled, as they would need memory for all activations.
+        torch.set_grad_enabled(True)
         self.outputs.append(input.detach().requires_grad_())
         return self.outputs[-1]
 
@@ -94,7 +96,10 @@ def _is_vector(output: Any) -> bool:
 
 
 def _run(network: nn.Module, preprocessing: Preprocessing) -> Any:
-    """Return the output of a network for two images, or None if it fails."""
+    """Return the output of a network for two images, or None if it fails.
+
+    A `_Recorder` enables gradients until this function returns.
+    """
     side, first = preprocessing.crop_size, next(network.parameters(), None)
     images = torch.zeros(
         (2, preprocessing.n_channels, side, side),
@@ -103,6 +108,6 @@ def _run(network: nn.Module, preprocessing: Preprocessing) -> Any:
     )
     # Broad on purpose: a network of the user may fail in any way.
     with contextlib.suppress(Exception):
-        with torch.enable_grad(), float32_default_if_needed():
+        with torch.no_grad(), float32_default_if_needed():
             return network(images)
     return None

@@ -78,6 +78,7 @@ def test_values_are_not_needed() -> None:
     network = _resnet().eval().to("meta")
     (neck,) = find_neck(network, describe_network(network), _SMALL) or ()
     assert neck(torch.zeros(1, 3, 8, 8, device="meta")).shape == (1, 512)
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(
