@@ -119,12 +119,14 @@ def describe_backbone(
           a file;
         - ``known_weights``: list of the names of weights;
         - ``license``: that of the weights, as their source states it, or None if it
-          states none or `weights` is another file;
+          states none or `weights` is another file or None;
         - ``n_categories``: number of categories that the weights name, or None; for a
           state dict, which is not read, that of the default weights;
         - ``image_size``: side in pixels of the images that the network gets;
         - ``min_image_size``, ``is_image_size_fixed``: minimum side, and whether no
           other side is supported;
+        - ``image_size_multiple``: number of pixels of which the side must be a
+          multiple; 1 if it may have any size;
         - ``preprocessing``: dict of the parameters of `Preprocessing`;
         - ``n_parameters``: number of parameters;
         - ``n_multiply_adds``: multiplications and additions of a forward pass of one
@@ -184,8 +186,9 @@ def describe_backbone(
         license=definition.license,
         n_categories=None if categories is None else len(categories),
         image_size=preprocessing.crop_size,
-        min_image_size=backbone.min_size,
+        min_image_size=max(backbone.min_size, backbone.structure.side_multiple),
         is_image_size_fixed=backbone.has_fixed_image_size,
+        image_size_multiple=backbone.structure.side_multiple,
         preprocessing=asdict(preprocessing),
         n_parameters=sum(each.numel() for each in backbone.network.parameters()),
         n_multiply_adds=n_multiply_adds,
@@ -350,9 +353,12 @@ def _param_grids(backbone: Backbone) -> dict[str, dict[str, list[str]]]:
 def _facts(description: Mapping[str, Any]) -> dict[str, str]:
     """Return everything but the parts as lines of text, by their titles."""
     side, smallest = description["image_size"], description["min_image_size"]
+    multiple = description["image_size_multiple"]
     sizes = f"{side} x {side} pixels"
     if description["is_image_size_fixed"]:
         sizes += ", no other size"
+    elif multiple > 1:
+        sizes += f", a multiple of {multiple}"
     elif smallest > 1:
         sizes += f", at least {smallest} x {smallest}"
     n_categories = description["n_categories"]

@@ -174,6 +174,22 @@ def test_network_without_linear_layer():
 
 
 @pytest.mark.parametrize(
+    ("name", "smallest", "multiple", "shown"),
+    [
+        ("vit_b_32", 32, 32, " 224 x 224 pixels, a multiple of 32\n"),
+        ("resnet_mini", 8, 1, " 40 x 40 pixels, at least 8 x 8\n"),
+        pytest.param("maxvit_t", 224, 1, "no other size\n", marks=pytest.mark.slow),
+    ],
+)
+def test_image_sizes(name, smallest, multiple, shown):
+    description = describe_backbone(name, weights=None)
+    assert description.min_image_size == smallest
+    assert description.image_size_multiple == multiple
+    assert description.is_image_size_fixed == (name == "maxvit_t")
+    assert shown in str(description)
+
+
+@pytest.mark.parametrize(
     ("name", "n_prefix", "parameters_of_head"),
     [
         ("timm/test_vit.r160_in1k", 1, 64 * 1000 + 1000),
@@ -199,7 +215,9 @@ def test_networks_of_timm(name, n_prefix, parameters_of_head):
     heads = [part for part in description.parts if part["name"] == "head"]
     assert len(heads) == (parameters_of_head > 0)
     assert sum(part["n_parameters"] for part in heads) == parameters_of_head
-    assert description.license == network.pretrained_cfg["license"]
+    assert description.license is None  # of random weights
+    expected = network.pretrained_cfg["license"]
+    assert describe_backbone(name).license == expected
 
 
 def test_saved_file_has_its_own_network(images, tmp_path):

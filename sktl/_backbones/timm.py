@@ -89,7 +89,7 @@ def resolve(
 ) -> BackboneDefinition:
     """Return the definition of a network of timm; see `BackboneSource`."""
     model = _find_model(name)
-    file, license_ = None, model.cfg.license
+    file, license_ = None, None
     if weights == "DEFAULT":
         if not model.cfg.has_weights:
             architecture = model.name.partition(".")[0]
@@ -98,6 +98,7 @@ def resolve(
                 f"{_describe_tags(architecture, model.tags)} Set weights=None for "
                 "random weights, or the path of a file."
             )
+        license_ = model.cfg.license
         if fetch:
             file = _fetch(model, progress)
     elif weights in model.tags:
@@ -107,7 +108,7 @@ def resolve(
             f"{weights=}. Set backbone='{_PREFIX}{architecture}.{weights}'."
         )
     elif weights is not None:
-        file, license_ = weights_path(name, weights, ["DEFAULT"]), None
+        file = weights_path(name, weights, ["DEFAULT"])
     return _definition(model, file, license_, weights is None)
 
 

@@ -285,10 +285,10 @@ def test_tags_differ_in_preprocessing() -> None:
     assert sides == [224, 384]
 
 
-def test_a_file_does_not_have_the_license_of_the_tag() -> None:
+def test_only_the_weights_of_the_tag_have_its_license() -> None:
     expected = timm.get_pretrained_cfg("test_vit").license
     assert expected is not None
-    for weights, license_ in [("DEFAULT", expected), ("own.pth", None)]:
+    for weights, license_ in [("DEFAULT", expected), ("own.pth", None), (None, None)]:
         definition = source.resolve("timm/test_vit", weights, False, fetch=False)
         assert definition.license == license_
 
