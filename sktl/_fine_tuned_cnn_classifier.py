@@ -76,7 +76,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     layer_decay : float, default=1.0
         Ratio of the learning rate of a stage to that of the stage above it.
     weight_decay : float, default=1e-2
-        Weight decay; not applied to biases and normalization parameters.
+        Weight decay; not applied to biases and normalization parameters, nor to class
+        tokens and positional embeddings of transformers.
     lr_schedule : {"constant", "cosine", "onecycle"}, default="onecycle"
         Learning rate schedule. ``"onecycle"`` has a warm-up of three tenths of the
         steps, ``"cosine"`` of one tenth.

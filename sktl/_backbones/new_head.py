@@ -3,7 +3,8 @@
 import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import cast
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 from torch import nn
 
@@ -41,7 +42,8 @@ def replace_head(
         The stages by name, or ``"network"`` if there are none; ``"neck"``, from the
         last stage to the penultimate features ``(n, n_features)``; and ``"head"``, from
         there to the outputs ``(n, n_outputs)``, initialized by torch. Every parameter
-        requires a gradient.
+        requires a gradient. Its attribute ``no_weight_decay`` has the names of the
+        parameters to which the backbone applies no weight decay.
 
     Raises
     ------
@@ -50,7 +52,9 @@ def replace_head(
         layer, or if its head is not an nn.Sequential that contains that layer.
     """
     _check_weights(backbone)
-    network = copy.deepcopy(parts_below_head(backbone))
+    below = parts_below_head(backbone)
+    network = copy.deepcopy(below)
+    network.no_weight_decay = _without_weight_decay(backbone, below)
     head = _new_head(_width(backbone), n_outputs, hidden_layer_sizes, dropout)
     network.add_module(HEAD, head)
     return network.requires_grad_(True)
@@ -82,6 +86,21 @@ def parts_below_head(backbone: Backbone) -> nn.Sequential:
     else:
         stages, neck = backbone.stages, _without_dropout(_flatten(backbone.neck))
     return nn.Sequential(OrderedDict({**stages, NECK: nn.Sequential(*neck)}))
+
+
+def _without_weight_decay(backbone: Backbone, below: nn.Module) -> Any:
+    """Return the names in a module of parameters without weight decay."""
+    patterns = backbone.structure.no_weight_decay
+    excluded = {
+        parameter
+        for name, parameter in backbone.network.named_parameters()
+        if any(fnmatchcase(name, pattern) for pattern in patterns)
+    }
+    return frozenset(
+        name
+        for name, parameter in below.named_parameters(remove_duplicate=False)
+        if parameter in excluded
+    )
 
 
 def _check_weights(backbone: Backbone) -> None:

@@ -220,4 +220,5 @@ def _with_declared_stages(
         n_prefix_tokens=n_prefix_tokens,
         has_class_token=source.has_class_token,
         pools_other_tokens=source.pools_other_tokens,
+        no_weight_decay=source.no_weight_decay,
     )

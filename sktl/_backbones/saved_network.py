@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -413,5 +413,6 @@ def _describe_network(
         trunk_sides=None,
         is_channels_last=is_channels_last,
         n_prefix_tokens=n_prefix_tokens,
+        no_weight_decay=frozenset(cast(Any, network).no_weight_decay),
         saved_names=saved,
     )

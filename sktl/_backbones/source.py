@@ -75,6 +75,9 @@ class NetworkStructure:
         Whether the first of these tokens is the class token.
     pools_other_tokens : bool
         Whether the penultimate features are known not to be those of the class token.
+    no_weight_decay : frozenset of str
+        Names of parameters, with wildcards, to which no weight decay is applied besides
+        biases and normalization, such as positional embeddings.
     saved_names : mapping of str to str or None
         Of a fine-tuned network: the name of each of its tensors in a saved file.
     """
@@ -93,6 +96,7 @@ class NetworkStructure:
     n_prefix_tokens: Callable[[str], int] = _no_prefix_tokens
     has_class_token: bool = True
     pools_other_tokens: bool = False
+    no_weight_decay: frozenset[str] = frozenset()
     saved_names: Mapping[str, str] | None = None
 
 

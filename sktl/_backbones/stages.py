@@ -28,7 +28,7 @@ from sktl._backbones.source import NetworkStructure
 from sktl._backbones.unwrap import Head
 
 # Names with another meaning where the name of a stage is expected.
-_RESERVED = {"head", "neck", "network", "penultimate"}
+_RESERVED = {"head", "neck", "network", "no_weight_decay", "penultimate"}
 _N_EQUAL_STAGES = 4  # of a network that keeps one resolution, after its stem
 _LARGE_BLOCK = 0.25  # size of a block that counts, relative to the largest one
 

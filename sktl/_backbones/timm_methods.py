@@ -76,6 +76,23 @@ def pools_other_tokens(network: nn.Module) -> bool:
     return isinstance(pooling, str) and pooling not in ("", "token")
 
 
+def no_weight_decay(network: Any) -> frozenset[str]:
+    """Return the names of parameters to which no weight decay is applied.
+
+    Parameters
+    ----------
+    network : Module
+        Any network. Those of timm have a method ``no_weight_decay``.
+
+    Returns
+    -------
+    frozenset of str
+        With wildcards; empty if the network does not say it.
+    """
+    names = getattr(network, "no_weight_decay", None)
+    return frozenset(names()) if callable(names) else frozenset()
+
+
 def features(network: Any, x: Any) -> Any:
     """Return the output of the last layer below the head."""
     return network.forward_features(x)

@@ -21,6 +21,7 @@ from sktl._backbones.timm_methods import (
     features,
     has_class_token,
     logits,
+    no_weight_decay,
     patch_size,
     penultimate,
     pools_other_tokens,
@@ -117,6 +118,7 @@ def _without_parts(network: Any, layers: "_Layers") -> NetworkStructure:
         n_prefix_tokens=layers.n_prefix_tokens,
         has_class_token=has_class_token(network),
         pools_other_tokens=pools_other_tokens(network),
+        no_weight_decay=no_weight_decay(network),
     )
 
 

@@ -22,6 +22,7 @@ from sktl._backbones.source import (
     weights_path,
 )
 from sktl._backbones.stages import describe_network as describe_own_stages
+from sktl._backbones.timm_methods import no_weight_decay
 from sktl._backbones.unwrap import StateDict
 from sktl._backbones.vision_transformer import (
     Embedding,
@@ -113,6 +114,10 @@ _PARTS: dict[type[nn.Module], tuple[str, str]] = {
         "+class_token heads",
     ),
 }
+# As in the training script of torchvision.
+_NO_WEIGHT_DECAY = frozenset(
+    {"class_token", "encoder.pos_embedding", "*.relative_position_bias_table"}
+)
 _PARTS[VisionTransformer] = _PARTS[models.VisionTransformer]
 
 
@@ -182,6 +187,7 @@ def describe_network(network: nn.Module) -> NetworkStructure:
         side_multiple=side_multiple or 1,
         is_channels_last=functools.partial(_is_channels_last, network),
         n_prefix_tokens=functools.partial(_n_prefix_tokens, network),
+        no_weight_decay=no_weight_decay(network) or _NO_WEIGHT_DECAY,
     )
 
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ def parameter_groups(
         Ratio of the learning rate of a stage to that of the stage above it; layer decay
         of Clark et al., *ELECTRA*, 2020.
     weight_decay : float
-        Weight decay; not applied to biases and normalization parameters.
+        Weight decay; not applied to biases and normalization parameters, nor to the
+        parameters in ``network.no_weight_decay``.
 
     Returns
     -------
@@ -101,6 +102,8 @@ def parameter_groups(
     head, neck = parts.pop(HEAD), parts.pop(NECK)
     stages = list(parts.values())[::-1]
     depths = [[head], [stages[0], neck], *([stage] for stage in stages[1:])]
+    names = cast(Any, network).no_weight_decay
+    excluded = {network.get_parameter(name) for name in names}
     groups = []
     grouped: set[nn.Parameter] = set()  # an optimizer refuses a parameter given twice
     for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
@@ -108,8 +111,8 @@ def parameter_groups(
         parameters = [p for p in own if p not in grouped and p.requires_grad]
         grouped.update(parameters)
         for decay, chosen in (
-            (weight_decay, [p for p in parameters if p.ndim > 1]),
-            (0.0, [p for p in parameters if p.ndim <= 1]),
+            (weight_decay, [p for p in parameters if p.ndim > 1 and p not in excluded]),
+            (0.0, [p for p in parameters if p.ndim <= 1 or p in excluded]),
         ):
             if chosen:
                 rate = lr * layer_decay**depth

@@ -6,11 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import StagedNet
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
+from torchvision.models import VisionTransformer
 
 from sktl._backbones.new_head import replace_head
+from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import load_backbone
+from sktl._backbones.saved_network import Architecture, saved_names
+from sktl._backbones.source import HeadConfig
+from sktl._images.preprocessing import Preprocessing
 from sktl._training.network import PartiallyFrozen
 from sktl._training.optim import (
     load_optimizer_state,
@@ -125,8 +131,79 @@ def test_parameter_groups(name):
         group = group_of.pop(id(parameter))
         part = name.split(".")[0]
         assert group["lr"] == pytest.approx(0.1 * 0.5 ** depth.get(part, 5))
-        assert group["weight_decay"] == (0.01 if parameter.ndim > 1 else 0)
+        is_token = name.endswith(("cls_token", "pos_embed"))
+        decays = parameter.ndim > 1 and not is_token
+        assert group["weight_decay"] == (0.01 if decays else 0)
     assert not group_of
+
+
+def names_without_decay(backbone):
+    """Return names, in the original network, of parameters without weight decay."""
+    network = replace_head(backbone, 3)
+    saved = saved_names(backbone, network)
+    groups = parameter_groups(network, 9, lr=1, layer_decay=1, weight_decay=0.01)
+    fixed = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    names = {saved[n] for n, p in network.named_parameters() if id(p) in fixed}
+    return {n.removeprefix("backbone.") for n in names if not n.startswith("heads.")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit",
+        "test_vit4",  # a register and no class token
+        pytest.param("vit_tiny_patch16_dinov3_qkvb", marks=pytest.mark.slow),
+        pytest.param("beit_base_patch16_224", marks=pytest.mark.slow),
+        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        pytest.param("swinv2_tiny_window8_256", marks=pytest.mark.slow),  # wildcards
+        pytest.param("test_resnet", marks=pytest.mark.slow),
+    ],
+)
+def test_weight_decay_is_applied_as_timm_does(name):
+    timm = pytest.importorskip("timm")
+    network = timm.create_model(name, num_classes=0)
+    own = getattr(network, "no_weight_decay", set)()
+    group = pytest.importorskip("timm.optim").param_groups_weight_decay
+    no_decay = group(network, 0.01, no_weight_decay_list=own)[0]
+    fixed = {id(p) for p in no_decay["params"]}
+    expected = {n for n, p in network.named_parameters() if id(p) in fixed}
+    assert no_decay["weight_decay"] == 0
+    assert names_without_decay(load_backbone(f"timm/{name}", None)) == expected
+
+
+class Positions(StagedNet):
+    """A network that declares a parameter without weight decay."""
+
+    def __init__(self):
+        stem = nn.Conv2d(3, 4, 3)
+        stem.positions = nn.Parameter(torch.zeros(1, 4, 1, 1))
+        super().__init__({"stem": stem}, 4)
+
+    def no_weight_decay(self):
+        return {"*.positions"}
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (
+            lambda: VisionTransformer(32, 16, 4, 2, 8, 8, num_classes=3),
+            {"class_token", "encoder.pos_embedding"},
+        ),
+        (Positions, {"stages.stem.positions"}),
+    ],
+)
+def test_weight_decay_of_a_registered_network(build, expected):
+    register_backbone("mine", build, preprocessing=Preprocessing(32, 32))
+    backbone = load_backbone("mine")
+    parameters = dict(backbone.network.named_parameters())
+    names = names_without_decay(backbone)
+    assert {name for name in names if parameters[name].ndim > 1} == expected
+    # The network of a second fine-tuning is the one that the first has made.
+    second = Architecture("mine", (HeadConfig(),)).build(backbone, 3)
+    network = second.network
+    assert names_without_decay(second) == names
+    assert replace_head(second, 3).no_weight_decay == network.no_weight_decay
 
 
 def test_a_parameter_of_several_stages_is_in_one_group():
