@@ -27,11 +27,13 @@ def support_other_sizes(network: nn.Module) -> nn.Module:
     Parameters
     ----------
     network : Module
-        A new network of torchvision. At its own image size, and in its state dict,
-        nothing changes.
+        A new network. At its own image size, and in its state dict, nothing changes. A
+        subclass, whose forward method may differ, is not changed.
     """
-    if type(network) is models.VisionTransformer:
-        # The builders of torchvision create no subclasses.
+    if type(network) is models.VisionTransformer and (
+        type(network.encoder) is FixedEncoder
+    ):
+        # The builders of torchvision take no class.
         network.__class__ = VisionTransformer
         network.encoder.__class__ = Encoder
     return network

@@ -62,6 +62,9 @@ def test_sizes_of_a_class_of_torchvision() -> None:
     assert type(subclass) is Changed
     assert patch_size(subclass) is patch_size(nn.Identity()) is None
     assert describe_network(subclass).has_fixed_image_size
+    other = _plain()
+    other.encoder = nn.Identity()
+    assert patch_size(support_other_sizes(other)) is None
     structure = describe_network(support_other_sizes(_plain()))
     assert not structure.has_fixed_image_size
     assert structure.side_multiple == _PATCH
