@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import sklearn
 import torch
+from conftest import FIXED
 from PIL import Image
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
@@ -30,12 +31,15 @@ from sktl._utils.keyed_cache import KeyedCache
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 # A converted network of OpenVINO would take longer than each fit.
+OPTIONS = {"max_epochs": 1, "random_state": 0, "engine": "torch"}
 ESTIMATORS = [
-    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
+    FineTunedCNNClassifier("tiny", **FIXED, **OPTIONS),
     PretrainedClassifier("projection"),
     PretrainedFeatures("tiny"),
 ]
 TRANSFORMERS = ESTIMATORS[2:]
+# It trains several times in each fit.
+SELECTING = FineTunedCNNClassifier("tiny", **OPTIONS)
 
 # Checks that fail by design, with the reason.
 EXPECTED_FAILURES = {
@@ -77,9 +81,11 @@ def checks_of(estimator):
 
 
 def marked(estimator, check):
-    """Return a parameter of both, marked if the check is expected to fail."""
+    """Return a parameter of both, marked if the check is slow or expected to fail."""
     reason = EXPECTED_FAILURES.get((type(estimator), name_of(check)))
     marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
+    if estimator is SELECTING:
+        marks.append(pytest.mark.slow)
     return pytest.param(estimator, check, marks=marks)
 
 
@@ -92,7 +98,11 @@ class TestScikitLearn:
 
     @pytest.mark.parametrize(
         ("estimator", "check"),
-        [marked(*pair) for estimator in ESTIMATORS for pair in checks_of(estimator)],
+        [
+            marked(*pair)
+            for estimator in (*ESTIMATORS, SELECTING)
+            for pair in checks_of(estimator)
+        ],
         ids=lambda value: name_of(value) if callable(value) else "",
     )
     def test_check_estimator(self, estimator, check):
@@ -233,18 +243,20 @@ class TestImages:
             clone(estimator).fit(take(X, []), [])
 
 
-FINE_TUNED = {"max_epochs": 2, "random_state": 0, "engine": "torch", "batch_size": 8}
+FINE_TUNED = {**FIXED, **OPTIONS, "batch_size": 8}
 
 
 @pytest.mark.parametrize(
     "estimator",
     [
-        PretrainedFeatures("resnet_mini", layer=["stage2", "penultimate"]),
+        PretrainedFeatures(
+            "resnet_mini", layer=["stage2", "penultimate"], image_size=32
+        ),
         PretrainedFeatures("squeezenet1_1", weights=None, image_size=32),
-        PretrainedClassifier("resnet_mini"),
-        FineTunedCNNClassifier("tiny", **FINE_TUNED),
+        PretrainedClassifier("resnet_mini", image_size=32, engine="torch"),
+        SELECTING,
         FineTunedCNNClassifier(
-            "tiny", head_init="random", augmentation="standard", **FINE_TUNED
+            "tiny", augmentation="standard", **{**FINE_TUNED, "head_init": "random"}
         ),
         FineTunedCNNClassifier(
             "tiny",

@@ -1,11 +1,14 @@
 """The three estimators with networks that are fast, and their output."""
 
 import pytest
+from conftest import FIXED
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 
 ESTIMATORS = [
-    FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch"),
+    FineTunedCNNClassifier(
+        "tiny", **FIXED, max_epochs=1, random_state=0, engine="torch"
+    ),
     PretrainedClassifier("projection", engine="torch"),
     PretrainedFeatures("tiny", engine="torch"),
 ]

@@ -102,7 +102,8 @@ def test_very_few_images(estimator, n):
 
 
 @pytest.mark.parametrize(
-    "estimator", [FineTunedCNNClassifier("tiny", max_epochs=2, random_state=0)]
+    "estimator",
+    [FineTunedCNNClassifier("tiny", max_epochs=2, random_state=0, engine="torch")],
 )
 @pytest.mark.parametrize("counts", [[1, 1], [1, 11], [2, 1, 1]])
 def test_one_image_of_a_class(estimator, counts):
@@ -173,7 +174,8 @@ def test_failed_fit_leaves_the_number_of_features(estimator):
 
 @pytest.mark.parametrize("class_weight", [{"a": 2}, {}])
 def test_class_weight_of_some_classes(class_weight):
-    mine = FineTunedCNNClassifier("tiny", max_epochs=0, random_state=0)
+    options = {"max_epochs": 0, "random_state": 0, "engine": "torch"}
+    mine = FineTunedCNNClassifier("tiny", **options)
     mine.set_params(class_weight=class_weight).fit(STACK, np.where(Y, "b", "a"))
     full = clone(mine).set_params(class_weight={"a": 1, "b": 1, **class_weight})
     np.testing.assert_array_equal(
@@ -197,10 +199,7 @@ def test_class_weight_of_unknown_classes_raises(class_weight):
 def test_class_of_zero_sample_weight_is_dropped():
     y = np.repeat(list("abc"), 4)
     weight = np.where(y == "b", 0.0, 1.0)
-    mine, without = (
-        FineTunedCNNClassifier("tiny", max_epochs=1, random_state=0, engine="torch")
-        for _ in range(2)
-    )
+    mine, without = (clone(ESTIMATORS[0]) for _ in range(2))
     mine.fit(STACK, y, sample_weight=weight)
     without.fit(STACK[weight > 0], y[weight > 0])
     assert mine.classes_.tolist() == ["a", "c"]
