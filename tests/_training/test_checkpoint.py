@@ -52,6 +52,7 @@ def estimator(tmp_path):
         lr_schedule="cosine",
         wise_ft_alpha=0.4,
         checkpoint=tmp_path,
+        engine="torch",
         random_state=0,
     )
 
@@ -66,6 +67,21 @@ def interrupt(estimator, X, y, n_epochs=2, **more):
     with pytest.raises(KeyboardInterrupt):
         estimator.set_params(callbacks=[StopAt(n_epochs)]).fit(X, y, **more)
     estimator.set_params(callbacks=callbacks)
+
+
+@pytest.fixture(scope="module")
+def contents():
+    """Return a list for the content of the checkpoint that tests share."""
+    return []
+
+
+@pytest.fixture
+def interrupted(images, estimator, file, contents):
+    """Write the checkpoint of a run that was interrupted after two epochs."""
+    if not contents:
+        interrupt(estimator, images, Y)
+        contents.append(file.read_bytes())
+    file.write_bytes(contents[0])
 
 
 def assert_equal_fits(one, other):
@@ -108,8 +124,8 @@ def test_completed_run_is_only_read(images, estimator, file, monkeypatch):
     assert file.read_bytes() == before
 
 
+@pytest.mark.usefixtures("interrupted")
 def test_file_is_read_once(images, estimator, file, monkeypatch):
-    interrupt(estimator, images, Y)
     read = []
     name = "sktl._training.checkpoint.read_tensors"
     monkeypatch.setattr(name, lambda path: read.append(path) or read_tensors(path))
@@ -141,8 +157,8 @@ def test_file_is_read_once(images, estimator, file, monkeypatch):
         {"head_init": "random"},
     ],
 )
+@pytest.mark.usefixtures("interrupted")
 def test_other_parameters(images, estimator, file, change):
-    interrupt(estimator, images, Y)
     before = file.read_bytes()
     (name,) = change
     with pytest.raises(
@@ -155,8 +171,8 @@ def test_other_parameters(images, estimator, file, change):
 
 
 @pytest.mark.parametrize("change", ["X", "order", "y", "fewer", "weight", "classes"])
+@pytest.mark.usefixtures("interrupted")
 def test_other_data(images, estimator, change):
-    interrupt(estimator, images, Y)
     X, y, weight = images.copy(), Y.copy(), None
     if change == "X":
         X[7, 3, 5, 1] ^= 1
@@ -176,8 +192,8 @@ def test_other_data(images, estimator, change):
         estimator.fit(X, y, sample_weight=weight)
 
 
+@pytest.mark.usefixtures("interrupted")
 def test_only_differences_are_named(images, estimator):
-    interrupt(estimator, images, Y)
     with pytest.raises(ValueError, match="differs in") as error:
         estimator.set_params(lr=0.5).fit(images, Y)
     assert "differs in lr (in the file 0.01, now 0.5). Use" in str(error.value)
@@ -203,8 +219,8 @@ def test_other_initial_weights(images, tmp_path, estimator):
     estimator.set_params(weights=tmp_path / "c.safetensors").fit(images, Y)
 
 
+@pytest.mark.usefixtures("interrupted")
 def test_another_version_of_torch(images, estimator, monkeypatch):
-    interrupt(estimator, images, Y)
     monkeypatch.setattr("torch.__version__", "99.0.0+cpu")
     with pytest.raises(ValueError, match=r"differs in torch \(in the file"):
         estimator.fit(images, Y)
@@ -259,8 +275,8 @@ DAMAGES += [f"flip {where:.2f}" for where in np.linspace(0, 1, 15)]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.usefixtures("interrupted")
 def test_damaged_file(images, estimator, file, how):
-    interrupt(estimator, images, Y)
     file.write_bytes(damage(file.read_bytes(), how))
     with pytest.raises(ValueError, match=rf"{file}.*(must be|differs)"):
         estimator.fit(images, Y)
@@ -271,8 +287,8 @@ def test_damaged_file(images, estimator, file, how):
     estimator.fit(images, Y)
 
 
+@pytest.mark.usefixtures("interrupted")
 def test_pickle_is_not_executed(images, estimator, file):
-    interrupt(estimator, images, Y)
     torch.save({"weights": Malicious()}, file)
     with pytest.raises(ValueError, match=f"{file}.*Nothing in it was executed"):
         estimator.fit(images, Y)
@@ -302,8 +318,8 @@ INVALID_VALUES = {
     ("part", "value"),
     [(part, v) for part in INVALID_VALUES for v in INVALID_VALUES[part]],
 )
+@pytest.mark.usefixtures("interrupted")
 def test_invalid_value(images, estimator, file, part, value):
-    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     write_tensors(file, tensors, {**document, part: value})
     with pytest.raises(ValueError, match=f"{file}"):
@@ -311,8 +327,8 @@ def test_invalid_value(images, estimator, file, part, value):
 
 
 @pytest.mark.parametrize("part", ["best", "initial"])
+@pytest.mark.usefixtures("interrupted")
 def test_weights_of_another_network(images, estimator, file, part):
-    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     tensors[f"{part}.head.0.bias"] = torch.zeros(7)
     write_tensors(file, tensors, document)
@@ -321,8 +337,8 @@ def test_weights_of_another_network(images, estimator, file, part):
 
 
 @pytest.mark.parametrize("how", ["missing", "shape", "name", "state"])
+@pytest.mark.usefixtures("interrupted")
 def test_tensors_of_another_training(images, estimator, file, how):
-    interrupt(estimator, images, Y)
     tensors, document = read_tensors(file)
     if how == "missing":
         del tensors["weights.head.0.bias"]
@@ -339,13 +355,13 @@ def test_tensors_of_another_training(images, estimator, file, how):
 
 @pytest.mark.parametrize("error", [TypeError, AttributeError, KeyError])
 @pytest.mark.parametrize("name", ["check_state_dict", "load_optimizer_state"])
+@pytest.mark.usefixtures("interrupted")
 def test_error_of_our_own_code_is_not_called_damage(
     images, estimator, monkeypatch, name, error
 ):
     def broken(*arguments):
         raise error("a mistake in the code")
 
-    interrupt(estimator, images, Y)
     monkeypatch.setattr(trainer, name, broken)
     with pytest.raises(error, match="a mistake in the code"):
         estimator.fit(images, Y)
