@@ -91,8 +91,25 @@ def test_rows_equal_the_output_of_the_stages(images, monkeypatch, max_bytes, n_f
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("trainable", ["head", 1, 2])
-@pytest.mark.parametrize("options", [{}, {"early_stopping": True}, {"dropout": 0.5}])
+@pytest.mark.parametrize(
+    ("trainable", "options"),
+    [
+        ("head", {}),
+        (1, {"early_stopping": True}),
+        (2, {"dropout": 0.5}),
+        *(
+            pytest.param(trainable, options, marks=pytest.mark.slow)
+            for trainable, options in [
+                ("head", {"early_stopping": True}),
+                ("head", {"dropout": 0.5}),
+                (1, {}),
+                (1, {"dropout": 0.5}),
+                (2, {}),
+                (2, {"early_stopping": True}),
+            ]
+        ),
+    ],
+)
 def test_weights_have_equal_bits_with_every_cache(
     paths, tmp_path, monkeypatch, trainable, options
 ):
@@ -150,7 +167,7 @@ def test_search_computes_each_image_once(
             trainable=trainable, head_init="random", memory=tmp_path, max_epochs=1
         ),
         {"lr": [1e-3, 1e-4], "hidden_layer_sizes": [(), (4,)]},
-        cv=StratifiedKFold(3, shuffle=True, random_state=0),
+        cv=StratifiedKFold(2, shuffle=True, random_state=0),
     )
     search.fit(paths, Y)
     assert sum(passes) == 40
@@ -293,7 +310,7 @@ def test_fixed_views_have_equal_bits_with_every_cache(
     paths, tmp_path, monkeypatch, trainable, options
 ):
     estimator = make_classifier(trainable=trainable, augmentation="standard", **options)
-    estimator.set_params(augmentation_views=3)
+    estimator.set_params(augmentation_views=2)
     expected = clone(estimator).fit(paths, Y)
     cached = clone(estimator).set_params(memory=tmp_path)
     assert_equal_weights(clone(cached).fit(paths, Y), expected)
@@ -304,9 +321,9 @@ def test_fixed_views_have_equal_bits_with_every_cache(
 
 def test_training_on_activations_of_views_equals_training_on_views(paths, monkeypatch):
     estimator = make_classifier(
-        lr=1e-2, optimizer="sgd", augmentation="standard", max_epochs=4
+        lr=1e-2, optimizer="sgd", augmentation="standard", max_epochs=3
     )
-    got = estimator.set_params(augmentation_views=3).fit(paths, Y)
+    got = estimator.set_params(augmentation_views=2).fit(paths, Y)
     monkeypatch.setattr(
         "sktl._training.training_sets.ActivationDataset", lambda pixels, _: pixels
     )
@@ -314,7 +331,7 @@ def test_training_on_activations_of_views_equals_training_on_views(paths, monkey
     for name, value in expected.module_.state_dict().items():
         other = got.module_.state_dict()[name]
         torch.testing.assert_close(other, value, rtol=1e-3, atol=1e-5)
-    others = clone(estimator).set_params(augmentation_views=2).fit(paths, Y)
+    others = clone(estimator).set_params(augmentation_views=1).fit(paths, Y)
     assert not torch.equal(others.module_[-1][-1].weight, got.module_[-1][-1].weight)
 
 
@@ -333,7 +350,7 @@ def test_search_computes_each_view_once(paths, tmp_path, passes):
         augmentation="trivial", augmentation_views=2, max_epochs=2
     )
     estimator.set_params(head_init="random", memory=tmp_path)
-    search = GridSearchCV(estimator, {"lr": [1e-3, 1e-4]}, cv=3).fit(paths, Y)
+    search = GridSearchCV(estimator, {"lr": [1e-3, 1e-4]}, cv=2).fit(paths, Y)
     # Two views of each image for training, and the plain image for the score.
     assert sum(passes) == 3 * 40
     search.fit(paths, Y)
