@@ -40,6 +40,7 @@ def y():
 
 def make_classifier(**parameters):
     defaults = {**FIXED, "max_epochs": 2, "random_state": 0, "batch_size": 8}
+    defaults |= {"engine": "torch"}
     return FineTunedCNNClassifier(**{"backbone": "tiny", **defaults, **parameters})
 
 
@@ -61,10 +62,13 @@ def test_epoch_0_is_the_logistic_regression_on_frozen_features(images, y):
     assert [row["epoch"] for row in classifier.history_] == [0]
 
 
-@pytest.mark.parametrize("resize", [None, "crop", "squash", "pad"])
-def test_predictions_equal_the_module_in_plain_pytorch(images, y, resize):
+@pytest.mark.parametrize(
+    ("resize", "engine"),
+    [(None, "auto"), ("crop", "torch"), ("squash", "torch"), ("pad", "auto")],
+)
+def test_predictions_equal_the_module_in_plain_pytorch(images, y, resize, engine):
     images = images[:, :, :12]  # 24 x 12 pixels
-    classifier = make_classifier(resize=resize).fit(images, y)
+    classifier = make_classifier(resize=resize, engine=engine).fit(images, y)
     assert classifier.preprocessing_.resize == (resize or "crop")
     assert not classifier.module_.training
     with torch.inference_mode():
@@ -78,9 +82,9 @@ def test_predictions_equal_the_module_in_plain_pytorch(images, y, resize):
 @pytest.mark.parametrize("trainable", ["head", 1, "stage1", "all"])
 def test_training_reduces_the_loss(images, y, trainable):
     classifier = make_classifier(
-        trainable=trainable, head_init="random", max_epochs=30, lr=1e-2
+        trainable=trainable, head_init="random", max_epochs=15, lr=2e-2
     ).fit(images, y)
-    assert len(classifier.loss_curve_) == classifier.n_iter_ == 30
+    assert len(classifier.loss_curve_) == classifier.n_iter_ == 15
     assert classifier.loss_curve_[-1] < 0.8 * classifier.loss_curve_[0]
     assert classifier.score(images, y) > 0.7  # of two classes of equal size
 
@@ -137,6 +141,7 @@ def test_image_of_weight_0_has_no_effect(images, y):
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_weights_are_interpolated_with_the_linear_probe(images, y, alpha):
     settings = {**FIXED, "lr": 1e-3, "trainable": 2, "random_state": 0}
+    settings |= {"engine": "torch", "max_epochs": 3}
     model = FineTunedCNNClassifier("five stages", **settings)
     probe = clone(model).set_params(max_epochs=0).fit(images, y).module_.state_dict()
     trained = clone(model).set_params(wise_ft_alpha=1.0).fit(images, y)
@@ -222,7 +227,8 @@ def test_linear_probe_shares_cached_features_with_pretrained_features(
     monkeypatch.setattr(
         "sktl._inference.cached_forward.batches", lambda *a, **k: computed.append(a)
     )
-    classifier = make_classifier(memory=tmp_path, max_epochs=0).fit(paths, y)
+    classifier = make_classifier(memory=tmp_path, max_epochs=0, engine="auto")
+    classifier.fit(paths, y)
     assert computed == []
     assert classifier.history_[0]["train_loss"] > 0
 
@@ -304,7 +310,7 @@ def test_early_stopping_keeps_the_best_epoch(images, y):
     classifier = make_classifier(
         early_stopping=True,
         validation_fraction=0.25,
-        max_epochs=30,
+        max_epochs=12,
         n_iter_no_change=3,
         lr=1e-3,
     ).fit(images, y)
@@ -313,7 +319,7 @@ def test_early_stopping_keeps_the_best_epoch(images, y):
         for row in classifier.history_
     ]
     assert classifier.best_epoch_ == ranks.index(max(ranks))
-    assert classifier.n_iter_ == min(30, classifier.best_epoch_ + 3)
+    assert classifier.n_iter_ == min(12, classifier.best_epoch_ + 3)
     assert len(classifier.validation_scores_) == classifier.n_iter_
     # The weights are those after that epoch, not the last ones.
     constant = clone(classifier).set_params(lr_schedule="constant").fit(images, y)

@@ -36,6 +36,7 @@ def bits(module):
 @pytest.fixture(scope="module")
 def fitted(images):
     options = {"hidden_layer_sizes": 4, "image_size": 20, "random_state": 0}
+    options |= {"engine": "torch"}
     return FineTunedCNNClassifier("tiny", **FIXED, max_epochs=1, **options).fit(
         images, np.arange(40) % 2
     )

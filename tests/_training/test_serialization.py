@@ -47,7 +47,8 @@ LABELS = {
 
 def fit(images, labels=("a", "b"), backbone="tiny", **parameters):
     y = np.asarray(labels)[np.arange(40) % len(labels)]
-    options = {**FIXED, "max_epochs": 1, "random_state": 0, **parameters}
+    options = {**FIXED, "max_epochs": 1, "random_state": 0, "engine": "torch"}
+    options |= parameters
     return FineTunedCNNClassifier(backbone, **options).fit(images, y)
 
 
@@ -251,7 +252,8 @@ def test_shared_parameters_of_a_frozen_stage_are_not_trained(images, tmp_path):
 
 
 def test_loading_needs_no_pretrained_weights(images, file, monkeypatch):
-    estimator = fit(images, backbone="resnet_mini", trainable="head")
+    options = {"trainable": "head", "image_size": 32}
+    estimator = fit(images, backbone="resnet_mini", **options)
     expected = estimator.predict_proba(images)
     estimator.set_params(backbone="resnet_mini", weights="gone.pth").save(file)
     monkeypatch.setattr("sktl._backbones.torchvision.fetch_weights", None)

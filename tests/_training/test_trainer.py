@@ -136,9 +136,9 @@ def test_frozen_stages_do_not_change(images, family, trainable, head_init):
 @pytest.mark.parametrize("head_init", ["linear_probe", "random"])
 def test_linear_probe_freezes_batch_norm_statistics(images, head_init):
     estimator = make_classifier(
-        "resnet_mini", weights="DEFAULT", head_init=head_init, lr=0.1
+        "resnet_mini", weights="DEFAULT", head_init=head_init, lr=0.1, image_size=32
     )
-    estimator.set_params(trainable=1, max_epochs=1).fit(images, Y)
+    estimator.set_params(trainable=1, max_epochs=1).fit(images[::4], Y[::4])
     before = load_backbone("resnet_mini").stages
     for name, stage in before.items():
         trained = estimator.module_.get_submodule(name)
@@ -164,7 +164,8 @@ def test_fitted_network_is_in_evaluation_mode(images):
 @pytest.mark.parametrize("n_classes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_epoch_0_is_the_linear_probe(images, n_classes):
     y = np.arange(40) % n_classes
-    fitted = make_classifier("resnet_mini", weights="DEFAULT", trainable=1)
+    options = {"weights": "DEFAULT", "trainable": 1, "image_size": 24}
+    fitted = make_classifier("resnet_mini", **options)
     first = clone(fitted).set_params(max_epochs=0)
     first.fit(images, y, sample_weight=SAMPLE_WEIGHT)
     fitted.set_params(max_epochs=1).fit(images, y, sample_weight=SAMPLE_WEIGHT)
@@ -384,8 +385,8 @@ def test_copies_predict_equal_bits(images, tmp_path):
 
 
 def test_pickle_contains_no_optimizer(images):
-    fitted = make_classifier("resnet_mini", weights="DEFAULT", max_epochs=1)
-    fitted.fit(images, Y)
+    options = {"weights": "DEFAULT", "max_epochs": 1, "image_size": 24}
+    fitted = make_classifier("resnet_mini", **options).fit(images[::5], Y[::5])
     n_bytes = sum(v.nbytes for v in fitted.module_.state_dict().values())
     content = pickle.dumps(fitted)
     assert n_bytes < len(content) < n_bytes + 100_000

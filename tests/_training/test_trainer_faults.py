@@ -198,6 +198,7 @@ def bundled(monkeypatch):
     ):
         monkeypatch.delenv(f"{name}_NUM_THREADS", raising=False)
     settings = {**FIXED, "max_epochs": 1, "batch_size": 20, "random_state": 0}
+    settings |= {"image_size": 24}
     return FineTunedCNNClassifier("resnet_mini", trainable=1, **settings)
 
 

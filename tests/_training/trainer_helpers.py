@@ -53,6 +53,7 @@ CONFIG = TrainingConfig(
 def make_classifier(backbone="tiny", **parameters):
     """Return a classifier that trains three short epochs."""
     defaults = {**FIXED, "weights": None, "max_epochs": 3, "batch_size": 16}
+    defaults |= {"engine": "torch"}  # OpenVINO would convert the network of each fit
     return FineTunedCNNClassifier(
         backbone, **{**defaults, "random_state": 0, **parameters}
     )
