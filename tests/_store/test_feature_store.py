@@ -176,9 +176,9 @@ for chunk in np.random.default_rng(int(sys.argv[1])).permutation(120).reshape(-1
 """
     running = [
         subprocess.Popen([sys.executable, "-W", "error", "-c", code, str(i)])
-        for i in range(8)
+        for i in range(4)
     ]
-    assert [process.wait() for process in running] == [0] * 8
+    assert [process.wait() for process in running] == [0] * 4
     keys = [bytes([i]) * 32 for i in range(120)]
     _, rows = FeatureStore(tmp_path).get(SPACE, keys)
     assert (rows[:, 0] == np.arange(120)).all()

@@ -17,8 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from interrupted_training import load_data, make_classifier
 
 from sktl import FineTunedCNNClassifier
+from sktl._training import linear_probe
 from sktl._training.checkpoint import Checkpoint
 from sktl._utils.tensor_file import _digest
+
+# Few values of the regularization, as in the fixture quick_linear_probe, to save time.
+linear_probe.C_GRID, linear_probe._N_FOLDS = np.array([0.01, 1.0]), 2
 
 
 def damage_with_valid_sha256(rng, content):

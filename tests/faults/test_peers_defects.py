@@ -141,7 +141,14 @@ def test_cache_is_kept_by_clone_and_pickle(images, tmp_path, monkeypatch):
         np.testing.assert_array_equal(copied.transform(images), expected)
 
 
-@pytest.mark.parametrize("name", ["efficientnet_b0", "densenet121", "squeezenet1_1"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_b0",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+        "squeezenet1_1",
+    ],
+)
 def test_pooling_of_one_image_equals_that_of_many(images, name):
     mine = PretrainedFeatures(
         name, weights=None, image_size=64, batch_size=2, engine="torch"
