@@ -202,7 +202,7 @@ def test_another_backbone_since_fit_raises_an_error(images):
 def test_real_predictions_equal_those_of_torchvision(test_data):
     weights = test_data / "weights" / "squeezenet1_1-imagenet.pth"
     paths = load_files(test_data / "hymenoptera" / "val", load_content=False).filenames
-    paths = sorted(paths)[::3]
+    paths = sorted(paths)[::9]
     net = models.squeezenet1_1()
     net.load_state_dict(torch.load(weights, weights_only=True))
     enum = models.SqueezeNet1_1_Weights.IMAGENET1K_V1
@@ -259,7 +259,7 @@ def test_classes_are_learned_from_a_file_with_other_outputs(images, tmp_path):
     torch.save(network.state_dict(), tmp_path / "seven.pth")
     y = np.arange(40) % 2
     mine = PretrainedClassifier("resnet_mini", weights=tmp_path / "seven.pth")
-    mine.fit(images, y)
+    mine.set_params(image_size=32, engine="torch").fit(images, y)
     assert mine.class_proba_given_category_.shape == (7, 2)
     assert set(mine.predict(images)) <= {0, 1}
 

@@ -62,13 +62,14 @@ def test_column_transformer_in_cross_validation(table, y, column):
 
 
 def test_union_of_two_backbones(paths):
-    first = PretrainedFeatures("tiny")
+    first = PretrainedFeatures("tiny", engine="torch")
     second = PretrainedFeatures("squeezenet1_1", weights=None, image_size=32)
+    second.set_params(engine="torch")
     union = FeatureUnion([("a", first), ("b", second)]).set_output(transform="pandas")
     frame = union.fit_transform(paths)
     assert frame.shape == (40, 16 + 512)
     assert frame.columns[16] == "b__squeezenet1_1_penultimate_0"
-    alone = PretrainedFeatures("tiny").transform(paths)
+    alone = first.transform(paths)
     np.testing.assert_array_equal(frame.iloc[:, :16], alone)
 
 
@@ -142,7 +143,8 @@ def saved(network, path):
 def test_weights_that_changed_since_fit_raise_an_error(paths, tmp_path):
     torch.manual_seed(0)
     file = saved(models.squeezenet1_1(), tmp_path / "mine.pth")
-    mine = PretrainedFeatures("squeezenet1_1", weights=file, image_size=32).fit(paths)
+    mine = PretrainedFeatures("squeezenet1_1", weights=file, image_size=32)
+    mine.set_params(engine="torch").fit(paths)
     before = mine.transform(paths[:2])
     saved(models.squeezenet1_1(), file)
     with pytest.raises(ValueError, match=r"they changed\. Call fit again"):
@@ -320,8 +322,12 @@ def test_a_backbone_registered_again_replaces_the_old_one(paths):
 
 
 def test_images_too_small_for_a_registered_network(paths):
+    def network():
+        pooled = nn.Conv2d(3, 4, 40), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        return nn.Sequential(*pooled, nn.Linear(4, 2))
+
     size = Preprocessing(resize_size=64, crop_size=64)
-    register_backbone("own", lambda: models.alexnet().eval(), preprocessing=size)
+    register_backbone("own", network, preprocessing=size)
     with pytest.raises(ValueError, match=r"does not support images of 32 x 32"):
         PretrainedFeatures("own", image_size=32).fit(paths)
 
@@ -354,7 +360,8 @@ def test_whole_long_images_in_every_form(long_images, resize, tmp_path):
 
 def test_grid_search_over_resize(long_images):
     y = np.repeat(["plain", "marked"], 10)
-    model = make_pipeline(PretrainedFeatures("tiny"), LogisticRegression())
+    features = PretrainedFeatures("tiny", engine="torch")
+    model = make_pipeline(features, LogisticRegression())
     grid = {"pretrainedfeatures__resize": [None, "crop", "squash", "pad"]}
     scores = GridSearchCV(model, grid, cv=2).fit(long_images, y).cv_results_
     own, crop, squash, pad = scores["mean_test_score"]
@@ -366,8 +373,9 @@ def test_registered_backbone_has_a_resize_mode_of_its_own(long_images):
     size = Preprocessing(16, 16, resize="squash")
     register_backbone("tiny squashed", TinyNet, preprocessing=size)
     for resize, same in ((None, "squash"), ("crop", None), ("pad", "pad")):
-        mine = PretrainedFeatures("tiny squashed", resize=resize)
-        expected = PretrainedFeatures("tiny", resize=same).transform(long_images)
+        mine = PretrainedFeatures("tiny squashed", resize=resize, engine="torch")
+        expected = PretrainedFeatures("tiny", resize=same, engine="torch")
+        expected = expected.transform(long_images)
         np.testing.assert_array_equal(mine.transform(long_images), expected)
 
 

@@ -77,6 +77,7 @@ def test_features_equal_those_of_pretrained_features(
 
 
 def test_penultimate_features_are_the_input_of_the_last_layer(images):
+    images = images[::4]
     backbone, recorded = load_backbone("resnet_mini"), []
     handle = backbone.last_linear.register_forward_pre_hook(
         lambda module, inputs: recorded.append(inputs[0])
@@ -117,16 +118,16 @@ def test_the_cache_is_shared_with_the_fine_tuned_classifier(paths, tmp_path, fir
     classifier = FineTunedCNNClassifier(
         "resnet_mini", max_epochs=0, memory=tmp_path, batch_size=16, engine="torch"
     )
-    y = np.arange(32) % 2
+    y = np.arange(16) % 2
     if first == "features":
-        pretrained.transform(paths[:32])
-        classifier.fit(paths[:32], y)
+        pretrained.transform(paths[:16])
+        classifier.fit(paths[:16], y)
     else:
-        classifier.fit(paths[:32], y)
-        pretrained.transform(paths[:32])
-    classifier.set_params(hidden_layer_sizes=4).fit(paths[:32], y)
+        classifier.fit(paths[:16], y)
+        pretrained.transform(paths[:16])
+    classifier.set_params(hidden_layer_sizes=4).fit(paths[:16], y)
     assert len(FeatureStore(tmp_path).info()["spaces"]) == 1
-    assert FeatureStore(tmp_path).info()["rows"] == 32
+    assert FeatureStore(tmp_path).info()["rows"] == 16
 
 
 def test_no_model_is_compiled_if_all_rows_are_cached(paths, tmp_path):
@@ -145,7 +146,8 @@ def test_no_model_is_compiled_if_all_rows_are_cached(paths, tmp_path):
     ],
 )
 def test_settings_that_change_rows_have_their_own_namespace(paths, tmp_path, change):
-    features(paths[:4], tmp_path)
-    got = features(paths[:4], tmp_path, **change)
-    np.testing.assert_array_equal(got, features(paths[:4], **change))
+    options = {"batch_size": 4, **change}
+    features(paths[:4], tmp_path, batch_size=4)
+    got = features(paths[:4], tmp_path, **options)
+    np.testing.assert_array_equal(got, features(paths[:4], **options))
     assert len(FeatureStore(tmp_path).info()["spaces"]) == 2

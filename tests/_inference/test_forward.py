@@ -138,7 +138,7 @@ def test_threads_may_share_a_model(images, engine):
     halves = images[:16], images[16:32]
     expected = [run(net, half) for half in halves]
     with ThreadPoolExecutor(2) as pool:
-        for _ in range(5):
+        for _ in range(3):
             got = list(pool.map(lambda half: run(net, half), halves))
             for rows, wanted in zip(got, expected, strict=True):
                 np.testing.assert_array_equal(rows, wanted)

@@ -13,7 +13,7 @@ from sktl._inference.openvino_conversion import convert_to_openvino
 @pytest.fixture(scope="module")
 def module():
     torch.manual_seed(0)
-    return models.shufflenet_v2_x0_5().eval()
+    return models.ShuffleNetV2([1, 1, 1], [8, 16, 32, 64, 64], num_classes=9).eval()
 
 
 def assert_converted(module):
