@@ -222,7 +222,8 @@ def test_networks_of_timm(name, n_prefix, parameters_of_head):
 
 def test_saved_file_has_its_own_network(images, tmp_path):
     y = ["ant", "bee"] * 20
-    tuned = FineTunedCNNClassifier("five stages", trainable=1, max_epochs=0)
+    options = {"max_epochs": 0, "head_init": "random", "engine": "torch"}
+    tuned = FineTunedCNNClassifier("five stages", trainable=1, **options)
     tuned.fit(images, y).save(tmp_path / "tuned.safetensors")
     description = describe_backbone("resnet18", weights=tmp_path / "tuned.safetensors")
     assert description.name == "five stages"

@@ -53,6 +53,12 @@ def _resnet10(num_classes: int = 10) -> models.ResNet:
     return models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
+def _small() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+
+
 def _noise(side: int = 64) -> Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
@@ -153,7 +159,7 @@ def test_threads_share_one_network() -> None:
 
 
 def test_only_the_last_used_backbones_are_cached() -> None:
-    register_backbone("mine", _resnet10, preprocessing=_SMALL)
+    register_backbone("mine", _small, preprocessing=_SMALL)
     first = load_backbone("mine", random_state=0)
     second = load_backbone("mine", random_state=1)
     for seed in range(2, 9):
@@ -610,7 +616,7 @@ def test_builders_that_load_other_backbones_do_not_deadlock() -> None:
     def build(other: str) -> nn.Module:
         if other:
             load_backbone(other)
-        return _resnet10()
+        return _small()
 
     def load(name: str) -> Backbone:
         together.wait()

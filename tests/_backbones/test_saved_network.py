@@ -40,7 +40,8 @@ AFFINE = ("weight", "bias")
 
 
 def fit(images, backbone="five stages", labels=LABELS, **parameters):
-    options = {**FIXED, "max_epochs": 1, "lr": 0.05, "random_state": 0, **parameters}
+    options = {**FIXED, "max_epochs": 1, "lr": 0.05, "random_state": 0}
+    options |= {"engine": "torch", **parameters}
     y = np.asarray(labels)[np.arange(len(images)) % len(labels)]
     return FineTunedCNNClassifier(backbone, **options).fit(images, y)
 
@@ -72,6 +73,7 @@ def test_stages_are_the_fine_tuned_ones(tuned, file, images):
         with torch.inference_mode():
             expected = tuned.module_[:n_stages](x).flatten(1)
         mine = PretrainedFeatures(weights=file, layer=layer, pooling="flatten")
+        mine.set_params(engine="torch")
         np.testing.assert_allclose(mine.transform(images), expected, atol=1e-5)
     names = PretrainedFeatures(weights=file).fit(images).get_feature_names_out()
     assert names[0] == "five stages_penultimate_0"
@@ -86,6 +88,7 @@ def test_modules_have_the_names_of_the_fitted_network(tuned, file, images, layer
         tuned.module_(normalized(images, tuned.preprocessing_))
     hook.remove()
     mine = PretrainedFeatures(weights=file, layer=layer, pooling="flatten")
+    mine.set_params(engine="torch")
     np.testing.assert_allclose(
         mine.transform(images), rows[0].flatten(1), rtol=1e-4, atol=1e-5
     )
@@ -98,7 +101,7 @@ def test_classifier_predicts_the_labels_of_the_fine_tuning(images, tmp_path, lab
     file = tmp_path / "tuned.safetensors"
     estimator = fit(images, labels=labels)
     estimator.save(file)
-    mine = PretrainedClassifier(weights=str(file)).fit(images)
+    mine = PretrainedClassifier(weights=str(file), engine="torch").fit(images)
     loaded = FineTunedCNNClassifier.load(file)
     np.testing.assert_array_equal(mine.classes_, loaded.classes_)
     assert mine.classes_.dtype == loaded.classes_.dtype
@@ -106,7 +109,8 @@ def test_classifier_predicts_the_labels_of_the_fine_tuning(images, tmp_path, lab
     np.testing.assert_allclose(proba, loaded.predict_proba(images), atol=1e-5)
     np.testing.assert_array_equal(mine.predict(images), loaded.predict(images))
     label_map = {label: str(label) for label in labels[:2]}
-    mapped = PretrainedClassifier(weights=file, label_map=label_map).fit(images)
+    mapped = PretrainedClassifier(weights=file, label_map=label_map, engine="torch")
+    mapped.fit(images)
     assert set(mapped.classes_) == {str(label) for label in labels[:2]}
 
 
@@ -143,7 +147,7 @@ def test_a_chain_of_fine_tunings_is_saved_and_loaded(tuned, file, images):
     kinds = [type(layer).__name__ for layer in loaded.module_.neck]
     assert kinds.count("Linear") == 3  # of widths 8, 6 and 5
     assert loaded.backbone == "resnet18"
-    mine = PretrainedClassifier(weights=file).fit(images)
+    mine = PretrainedClassifier(weights=file, engine="torch").fit(images)
     np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
     loaded.partial_fit(images, np.arange(40) % 3)
 
@@ -160,6 +164,7 @@ def test_another_backbone_raises(file, images, estimator):
 
 def test_settings_of_the_file_can_be_overridden(tuned, file, images):
     mine = PretrainedFeatures(weights=file, image_size=48, resize="pad")
+    mine.set_params(engine="torch")
     backbone = load_backbone("five stages", file)
     x = normalized(images, backbone.preprocessing_at(48, "pad"))
     with torch.inference_mode():
@@ -183,7 +188,8 @@ def test_in_a_search_with_cache_and_pickles(images, paths, tmp_path):
 
 
 def test_cached_rows_are_those_of_one_file(file, images, tmp_path):
-    features = PretrainedFeatures(weights=file, memory=tmp_path / "cache")
+    features = PretrainedFeatures(weights=file, engine="torch")
+    features.set_params(memory=tmp_path / "cache")
     first = features.fit_transform(images)
     tensors, document = read_tensors(file)
     tensors["heads.0.1.bias"] += 1
@@ -192,7 +198,7 @@ def test_cached_rows_are_those_of_one_file(file, images, tmp_path):
         features.transform(images)
     second = features.fit_transform(images)
     assert np.abs(first - second).max() > 0.01
-    exact = PretrainedFeatures(weights=file).fit_transform(images)
+    exact = PretrainedFeatures(weights=file, engine="torch").fit_transform(images)
     np.testing.assert_array_equal(second, exact)
 
 
@@ -344,7 +350,8 @@ def test_constants_that_are_not_saved(images, tmp_path, monkeypatch):
     tuned.save(tmp_path / "tuned.safetensors")
     monkeypatch.setattr(registry, "find_source", lambda name: NotRegistered())
     monkeypatch.setattr(registry, "backbones", KeyedCache(max_size=4))
-    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images)
+    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors")
+    mine.set_params(engine="torch").fit(images)
     expected = tuned.predict_proba(images)
     np.testing.assert_allclose(mine.predict_proba(images), expected, atol=1e-5)
 
@@ -406,6 +413,7 @@ def test_registered_networks_without_head_or_stages(images, tmp_path, builder):
 @pytest.mark.parametrize("name", ["squeezenet1_1", "swin_t", "resnet_mini"])
 def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
     options = {"max_epochs": 0, "head_init": "random", "hidden_layer_sizes": 4}
+    options |= {"image_size": 64}
     estimator = fit(images[:4], name, [0, 1], weights=None, **options)
     estimator.save(tmp_path / "tuned.safetensors")
     mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images[:4])
@@ -413,7 +421,8 @@ def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
     np.testing.assert_allclose(mine.predict_proba(images[:4]), expected, atol=1e-5)
     file = tmp_path / "tuned.safetensors"
     for layer in ("stage1", "stage2.1", "neck.1"):
-        rows = PretrainedFeatures(weights=file, layer=layer).fit_transform(images[:4])
+        features = PretrainedFeatures(weights=file, layer=layer, engine="torch")
+        rows = features.fit_transform(images[:4])
         assert np.isfinite(rows).all()
 
 
