@@ -1,6 +1,7 @@
 """Tests of new heads, compared with the untouched networks."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import nn
 from torchvision import models
 
 from sktl._backbones.new_head import replace_head
+from sktl._backbones.register import register_backbone
 from sktl._backbones.registry import load_backbone
+from sktl._images.preprocessing import Preprocessing
 
 FEW_FAMILIES = ["resnet_mini", "squeezenet1_1"]
 FAMILIES = [
@@ -58,6 +61,14 @@ def test_input_of_the_head_is_the_penultimate_feature(family):
     assert network(x).shape == (2, 3)
 
 
+def as_vgg():
+    """Build a network with the layers of those of VGG, which have many parameters."""
+    linear = [nn.Linear(4 * 36, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8)]
+    classifier = nn.Sequential(*linear, nn.ReLU(), nn.Dropout(), nn.Linear(8, 5))
+    parts = {"features": nn.Conv2d(3, 4, 3), "flatten": nn.Flatten()}
+    return nn.Sequential(OrderedDict({**parts, "classifier": classifier}))
+
+
 def test_hidden_layers_and_dropout_of_the_head():
     backbone = load_backbone("resnet_mini")
     network = replace_head(backbone, 3, hidden_layer_sizes=(16, 8), dropout=0.25)
@@ -69,7 +80,9 @@ def test_hidden_layers_and_dropout_of_the_head():
         8,
         3,
     ]
-    vgg = replace_head(load_backbone("vgg11", None), 3)
+    options = {"stages": {"stem": ["features"]}, "head": ["flatten", "classifier"]}
+    register_backbone("as vgg", as_vgg, preprocessing=Preprocessing(8, 8), **options)
+    vgg = replace_head(load_backbone("as vgg"), 3)
     assert sum(isinstance(m, nn.Dropout) for m in vgg.modules()) == 1
 
 

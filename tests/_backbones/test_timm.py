@@ -124,7 +124,9 @@ def test_weights_of_another_network_raise(tmp_path: Path) -> None:
             _ = load_backbone(name, path).network
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
+@pytest.mark.parametrize(
+    "name", ["test_vit", pytest.param("test_efficientnet", marks=pytest.mark.slow)]
+)
 def test_weights_come_from_the_hub(hub: HubServer, name: str) -> None:
     expected = _created(name)
     content = safetensors.torch.save(expected.state_dict())
@@ -163,7 +165,8 @@ def test_rows_equal_those_of_timms_transform_and_network(tmp_path: Path) -> None
     with torch.inference_mode():
         x = expected.forward_features(x)
         features = expected.forward_head(x, pre_logits=True).numpy()
-    rows = PretrainedFeatures("timm/test_vit3", weights=path).transform(pixels)
+    mine = PretrainedFeatures("timm/test_vit3", weights=path, engine="torch")
+    rows = mine.transform(pixels)
     np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-5)
 
 
@@ -416,11 +419,9 @@ def test_pooled_tokens_of_a_published_transformer(test_data: Path, engine: str) 
     with torch.inference_mode():
         tokens = network.forward_features(x)  # (n, 1 + 16 * 16, 384)
     expected = {"cls": tokens[:, 0], "avg": tokens[:, 1:].mean(1)}
-    for layer, pooling in (
-        ("stage4", "cls"),
-        ("stage4", "avg"),
-        ("penultimate", "cls"),
-    ):
+    cases = [("stage4", "avg"), ("penultimate", "cls"), ("stage4", "cls")]
+    # OpenVINO converts the network in each case, and has no layers of its own.
+    for layer, pooling in cases[:2] if engine == "openvino" else cases:
         rows = PretrainedFeatures(
             f"timm/{name}",
             weights=path,
