@@ -1,6 +1,7 @@
 """Short runs of `soak.py`: it passes, and it detects each kind of leak."""
 
 import contextlib
+import gc
 import subprocess
 import sys
 import threading
@@ -44,7 +45,8 @@ def test_a_leak_is_detected(what, tmp_path, monkeypatch):
     def leaking(stack):
         for i in range(6):
             if what == "memory":
-                kept.append(np.ones(2_000_000))
+                # More than malloc ever takes from memory that was freed before.
+                kept.append(np.ones(5_000_000))
             elif what == "files":
                 stack.enter_context(open(__file__))
             elif what == "threads":
@@ -54,6 +56,8 @@ def test_a_leak_is_detected(what, tmp_path, monkeypatch):
             yield i
 
     with contextlib.ExitStack() as stack:
+        gc.freeze()  # each count collects garbage, without the objects of other tests
+        stack.callback(gc.unfreeze)
         stack.callback(end.set)
         grown = soak.soak("a leak", leaking(stack))
     assert [line for line in grown if f" {what} " in line]
