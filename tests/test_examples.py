@@ -126,7 +126,7 @@ def test_three_strategies_search_every_layer_of_the_frozen_rows(monkeypatch):
 
 @pytest.mark.docs
 def test_three_strategies_on_ones_own_folder(run, folder, capsys):
-    arguments = ["--data", folder / "train", "--labels", 6, "--repeats", 2]
+    arguments = ["--data", folder / "train", "--labels", 4, "--repeats", 1]
     run("three_strategies", *arguments)
     out = capsys.readouterr().out
     for row in ("raw pixels", "no training", "frozen: penultimate", "frozen: layer"):
@@ -208,7 +208,8 @@ def test_the_throughput_benchmark_measures_all_methods(images, tmp_path):
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.jpg")
     command = [sys.executable, EXAMPLES / "benchmarks" / "throughput.py"]
-    command += ["--data", tmp_path, "--backbone", "squeezenet1_1", "--images", "32"]
+    command += ["--data", tmp_path, "--backbone", "shufflenet_v2_x0_5"]
+    command += ["--images", "32"]
     command += ["--rounds", "1", "--skip", "embetter", "img2vec", "vision", "openvino"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     for method in ("network alone", "sktl"):
@@ -287,7 +288,7 @@ def check_all(coverage_checks, name):
     ("name", "kind", "n_stages"),
     [
         ("squeezenet1_1", "CNN", 4),
-        ("timm/test_efficientnet", "CNN", 5),
+        pytest.param("timm/test_efficientnet", "CNN", 5, marks=pytest.mark.slow),
         ("timm/test_vit", "transformer", 5),
     ],
 )

@@ -229,7 +229,8 @@ nets.register(build if sys.argv[1] == "script" else nets.build)
 X = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
 y = np.arange(12) % 2
 first = "net" if sys.argv[1] == "script" else "resnet_mini"
-model = make_pipeline(PretrainedFeatures(first), LogisticRegression())
+features = PretrainedFeatures(first, engine="torch")
+model = make_pipeline(features, LogisticRegression())
 grid = {"pretrainedfeatures__backbone": ["net"], "logisticregression__C": [0.1, 1]}
 search = GridSearchCV(model, grid, cv=2, n_jobs=2, error_score="raise").fit(X, y)
 print(search.predict_proba(X).tolist())
