@@ -413,7 +413,6 @@ def test_registered_networks_without_head_or_stages(images, tmp_path, builder):
 @pytest.mark.parametrize("name", ["squeezenet1_1", "swin_t", "resnet_mini"])
 def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
     options = {"max_epochs": 0, "head_init": "random", "hidden_layer_sizes": 4}
-    options |= {"image_size": 64}
     estimator = fit(images[:4], name, [0, 1], weights=None, **options)
     estimator.save(tmp_path / "tuned.safetensors")
     mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images[:4])
