@@ -133,9 +133,8 @@ def searches(number: int, folder: Path) -> Iterator[int]:
     y = np.repeat([0, 1], 15)
     for i in range(number):
         with tempfile.TemporaryDirectory(dir=folder) as store:
-            model = make_pipeline(
-                PretrainedFeatures("resnet_mini", memory=store), LogisticRegression()
-            )
+            features = PretrainedFeatures("resnet_mini", image_size=24, memory=store)
+            model = make_pipeline(features, LogisticRegression())
             grid = {"pretrainedfeatures__layer": ["stage1", "penultimate"]}
             search = GridSearchCV(model, grid, cv=3, n_jobs=2)
             search.fit(list(paths(folder, len(y))), y)
