@@ -85,6 +85,7 @@ def make_classifier(directory, name, **options):
         "batch_size": 8,
         "lr": 0.01,
         "random_state": 3,
+        "engine": "torch",  # importing OpenVINO takes longer than the training
         "checkpoint": Path(directory) / "checkpoint",
     }
     return FineTunedCNNClassifier(

@@ -1,6 +1,6 @@
 """Some cases of `fuzz.py`, of each kind; and that it reports what is broken.
 
-By default forty cases; the mark ``slow`` adds thousands.
+By default a hundred cases; the mark ``slow`` adds thousands.
 """
 
 import re
@@ -29,7 +29,7 @@ def run(program, *arguments):
 @pytest.mark.parametrize(
     ("kind", "n"),
     [
-        ("all", 40),
+        ("all", 100),
         *(pytest.param(kind, n, marks=pytest.mark.slow) for kind, n in CASES.items()),
     ],
 )
@@ -44,7 +44,7 @@ def test_damaged_files_break_nothing(tmp_path, kind, n):
         )
     }
     assert sum(counts.values()) == n
-    # Some files were read, and some were damaged. Forty cases of all kinds are too
+    # Some files were read, and some were damaged. A hundred cases of all kinds are too
     # few to expect both of every kind: few damaged weights files can still be read.
     assert any(re.search("read|loaded|resumed", outcome) for outcome in counts)
     assert kind == "shards" or any("refused: ValueError" in name for name in counts)
