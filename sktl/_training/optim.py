@@ -95,8 +95,8 @@ def parameter_groups(
     -------
     list of dict
         From the head downwards, without empty groups. The neck belongs to the last
-        stage, and a parameter of several stages to the last one of them. Without the
-        parameters of frozen parts, also if a trainable one shares them.
+        stage, and a parameter of several stages to the last one of them. Without
+        gradients, as while a stage is frozen, a parameter is not changed.
     """
     parts = dict(network.named_children())
     head, neck = parts.pop(HEAD), parts.pop(NECK)
@@ -108,7 +108,7 @@ def parameter_groups(
     grouped: set[nn.Parameter] = set()  # an optimizer refuses a parameter given twice
     for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
         own = dict.fromkeys(p for module in modules for p in module.parameters())
-        parameters = [p for p in own if p not in grouped and p.requires_grad]
+        parameters = [p for p in own if p not in grouped]
         grouped.update(parameters)
         for decay, chosen in (
             (weight_decay, [p for p in parameters if p.ndim > 1 and p not in excluded]),
