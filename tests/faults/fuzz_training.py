@@ -21,8 +21,10 @@ from sktl._training import linear_probe
 from sktl._training.checkpoint import Checkpoint
 from sktl._utils.tensor_file import _digest
 
-# Few values of the regularization, as in the fixture quick_linear_probe, to save time.
-linear_probe.C_GRID, linear_probe._N_FOLDS = np.array([0.01, 1.0]), 2
+
+def probe_quickly():
+    """Try few values of the regularization in this process, to save time."""
+    linear_probe.C_GRID, linear_probe._N_FOLDS = np.array([0.01, 1.0]), 2
 
 
 def damage_with_valid_sha256(rng, content):
@@ -78,6 +80,7 @@ class Models:
     """Files written by ``FineTunedCNNClassifier.save``."""
 
     def __init__(self, folder):
+        probe_quickly()
         os.fsync = lambda descriptor: None
         self.path = folder / "input" / "estimator.safetensors"
         X, y = load_data()
@@ -120,6 +123,7 @@ class Checkpoints:
     """Checkpoints from which a fit resumes."""
 
     def __init__(self, folder):
+        probe_quickly()
         os.fsync = lambda descriptor: None
         self.X, self.y = load_data()
         self.X, self.y = self.X[::2], self.y[::2]
