@@ -339,7 +339,6 @@ def _raise_when_loading(library: Any) -> Iterator[None]:
             namespace["load_pretrained"] = original
 
 
-@functools.cache
 def has_embeddings(name: str) -> bool:
     """Return whether the outputs of weights of timm are an embedding of the image.
 
@@ -359,6 +358,7 @@ def has_embeddings(name: str) -> bool:
     return was_trained_with_texts and "_ft_in" not in name
 
 
+@functools.cache
 def _categories(n_outputs: int) -> tuple[str, ...] | None:
     """Return the names of the outputs, or None if timm has no table of them.
 
