@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import softmax
 from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 
@@ -20,9 +19,9 @@ from sktl._inference.feature_cache import Memory
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.base_estimator import BaseFineTunedCNN
 from sktl._training.config import HEAD_INITS
-from sktl._training.multiclass import MulticlassTarget, encode_multiclass
+from sktl._training.multiclass import encode_multiclass
 from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
-from sktl._training.targets import EncodedTargets, Target
+from sktl._training.targets import ClassificationTarget, EncodedTargets, Target
 from sktl._utils.sklearn_compat import Interval, StrOptions, fit_context
 
 
@@ -527,8 +526,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         ValueError
             As in `predict`.
         """
-        proba: NDArray[np.float32] = softmax(self._predict_outputs(X), axis=1)
-        return proba
+        outputs = self._predict_outputs(X)
+        return cast(ClassificationTarget, self._fitted_model.target).probabilities(
+            outputs
+        )
 
     def decision_function(self, X: Any) -> NDArray[np.float32]:
         """Compute the logits, of which the probabilities are the softmax.
@@ -558,16 +559,23 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         return tags
 
     def _encode_targets(
-        self, n_samples: int, y: Any, sample_weight: Any, classes: Any
+        self,
+        n_samples: int,
+        y: Any,
+        sample_weight: Any,
+        *,
+        classes: Any,
+        previous: Target | None,
     ) -> EncodedTargets:
         return encode_multiclass(
             n_samples,
             y,
             sample_weight,
             class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
             classes=classes,
             estimator=self,
         )
 
     def _set_target(self, target: Target) -> None:
-        self.classes_ = cast(MulticlassTarget, target).classes
+        self.classes_ = cast(ClassificationTarget, target).classes

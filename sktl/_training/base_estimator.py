@@ -56,9 +56,18 @@ class BaseFineTunedCNN(MemoryAccess):
 
     @abstractmethod
     def _encode_targets(
-        self, n_samples: int, y: Any, sample_weight: Any, classes: Any
+        self,
+        n_samples: int,
+        y: Any,
+        sample_weight: Any,
+        *,
+        classes: Any,
+        previous: Target | None,
     ) -> EncodedTargets:
-        """Validate and encode targets and weights."""
+        """Validate and encode targets and weights.
+
+        `previous` is the target of the model that the training continues with.
+        """
 
     @abstractmethod
     def _set_target(self, target: Target) -> None:
@@ -84,12 +93,15 @@ class BaseFineTunedCNN(MemoryAccess):
             fitted = getattr(self, "_fitted_model", None)
         checked = copy.copy(self)  # so that a fit that fails leaves nothing behind
         images = checked._validate_images(X, reset=fitted is None)
-        targets = self._encode_targets(len(images), y, sample_weight, classes)
+        previous = None if fitted is None else fitted.target
+        targets = self._encode_targets(
+            len(images), y, sample_weight, classes=classes, previous=previous
+        )
         if not partial:
             targets = targets.with_normalized_weights()
-        if fitted is not None:
+        if previous is not None:
             caller = "partial_fit" if partial else "warm_start"
-            targets.target.check_unchanged(fitted.target, caller)
+            targets.target.check_unchanged(previous, caller)
         fitted, record, net = fit_model(self, images, targets, fitted, partial=partial)
         copy_feature_metadata(self, checked)
         self._set_fitted(fitted, record)

@@ -197,7 +197,6 @@ def build_config(
         weight_decay=estimator.weight_decay,
         lr_schedule="constant" if parts.partial else estimator.lr_schedule,
         max_epochs=max_epochs,
-        label_smoothing=estimator.label_smoothing,
         wise_ft_alpha=wise_ft_alpha,
         unfreeze_every=estimator.unfreeze_every,
         patience=estimator.n_iter_no_change if estimator.early_stopping else None,

@@ -24,7 +24,8 @@ class SelectionRow:
     n_epochs : int
         Number of epochs that they were tried for.
     valid_loss, valid_score : float
-        Mean loss at the best temperature and score on the held-out images.
+        Mean loss (of a classifier at the best temperature) and score on the held-out
+        images.
     valid_losses : tuple of float
         Loss of each held-out image, times its weight.
     """
@@ -62,8 +63,8 @@ class TrainingConfig:
         Device of the network.
     precision : str
         Precision of the computation; the weights stay float32.
-    optimizer, lr, layer_decay, weight_decay, lr_schedule, max_epochs, \
-label_smoothing, wise_ft_alpha, unfreeze_every, verbose
+    optimizer, lr, layer_decay, weight_decay, lr_schedule, max_epochs, wise_ft_alpha, \
+unfreeze_every, verbose
         As in `FineTunedCNNClassifier`.
     """
 
@@ -76,7 +77,6 @@ label_smoothing, wise_ft_alpha, unfreeze_every, verbose
     weight_decay: float
     lr_schedule: str
     max_epochs: int
-    label_smoothing: float
     wise_ft_alpha: float
     unfreeze_every: int | None
     patience: int | None
@@ -191,24 +191,30 @@ def parse_selection(rows: Any) -> list[SelectionRow]:
     -------
     list of SelectionRow
     """
-    numbers = {each.name for each in fields(SelectionRow)}
-    numbers -= {"head_init", "valid_losses"}
+    names = {each.name for each in fields(SelectionRow)} - {"valid_losses"}
+    # The score of a regressor may be negative.
+    not_negative = names - {"head_init", "valid_score"}
 
     def is_row(row: Any) -> bool:
         return (
             isinstance(row, dict)
-            and row.keys() - {"valid_losses"} == numbers | {"head_init"}
+            and row.keys() - {"valid_losses"} == names
             and row["head_init"] in HEAD_INITS
+            and type(row["valid_score"]) in (int, float)
+            and abs(row["valid_score"]) < MAX_NUMBER
             and isinstance(row.get("valid_losses", []), list)
             and all(
                 type(value) in (int, float)
                 and (0 <= value < MAX_NUMBER or value == math.inf)
-                for value in (*(row[n] for n in numbers), *row.get("valid_losses", []))
+                for value in (
+                    *(row[name] for name in not_negative),
+                    *row.get("valid_losses", []),
+                )
             )
         )
 
     if not isinstance(rows, list) or not all(map(is_row, rows)):
-        raise ValueError(f"each row of its selection needs {sorted(numbers)}")
+        raise ValueError(f"each row of its selection needs {sorted(names)}")
     return [
         SelectionRow(**{**row, "valid_losses": tuple(row.get("valid_losses", ()))})
         for row in rows

@@ -7,18 +7,22 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax
+from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_consistent_length
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sktl._training.classifier_net import ClassifierNet
 from sktl._training.linear_probe import fit_linear_probe
-from sktl._training.targets import EncodedTargets, Target
+from sktl._training.scoring_net import ClassifierNet
+from sktl._training.targets import (
+    EncodedTargets,
+    Target,
+    check_not_none,
+    check_same_kind,
+    positive_weights,
+)
 from sktl._utils.labels import check_labels, labels_from_json, labels_to_json
-from sktl._utils.sklearn_compat import check_sample_weight
 
 _LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
 
@@ -53,18 +57,21 @@ class MulticlassTarget:
     ----------
     classes : ndarray of shape (n_classes,)
         Labels, sorted. An encoded target is a position in it.
+    label_smoothing : float, default=0.0
+        As in `FineTunedCNNClassifier`.
     """
 
     classes: NDArray[Any]
+    label_smoothing: float = 0.0
 
     @property
     def n_outputs(self) -> int:
         """Number of classes."""
         return len(self.classes)
 
-    def loss(self, label_smoothing: float) -> nn.Module:
+    def loss(self) -> nn.Module:
         """Return the weighted cross-entropy."""
-        return WeightedCrossEntropy(label_smoothing)
+        return WeightedCrossEntropy(self.label_smoothing)
 
     def score(
         self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
@@ -113,6 +120,7 @@ class MulticlassTarget:
 
     def check_unchanged(self, previous: Target, caller: str) -> None:
         """Raise a ValueError if the classes differ from those of a previous fit."""
+        check_same_kind(self, previous, caller)
         expected = cast(MulticlassTarget, previous).classes
         if not np.array_equal(self.classes, expected):
             raise ValueError(
@@ -132,13 +140,18 @@ class MulticlassTarget:
         """Return the most probable label of each row."""
         return self.classes[outputs.argmax(axis=1)]
 
+    def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the softmax of each row."""
+        proba: NDArray[Any] = softmax(outputs, axis=1)
+        return proba
+
     def labels(self, y: NDArray[Any]) -> NDArray[Any]:
         """Return the label of each encoded target."""
         return self.classes[y]
 
     def scoring_net(self, net: Any) -> ClassifierNet:
         """Return a view of the net that predicts labels and probabilities."""
-        return ClassifierNet(net, self.classes)
+        return ClassifierNet(net, self)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the text of the classes."""
@@ -175,6 +188,7 @@ def encode_multiclass(
     sample_weight: Any,
     *,
     class_weight: Any,
+    label_smoothing: float = 0.0,
     classes: Any = None,
     estimator: BaseEstimator,
 ) -> EncodedTargets:
@@ -190,6 +204,8 @@ def encode_multiclass(
         Weights of the samples. None: 1 for each.
     class_weight : dict, "balanced" or None
         Weights of the classes, as in scikit-learn's classifiers.
+    label_smoothing : float, default=0.0
+        As in `FineTunedCNNClassifier`.
     classes : array-like of shape (n_classes,) or None
         All classes. None: those that occur in `y`.
     estimator : BaseEstimator
@@ -208,19 +224,10 @@ def encode_multiclass(
         classes; or if `y` contains labels that are not in `classes`.
     """
     name = type(estimator).__name__
-    if y is None:
-        raise ValueError(f"{name} requires y to be passed, but the target y is None.")
+    check_not_none(y, estimator)
     y = check_labels(y, estimator)
-    check_consistent_length(range(n_samples), y)
-    weight = check_sample_weight(
-        sample_weight, y, dtype=np.float64, ensure_non_negative=True
-    )
-    if not weight.any():
-        raise ValueError(
-            "Sample weights must contain at least one non-zero number. Got zeros only."
-        )
-    rows = np.flatnonzero(weight)
-    y, weight = y[rows], weight[rows]
+    rows, weight = positive_weights(n_samples, y, sample_weight)
+    y = y[rows]
     classes = _valid_classes(y, classes, name)
     encoded = np.searchsorted(classes, y)
     class_weights = compute_class_weight(
@@ -233,7 +240,8 @@ def encode_multiclass(
             "class_weight must be finite and not negative, and positive for a class "
             f"in y. Got {class_weight!r}."
         )
-    return EncodedTargets(MulticlassTarget(classes), rows, encoded, weight)
+    target = MulticlassTarget(classes, label_smoothing)
+    return EncodedTargets(target, rows, encoded, weight)
 
 
 def _valid_classes(y: NDArray[Any], classes: Any, name: str) -> NDArray[Any]:

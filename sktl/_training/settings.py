@@ -109,10 +109,11 @@ def _select(
 
 def _warn_of_safe_settings(config: TrainingConfig) -> None:
     warnings.warn(
-        "lr='auto' and wise_ft_alpha='auto' are selected on held-out images, so each "
-        "class must have at least two. Got a class with one image. "
-        f"lr={config.lr} and wise_ft_alpha={config.wise_ft_alpha} are used. Add "
-        "images, or set both parameters.",
+        "lr='auto' and wise_ft_alpha='auto' are selected on held-out images, so there "
+        "must be at least four images, and two of each class. Got less images, or a "
+        f"class with one image. lr={config.lr} and "
+        f"wise_ft_alpha={config.wise_ft_alpha} are used. Add images, or set both "
+        "parameters.",
         UserWarning,
         stacklevel=4,
     )

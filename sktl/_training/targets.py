@@ -1,9 +1,9 @@
 """Targets: the interface of a kind of target, and the split into train and valid.
 
-A kind of target is a module of its own with a class that implements `Target`
-(`sktl._training.multiclass`, for one class per image). Regression and multilabel
-targets are further modules beside it. The trainer, the linear probe, the checkpoint
-and the saved file use the interface only.
+A kind of target is a module of its own with a class that implements `Target`:
+`sktl._training.multiclass` for one class per image, `sktl._training.multilabel` for
+several labels, and `sktl._training.regression` for numbers. The trainer, the
+checkpoint and the saved file use the interface only.
 """
 
 from collections.abc import Sequence
@@ -12,22 +12,27 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
 from sklearn.model_selection import train_test_split
+from sklearn.utils import check_consistent_length
 from torch import nn
+
+from sktl._utils.sklearn_compat import check_sample_weight
 
 
 class Target(Protocol):
     """One kind of target: encoding, loss, score, initial head, decoding, saving.
 
     Encoding is a function of the module, which returns `EncodedTargets`, since every
-    kind has its own parameters there.
+    kind has its own parameters there. Settings of the loss are attributes of the
+    target, and are not saved.
     """
 
     @property
     def n_outputs(self) -> int:
         """Number of outputs of the network."""
 
-    def loss(self, label_smoothing: float) -> nn.Module:
+    def loss(self) -> nn.Module:
         """Return the loss: ``(outputs, (y, sample_weight))`` to a scalar."""
 
     def score(
@@ -77,6 +82,35 @@ class Target(Protocol):
         """Return the target as values that JSON can hold."""
 
 
+class ClassificationTarget(Target, Protocol):
+    """Kind of target of a classifier."""
+
+    @property
+    def classes(self) -> Any:
+        """Attribute ``classes_`` of a classifier."""
+
+    def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the probabilities for logits, as ``predict_proba`` does."""
+
+
+def check_same_kind(target: Target, previous: Target, caller: str) -> None:
+    """Raise a ValueError if two targets are not of the same kind.
+
+    Parameters
+    ----------
+    target, previous : Target
+        Target of this fit and of the previous one.
+    caller : str
+        Named in the error.
+    """
+    kind, expected = (each.to_document()["kind"] for each in (target, previous))
+    if kind != expected:
+        raise ValueError(
+            f"{caller} must get targets of the kind of the first fit, which is "
+            f"{expected}. Got {kind} targets. Call fit with warm_start=False."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedTargets:
     """Targets and weights of the samples whose weight is positive.
@@ -104,10 +138,57 @@ class EncodedTargets:
         return replace(self, sample_weight=weight / weight.mean())
 
 
+def check_not_none(y: Any, estimator: BaseEstimator) -> None:
+    """Raise a ValueError if there are no targets."""
+    if y is None:
+        raise ValueError(
+            f"{type(estimator).__name__} requires y to be passed, but the target y is "
+            "None."
+        )
+
+
+def positive_weights(
+    n_samples: int, y: NDArray[Any], sample_weight: Any
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the samples whose weight is positive, and their weights.
+
+    Parameters
+    ----------
+    n_samples : int
+        Number of images.
+    y : ndarray of shape (n_samples, ...)
+        Validated targets.
+    sample_weight : array-like of shape (n_samples,) or None
+        Weights of the samples. None: 1 for each.
+
+    Returns
+    -------
+    rows : ndarray of shape (n,), int
+        Positions of the samples.
+    weight : ndarray of shape (n,), float64
+        Their weights.
+
+    Raises
+    ------
+    ValueError
+        If lengths differ, a weight is negative, or all are 0.
+    """
+    check_consistent_length(range(n_samples), y)
+    weight: NDArray[np.float64] = check_sample_weight(
+        sample_weight, y, dtype=np.float64, ensure_non_negative=True
+    )
+    if not weight.any():
+        raise ValueError(
+            "Sample weights must contain at least one non-zero number. Got zeros only."
+        )
+    rows = np.flatnonzero(weight)
+    return rows, weight[rows]
+
+
 def validation_mask(
     targets: EncodedTargets, validation_fraction: float | None, seed: int
 ) -> NDArray[np.bool_]:
-    """Select the validation set, stratified by class.
+    """Select the validation set, stratified by class if each image has one.
 
     Parameters
     ----------
@@ -135,8 +216,8 @@ def validation_mask(
         held_out = _stratified_mask(targets, validation_fraction, seed)
     except ValueError as error:
         raise ValueError(
-            "early_stopping holds out a stratified validation set, which must be "
-            f"possible. {got} of {len(targets.rows)} images: {error} Change "
+            "early_stopping holds out a validation set, stratified by class, which "
+            f"must be possible. {got} of {len(targets.rows)} images: {error} Change "
             "validation_fraction, or set early_stopping=False."
         ) from error
     strata = targets.target.strata(targets.y)
@@ -153,29 +234,36 @@ def validation_mask(
 def selection_mask(
     targets: EncodedTargets, n_held_out: int, seed: int
 ) -> NDArray[np.bool_] | None:
-    """Hold out samples to compare settings on, stratified by class.
+    """Hold out samples to compare settings on, stratified by class if there is one.
 
     Parameters
     ----------
     targets : EncodedTargets
         Targets of all samples.
     n_held_out : int
-        Number of samples to hold out; at least one per class, at most half.
+        Number of samples to hold out; at least one per class and two in all, at most
+        half.
     seed : int
         Seed of the split.
 
     Returns
     -------
     ndarray of shape (n,), bool, or None
-        True for held-out samples. None if a class has only one sample.
+        True for held-out samples. None if a class has only one sample, or if there are
+        less than four samples.
     """
-    strata = targets.target.strata(targets.y[targets.sample_weight > 0])
+    positive = targets.sample_weight > 0
+    n_samples, n_least = int(positive.sum()), 2
+    strata = targets.target.strata(targets.y[positive])
     if strata is not None:
         counts = np.unique(strata, return_counts=True)[1]
         if counts.min() < 2:
             return None
-        # At most half, so that each class has a sample in the other part.
-        n_held_out = min(max(n_held_out, len(counts)), len(strata) // 2)
+        n_least = len(counts)
+    # At most half, so that each class has a sample in the other part.
+    n_held_out = min(max(n_held_out, n_least), n_samples // 2)
+    if n_held_out < n_least:
+        return None
     return _stratified_mask(targets, n_held_out, seed)
 
 

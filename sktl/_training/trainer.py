@@ -112,7 +112,7 @@ class Trainer:
         config = self._config
         return NeuralNet(
             NormalizedInput(self._partial, preprocessing),
-            self._target.loss(config.label_smoothing),
+            self._target.loss(),
             optimizer=partial(
                 make_optimizer,
                 self.network,

@@ -209,7 +209,7 @@ def test_loss_equals_cross_entropy_of_torch(label_smoothing):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(8, 3, generator=generator)
     y = torch.randint(3, (8,), generator=generator)
-    loss = MulticlassTarget(np.arange(3)).loss(label_smoothing)
+    loss = MulticlassTarget(np.arange(3), label_smoothing).loss()
     expected = nn.CrossEntropyLoss(label_smoothing=label_smoothing)(logits, y)
     torch.testing.assert_close(loss(logits, (y, torch.ones(8))), expected)
 

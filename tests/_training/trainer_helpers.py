@@ -24,7 +24,7 @@ from sktl._training.trainer import Trainer
 from sktl._utils.random_state import temporary_seed
 
 BACKBONE = load_backbone("tiny", None, random_state=0)
-TARGET = MulticlassTarget(np.array([0, 1]))
+TARGET = MulticlassTarget(np.array([0, 1]), label_smoothing=0.1)
 Y = np.repeat([0, 1], 20)
 SEED = int(check_random_state(0).randint(2**31 - 1))  # of random_state=0
 SAMPLE_WEIGHT = np.linspace(0.5, 1.5, 40)
@@ -38,7 +38,6 @@ CONFIG = TrainingConfig(
     weight_decay=0.1,
     lr_schedule="cosine",
     max_epochs=3,
-    label_smoothing=0.1,
     wise_ft_alpha=1.0,
     unfreeze_every=None,
     patience=None,

@@ -1,4 +1,4 @@
-"""Tests of the view of a net as a classifier."""
+"""Tests of the views of a net as an estimator."""
 
 import pickle
 
@@ -10,7 +10,8 @@ from sklearn.base import is_classifier
 from sklearn.metrics import accuracy_score, check_scoring, roc_auc_score
 from trainer_helpers import Y, make_dataset, make_trainer
 
-from sktl._training.classifier_net import ClassifierNet
+from sktl._training.multiclass import MulticlassTarget
+from sktl._training.scoring_net import ClassifierNet
 
 LABELS = np.array(["bird", "cat"])
 
@@ -20,7 +21,7 @@ def trained(images):
     """Return the network and the view of its net, after a short training."""
     trainer = make_trainer(make_dataset(images), max_epochs=1)
     trainer.run()
-    return trainer, ClassifierNet(trainer.net, LABELS)
+    return trainer, ClassifierNet(trainer.net, MulticlassTarget(LABELS))
 
 
 def expected_proba(trainer, x):
@@ -62,6 +63,6 @@ def test_other_attributes_are_those_of_the_net(trained):
 
 
 def test_pickle():
-    net = pickle.loads(pickle.dumps(ClassifierNet({"a": 1}, LABELS)))
+    net = pickle.loads(pickle.dumps(ClassifierNet({"a": 1}, MulticlassTarget(LABELS))))
     assert dict(net.items()) == {"a": 1}
     assert net.classes_.tolist() == LABELS.tolist()
