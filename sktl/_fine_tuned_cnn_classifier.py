@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, ClassVar, Self, cast
 
 import numpy as np
@@ -11,17 +11,15 @@ from numpy.typing import NDArray
 from sklearn.base import ClassifierMixin
 from sklearn.utils import Tags
 
-from sktl._images.augmentation import AUGMENTATIONS
 from sktl._images.file_formats import MAX_PIXELS
 from sktl._images.flattened import ImageShape
 from sktl._images.pixel_values import PixelRange
 from sktl._inference.feature_cache import Memory
-from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.base_estimator import BaseFineTunedCNN
-from sktl._training.config import HEAD_INITS
-from sktl._training.multiclass import encode_multiclass
-from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
+from sktl._training.multiclass import MulticlassTarget, encode_multiclass
+from sktl._training.multilabel import MultilabelTarget, encode_multilabel
 from sktl._training.targets import ClassificationTarget, EncodedTargets, Target
+from sktl._utils.indicators import has_several_columns
 from sktl._utils.sklearn_compat import Interval, StrOptions, fit_context
 
 
@@ -55,15 +53,16 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         or the name of a stage, that stage and all above it. All other stages are
         frozen, including their BatchNorm statistics.
     head_init : {"auto", "linear_probe", "soft_linear_probe", "random"}, default="auto"
-        Initialization of the head. ``"linear_probe"``: a logistic regression on the
-        frozen features, with the regularization strength chosen by cross-validation;
+        Initialization of the head. ``"linear_probe"``: a linear model of the frozen
+        features (a classifier starts with a logistic regression, a regressor with a
+        ridge regression), with the regularization strength chosen by cross-validation;
         with hidden layers, a multilayer perceptron. Pretrained BatchNorm statistics,
         which these features depend on, are then frozen in all stages.
         ``"soft_linear_probe"``: the same, and the training starts with 0.3 times its
         coefficients, so that stages below a probe that fits perfectly get a gradient.
         ``"auto"``: selected with `lr` if that is ``"auto"``, else ``"linear_probe"``.
     hidden_layer_sizes : int or sequence of int, default=()
-        Widths of the hidden layers between the penultimate features and the classes.
+        Widths of the hidden layers between the penultimate features and the outputs.
     dropout : float, default=0.0
         Dropout probability before each layer of the head.
     optimizer : {"adamw", "sgd"}, default="adamw"
@@ -71,7 +70,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     lr : float or "auto", default="auto"
         Maximum learning rate of the head. ``"auto"``: selected, together with what else
         is ``"auto"``, by short trainings on a part of the images, as the one with the
-        least log loss on the others; see the notes.
+        least loss on the others; see the notes.
     layer_decay : float, default=1.0
         Ratio of the learning rate of a stage to that of the stage above it.
     weight_decay : float, default=1e-2
@@ -99,14 +98,17 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         weights (1) [3]_. ``"auto"``: selected as `lr` is. No effect if training does
         not start from a linear probe on pretrained weights, with `early_stopping`, and
         in `partial_fit`.
-    class_weight : dict, "balanced" or None, default=None
-        Weights of the classes, as in scikit-learn's classifiers.
+    class_weight : dict, list of dict, "balanced" or None, default=None
+        Weights of the classes, as in scikit-learn's classifiers. With several labels
+        per image, weights of 0 and 1: a dict for all labels, or a list with one for
+        each. They multiply the losses of a label, and ``"balanced"`` gives its two
+        classes equal weight.
     unfreeze_every : int or None, default=None
         If given, only the head is trained at first, and one more stage is unfrozen
         every so many epochs, up to `trainable`.
     early_stopping : bool, default=False
-        Whether to hold out a stratified validation set, stop when its accuracy stops
-        improving, and keep the best epoch, which may be the linear probe.
+        Whether to hold out a validation set, stop when the score on it stops improving,
+        and keep the best epoch, which may be the linear probe. See the notes.
     validation_fraction : float, default=0.1
         Fraction of the images in the validation set of early stopping.
     n_iter_no_change : int, default=5
@@ -120,8 +122,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         time, not for a search.
     callbacks : list of skorch callbacks or None, default=None
         Copies of them, which `fit` leaves in ``net_.callbacks_``, are called during
-        training, with the labels as targets. Those that the training would ignore,
-        such as ``LRScheduler``, are refused; the user guide lists them.
+        training, with the targets in the form of `y`. Those that the training would
+        ignore, such as ``LRScheduler``, are refused; the user guide lists them.
     image_size : int or None, default=None
         Side in pixels of the square image that the network gets. An int: the image is
         resized to this size and no margin is cropped. None: size and margin that the
@@ -193,7 +195,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     Attributes
     ----------
     classes_ : ndarray of shape (n_classes,)
-        The labels, sorted.
+        The labels, sorted. With several labels per image, the positions of their
+        columns, as in scikit-learn's perceptron.
     module_ : torch.nn.Sequential
         A copy of the trained network, on the CPU: from normalized ``(n, 3, h, w)`` to
         logits ``(n, n_classes)``. It does not depend on sktl. Changes to it do not
@@ -288,39 +291,12 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
-        **SHARED_CONSTRAINTS,
-        "trainable": [str, Interval(Integral, 0, None, closed="left")],
-        "head_init": [StrOptions({"auto", *HEAD_INITS})],
-        "hidden_layer_sizes": [
-            "array-like",
-            Interval(Integral, 1, None, closed="left"),
-        ],
-        "dropout": [Interval(Real, 0, 1, closed="left")],
-        "optimizer": [StrOptions(set(OPTIMIZERS))],
-        "lr": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
-        "layer_decay": [Interval(Real, 0, 1, closed="right")],
-        "weight_decay": [Interval(Real, 0, None, closed="left")],
-        "lr_schedule": [StrOptions(LR_SCHEDULES)],
-        "max_epochs": [Interval(Integral, 0, None, closed="left")],
-        "augmentation": [StrOptions(AUGMENTATIONS), callable, None],
-        "augmentation_views": [Interval(Integral, 1, None, closed="left"), None],
+        **BaseFineTunedCNN._parameter_constraints,
         "label_smoothing": [Interval(Real, 0, 1, closed="left")],
-        "wise_ft_alpha": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
-        "class_weight": [dict, StrOptions({"balanced"}), None],
-        "unfreeze_every": [Interval(Integral, 1, None, closed="left"), None],
-        "early_stopping": ["boolean"],
-        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
-        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
-        "warm_start": ["boolean"],
-        "checkpoint": [str, os.PathLike, None],
-        "callbacks": [list, tuple, None],
-        "batch_size": [
-            Interval(Integral, 1, None, closed="left"),
-            StrOptions({"auto"}),
-        ],
-        "precision": [StrOptions({"float32", "bfloat16", "auto"})],
-        "random_state": ["random_state"],
+        "class_weight": [dict, list, tuple, StrOptions({"balanced"}), None],
     }
+
+    _target_types = (MulticlassTarget, MultilabelTarget)
 
     def __init__(
         self,
@@ -341,7 +317,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         augmentation_views: int | None = None,
         label_smoothing: float = 0.0,
         wise_ft_alpha: float | str = "auto",
-        class_weight: dict[Any, float] | str | None = None,
+        class_weight: dict[Any, float] | list[dict[int, float]] | str | None = None,
         unfreeze_every: int | None = None,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
@@ -414,8 +390,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         ----------
         X : array-like of images
             See the notes of `PretrainedFeatures`.
-        y : array-like of shape (n_samples,)
-            Labels: str, int or bool, of at least two classes.
+        y : array-like of shape (n_samples,), or indicator matrix
+            Labels: str, int or bool, of at least two classes. If an image can have
+            several labels, an array or a sparse matrix of shape (n_samples, n_labels)
+            of 0 and 1, as :obj:`sklearn.preprocessing.MultiLabelBinarizer` makes.
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the samples. None: 1 for each.
 
@@ -451,11 +429,12 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         ----------
         X : array-like of images
             As in `fit`.
-        y : array-like of shape (n_samples,)
+        y : array-like of shape (n_samples,), or indicator matrix
             Labels.
         classes : array-like of shape (n_classes,), default=None
-            All classes; required in the first call. If all of them occur in its `y`,
-            the head starts as `head_init` says, else with random weights.
+            All classes; required in the first call, except for an indicator matrix. If
+            all of them occur in its `y`, the head starts as `head_init` says, else with
+            random weights.
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the samples. None: 1 for each.
 
@@ -477,7 +456,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
                 f"early_stopping={self.early_stopping!r} and "
                 f"class_weight={self.class_weight!r}. Use fit, or a dict of weights."
             )
-        if classes is None:
+        if classes is None and not has_several_columns(y):
             if not hasattr(self, "_fitted_model"):
                 raise ValueError(
                     "classes must be passed to the first call of partial_fit. Got "
@@ -496,8 +475,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
 
         Returns
         -------
-        y : ndarray of shape (n_samples,)
-            The most probable label of each image.
+        y : ndarray of shape (n_samples,) or (n_samples, n_labels)
+            The most probable label of each image; or, if an image can have several,
+            an indicator matrix of those with a probability above 0.5.
 
         Raises
         ------
@@ -509,7 +489,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         return self._fitted_model.target.decode(outputs)
 
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
-        """Predict the probabilities of all classes.
+        """Predict the probabilities of all classes, or of several labels.
 
         Parameters
         ----------
@@ -518,8 +498,10 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
 
         Returns
         -------
-        proba : ndarray of shape (n_samples, n_classes), float32
-            In the order of `classes_`; each row sums to 1.
+        proba : ndarray of shape (n_samples, n_classes) or (n_samples, n_labels), \
+float32
+            In the order of `classes_`, where each row sums to 1; or the probability of
+            each label.
 
         Raises
         ------
@@ -527,12 +509,13 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
             As in `predict`.
         """
         outputs = self._predict_outputs(X)
-        return cast(ClassificationTarget, self._fitted_model.target).probabilities(
-            outputs
-        )
+        return self._classification_target.probabilities(outputs)
 
     def decision_function(self, X: Any) -> NDArray[np.float32]:
-        """Compute the logits, of which the probabilities are the softmax.
+        """Compute the logits.
+
+        The probabilities are their softmax; with several labels per image, the
+        logistic function of each.
 
         Parameters
         ----------
@@ -542,20 +525,22 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Returns
         -------
         scores : ndarray of shape (n_samples, n_classes) or (n_samples,), float32
-            With two classes, as in scikit-learn, the log-odds of the second.
+            With two classes, as in scikit-learn, the log-odds of the second. With
+            several labels, of shape (n_samples, n_labels).
 
         Raises
         ------
         ValueError
             As in `predict`.
         """
-        logits = self._predict_outputs(X)
-        return logits[:, 1] - logits[:, 0] if logits.shape[1] == 2 else logits
+        outputs = self._predict_outputs(X)
+        return self._classification_target.decision_values(outputs)
 
     def __sklearn_tags__(self) -> Tags:
         """Return the tags: no accuracy is expected on data that are not images."""
         tags = super().__sklearn_tags__()
         tags.classifier_tags.poor_score = True
+        tags.classifier_tags.multi_label = True
         return tags
 
     def _encode_targets(
@@ -566,8 +551,11 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         *,
         classes: Any,
         previous: Target | None,
+        partial: bool,
     ) -> EncodedTargets:
-        return encode_multiclass(
+        several = has_several_columns(y)
+        encode = encode_multilabel if several else encode_multiclass
+        return encode(
             n_samples,
             y,
             sample_weight,
@@ -579,3 +567,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
 
     def _set_target(self, target: Target) -> None:
         self.classes_ = cast(ClassificationTarget, target).classes
+
+    @property
+    def _classification_target(self) -> ClassificationTarget:
+        return cast(ClassificationTarget, self._fitted_model.target)

@@ -24,6 +24,20 @@ from skorch.callbacks import Callback
 from sktl import FineTunedCNNClassifier
 
 
+class StopAt(Callback):
+    """Raise KeyboardInterrupt in the first batch after `n_epochs` epochs."""
+
+    def __init__(self, n_epochs):
+        self.n_left = n_epochs
+
+    def on_epoch_end(self, net, **rest):
+        self.n_left -= 1
+
+    def on_batch_begin(self, net, **rest):
+        if self.n_left == 0:
+            raise KeyboardInterrupt
+
+
 def random_rotation(image):
     """Draw from the global generators of NumPy and Python."""
     n = random.randrange(2) + int(check_random_state(None).randint(3))

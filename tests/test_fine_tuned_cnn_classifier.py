@@ -1,13 +1,17 @@
 """Tests of FineTunedCNNClassifier: training, prediction, saving, scikit-learn tools."""
 
 import copy
+import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import sklearn
 import torch
 from conftest import FIXED, TinyNet
+from interrupted_training import StopAt
 from reference import normalized
+from scipy import sparse
 from sklearn.base import clone
 from sklearn.datasets import load_files
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401  (required)
@@ -15,16 +19,21 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import (
     HalvingGridSearchCV,
+    KFold,
+    cross_val_predict,
     cross_val_score,
     cross_validate,
 )
+from sklearn.multioutput import MultiOutputClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from skorch.callbacks import Callback, EpochScoring
 from torch.nn import functional as F
 
 from sktl import (
     FineTunedCNNClassifier,
     Preprocessing,
+    PretrainedClassifier,
     PretrainedFeatures,
     register_backbone,
 )
@@ -451,3 +460,169 @@ def test_network_of_one_channel(images, y, tmp_path, augmentation):
     grey = images @ [0.299, 0.587, 0.114]
     as_grey = np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=-1)
     assert np.abs(loaded.predict_proba(as_grey) - expected).max() < 0.01
+
+
+class TestSeveralLabels:
+    @pytest.fixture
+    def Y(self, images):
+        """Return two labels: the photograph, and whether a tile is bright."""
+        brightness = images.mean(axis=(1, 2, 3))
+        bright = brightness > np.median(brightness)
+        return np.column_stack([np.repeat([0, 1], 20), bright.astype(int)])
+
+    def test_epoch_0_is_one_logistic_regression_per_label(self, images, Y):
+        classifier = make_classifier(max_epochs=0).fit(images, Y)
+        proba = classifier.predict_proba(images)
+        assert proba.shape == (40, 2)
+        x = PretrainedFeatures("tiny").transform(images).astype(float)
+        x = StandardScaler().fit_transform(x)
+        for column, label in zip(proba.T, Y.T, strict=True):
+            errors = [
+                np.abs(
+                    LogisticRegression(C=C).fit(x, label).predict_proba(x)[:, 1]
+                    - column
+                ).max()
+                for C in C_GRID
+            ]
+            assert min(errors) < 1e-3
+
+    @pytest.mark.parametrize("augmentation", [None, "flip"])
+    def test_training_reduces_the_loss(self, images, Y, augmentation):
+        classifier = make_classifier(
+            max_epochs=6, wise_ft_alpha=1.0, lr=1e-3, augmentation=augmentation
+        ).fit(images, Y)
+        losses = [row["train_loss"] for row in classifier.history_]
+        assert losses[-1] < losses[0]
+        predicted = classifier.predict(images)
+        proba = classifier.predict_proba(images)
+        np.testing.assert_array_equal(predicted, proba > 0.5)
+        np.testing.assert_array_equal(
+            predicted, classifier.decision_function(images) > 0
+        )
+        assert (predicted == Y).mean() > 0.8
+        assert classifier.score(images, Y) == accuracy_score(Y, predicted)
+        assert classifier.classes_.tolist() == [0, 1]
+
+    @pytest.mark.parametrize(
+        "convert",
+        [sparse.csr_matrix, pd.DataFrame, np.ndarray.tolist, lambda y: y.astype(bool)],
+    )
+    def test_every_form_of_y_gives_equal_bits(self, images, Y, convert):
+        expected = make_classifier(max_epochs=1).fit(images, Y)
+        got = make_classifier(max_epochs=1).fit(images, convert(Y))
+        np.testing.assert_array_equal(
+            got.predict_proba(images), expected.predict_proba(images)
+        )
+        assert got.predict(images).dtype == np.int64
+
+    @pytest.mark.parametrize("class_weight", ["balanced", {1: 0}, [{}, {1: 3}], None])
+    def test_labels_that_never_or_always_occur(self, images, Y, class_weight):
+        Y = np.column_stack([Y, np.zeros(40), np.ones(40), np.arange(40) == 7])
+        if isinstance(class_weight, list):
+            class_weight = class_weight + [{}] * 3
+        classifier = make_classifier(
+            max_epochs=1,
+            class_weight=class_weight,
+            early_stopping=True,
+            lr="auto",
+        ).fit(images, Y)
+        assert not classifier.predict(images)[:, 2].any()
+        assert np.isfinite(classifier.predict_proba(images)).all()
+
+    @pytest.mark.parametrize("options", [{}, {"early_stopping": True}])
+    def test_settings_are_selected(self, images, Y, options):
+        auto = {"lr": "auto", "head_init": "auto", "wise_ft_alpha": "auto"}
+        classifier = make_classifier(**auto, **options).fit(images, Y)
+        assert len(classifier.selection_) >= 2
+        assert all(np.isfinite(row["valid_loss"]) for row in classifier.selection_)
+
+    def test_scorers_of_scikit_learn(self, images, Y):
+        classifier = make_classifier(max_epochs=0)
+        scoring = ["roc_auc", "average_precision", "f1_macro", "accuracy"]
+        cv = KFold(2, shuffle=True, random_state=0)
+        scores = cross_validate(classifier, images, Y, scoring=scoring, cv=cv)
+        for name in scoring:
+            assert (scores[f"test_{name}"] > 0.2).all()
+        proba = cross_val_predict(classifier, images, Y, method="predict_proba", cv=cv)
+        assert proba.shape == (40, 2)
+
+    def test_save_load_pickle_and_backbone(self, images, Y, tmp_path):
+        file = tmp_path / "model.safetensors"
+        weights = [{}, {1: 2.0}]
+        classifier = make_classifier(class_weight=weights).fit(images, Y)
+        classifier.save(file)
+        loaded = FineTunedCNNClassifier.load(file)
+        assert list(loaded.class_weight) == weights
+        for copied in (loaded, pickle.loads(pickle.dumps(classifier))):
+            np.testing.assert_array_equal(
+                copied.predict_proba(images), classifier.predict_proba(images)
+            )
+        loaded.set_params(warm_start=True).fit(images, Y)
+        again = make_classifier(weights=file, max_epochs=0).fit(images, Y[:, 0])
+        assert again.classes_.tolist() == [0, 1]
+        with pytest.raises(ValueError, match="categories"):
+            PretrainedClassifier("tiny", weights=file).fit(images)
+
+    def test_resumed_run_has_equal_bits(self, images, Y, tmp_path):
+        options = {"max_epochs": 3, "dropout": 0.3, "lr": "auto"}
+        expected = make_classifier(**options).fit(images, Y)
+        classifier = make_classifier(**options, checkpoint=tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            clone(classifier).set_params(callbacks=[StopAt(2)]).fit(images, Y)
+        classifier.fit(images, Y)
+        assert classifier.history_ == expected.history_
+        np.testing.assert_array_equal(
+            classifier.predict_proba(images), expected.predict_proba(images)
+        )
+
+    def test_partial_fit_needs_no_classes(self, images, Y):
+        classifier = make_classifier()
+        for rows in (slice(0, 20), slice(20, 40)):  # one value of the first label
+            classifier.partial_fit(images[rows], Y[rows])
+        assert classifier.n_iter_ == 2
+        classifier.partial_fit(images, Y, classes=["china", "bright"])
+        with pytest.raises(ValueError, match=r"which had 2 columns\. Got 3"):
+            classifier.partial_fit(images, np.column_stack([Y, Y[:, 0]]))
+        with pytest.raises(ValueError, match="which is multilabel"):
+            classifier.partial_fit(images, Y[:, 0], classes=[0, 1])
+
+    def test_one_network_is_as_good_as_one_for_each_label(self, images, Y):
+        both = make_classifier(max_epochs=0).fit(images, Y).predict(images)
+        for column, label in zip(both.T, Y.T, strict=True):
+            alone = make_classifier(max_epochs=0).fit(images, label)
+            assert (alone.predict(images) == column).mean() > 0.9
+
+    def test_callbacks_get_the_indicator_matrix(self, images, Y):
+        seen = []
+
+        class Record(Callback):
+            def on_batch_end(self, net, batch=None, training=False, **kwargs):
+                seen.extend(batch[1].tolist())
+
+        scoring = EpochScoring("f1_macro", on_train=True, lower_is_better=False)
+        classifier = make_classifier(callbacks=[Record(), scoring], max_epochs=1)
+        classifier.fit(images, Y)
+        assert sorted(seen) == sorted(Y.tolist())
+        assert 0 <= classifier.net_.history[-1, "f1_macro"] <= 1
+
+    @pytest.mark.parametrize(
+        ("y", "reason"),
+        [
+            ([["a", "x"], ["b", "y"]] * 20, "MultiOutputClassifier"),
+            ([[0, 2], [1, 0]] * 20, r"y\[0, 1\] = 2.*MultiOutputClassifier"),
+            ([["a"], ["a", "b"]] * 20, "MultiLabelBinarizer"),
+            ([[0.5, 2], [1, 0]] * 20, "FineTunedCNNRegressor"),
+        ],
+    )
+    def test_other_targets_are_refused_with_advice(self, images, y, reason):
+        with pytest.raises(ValueError, match=reason):
+            make_classifier().fit(images, y)
+
+    def test_several_columns_of_classes(self, images, y):
+        columns = np.column_stack([y, np.tile(["a", "b"], 20)])
+        model = MultiOutputClassifier(make_classifier(max_epochs=0))
+        assert model.fit(images, columns).predict(images).shape == (40, 2)
+
+    def test_list_of_class_weights_needs_several_labels(self, images, y):
+        with pytest.raises(ValueError, match="one label per image"):
+            make_classifier(class_weight=[{}]).fit(images, y)

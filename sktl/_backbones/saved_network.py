@@ -44,7 +44,8 @@ FORMAT = "sktl fine-tuned model, version 5"
 #: Default of the parameter `backbone`, which cannot be told from a value of the user.
 DEFAULT_BACKBONE = "resnet18"
 
-_MAX_WIDTH = 2**20  # of a hidden layer
+_WITHOUT_LABELS = ("multilabel", "regression")  # kinds of target, besides multiclass
+_MAX_WIDTH = 2**20  # of a hidden layer, or of the outputs
 _MAX_NORMALIZATION = 1e6  # of mean and std, for pixels in [0, 1]
 
 
@@ -98,15 +99,18 @@ class SavedNetwork:
         How to build it.
     preprocessing : Preprocessing
         Preprocessing of its images.
-    labels : tuple of str, int, float or bool
-        Class labels, in the order of the outputs.
+    labels : tuple of str, int, float or bool, or None
+        Class labels, in the order of the outputs. None if an output is no class.
+    n_outputs : int
+        Number of outputs.
     digest : str
         sha256 of the file.
     """
 
     architecture: Architecture
     preprocessing: Preprocessing
-    labels: tuple[Label, ...]
+    labels: tuple[Label, ...] | None
+    n_outputs: int
     digest: str
 
     def definition(
@@ -124,7 +128,7 @@ class SavedNetwork:
         Returns
         -------
         BackboneDefinition
-            The categories are the class labels.
+            The categories are the class labels, if there are any.
         """
         builder = _Builder(self, backbone)
         return replace(
@@ -158,13 +162,13 @@ class _Builder:
         self._saved, self._backbone = saved, backbone
 
     def build(self, num_classes: int | None) -> nn.Module:
-        """Return a new network; its number of outputs is that of the labels."""
+        """Return a new network."""
         # Never a copy of an earlier one: that one may have no values where this one
         # must have them, such as constants that no file contains.
         loaded = LoadedNetwork(self._backbone.build(None).eval(), "")
         name = self._saved.architecture.backbone
         backbone = Backbone(name, "", self._backbone, lambda: loaded)
-        built = self._saved.architecture.build(backbone, len(self._saved.labels))
+        built = self._saved.architecture.build(backbone, self._saved.n_outputs)
         loaded.network.to("meta")  # needed for the description only
         self._describe = built.definition.describe
         return built.network
@@ -326,12 +330,12 @@ def _read(path: str, digest: str) -> SavedNetwork | None:
         )
     try:
         target = get_value(document, "target", dict)
-        kind = target.get("kind")
-        require(kind == "multiclass", f"its kind of target {kind!r} is unknown")
+        labels, n_outputs = _parse_target(target)
         return SavedNetwork(
             parse_architecture(document),
             parse_preprocessing(document),
-            tuple(labels_from_json(target).tolist()),
+            labels,
+            n_outputs,
             digest,
         )
     except ValueError as error:
@@ -339,6 +343,18 @@ def _read(path: str, digest: str) -> SavedNetwork | None:
             f"{path!r} must be an unchanged file of a fine-tuned estimator. Got: "
             f"{error}"
         ) from error
+
+
+def _parse_target(target: Mapping[str, Any]) -> tuple[tuple[Label, ...] | None, int]:
+    """Return the class labels, if there are any, and the number of outputs."""
+    kind = target.get("kind")
+    if kind == "multiclass":
+        labels = tuple(labels_from_json(target).tolist())
+        return labels, len(labels)
+    require(kind in _WITHOUT_LABELS, f"its kind of target {kind!r} is unknown")
+    n_outputs = get_value(target, "n_outputs", int)
+    require(0 < n_outputs <= _MAX_WIDTH, "its number of outputs is invalid")
+    return None, n_outputs
 
 
 def _parse_head(document: Mapping[str, Any]) -> HeadConfig:

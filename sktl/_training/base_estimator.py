@@ -6,7 +6,8 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,15 +16,18 @@ from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
 
+from sktl._images.augmentation import AUGMENTATIONS
 from sktl._images.file_formats import FileOptions
 from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import warn_of_slow_precision
 from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.parallel import single_openmp_thread
-from sktl._training.config import TrainingRecord, parse_selection
+from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
+from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
 from sktl._training.fit import fit_model
 from sktl._training.initial_model import FittedModel
+from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
 from sktl._training.prediction import predict_outputs
 from sktl._training.serialization import (
     SavedModel,
@@ -33,6 +37,7 @@ from sktl._training.serialization import (
 )
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import check_callbacks
+from sktl._utils.sklearn_compat import Interval, StrOptions
 
 
 class BaseFineTunedCNN(MemoryAccess):
@@ -42,6 +47,40 @@ class BaseFineTunedCNN(MemoryAccess):
     outputs of the network.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SHARED_CONSTRAINTS,
+        "trainable": [str, Interval(Integral, 0, None, closed="left")],
+        "head_init": [StrOptions({"auto", *HEAD_INITS})],
+        "hidden_layer_sizes": [
+            "array-like",
+            Interval(Integral, 1, None, closed="left"),
+        ],
+        "dropout": [Interval(Real, 0, 1, closed="left")],
+        "optimizer": [StrOptions(set(OPTIMIZERS))],
+        "lr": [Interval(Real, 0, None, closed="neither"), StrOptions({"auto"})],
+        "layer_decay": [Interval(Real, 0, 1, closed="right")],
+        "weight_decay": [Interval(Real, 0, None, closed="left")],
+        "lr_schedule": [StrOptions(LR_SCHEDULES)],
+        "max_epochs": [Interval(Integral, 0, None, closed="left")],
+        "augmentation": [StrOptions(AUGMENTATIONS), callable, None],
+        "augmentation_views": [Interval(Integral, 1, None, closed="left"), None],
+        "wise_ft_alpha": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
+        "unfreeze_every": [Interval(Integral, 1, None, closed="left"), None],
+        "early_stopping": ["boolean"],
+        "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "warm_start": ["boolean"],
+        "checkpoint": [str, os.PathLike, None],
+        "callbacks": [list, tuple, None],
+        "batch_size": [
+            Interval(Integral, 1, None, closed="left"),
+            StrOptions({"auto"}),
+        ],
+        "precision": [StrOptions({"float32", "bfloat16", "auto"})],
+        "random_state": ["random_state"],
+    }
+
+    _target_types: ClassVar[tuple[type, ...]]  # kinds of target
     # Parameters that are read here; each subclass has them in its ``__init__``.
     callbacks: Any
     device: str | torch.device
@@ -63,10 +102,12 @@ class BaseFineTunedCNN(MemoryAccess):
         *,
         classes: Any,
         previous: Target | None,
+        partial: bool,
     ) -> EncodedTargets:
         """Validate and encode targets and weights.
 
-        `previous` is the target of the model that the training continues with.
+        `previous` is the target of the model that the training continues with, and
+        `partial` says whether there are further data, as in `partial_fit`.
         """
 
     @abstractmethod
@@ -95,7 +136,12 @@ class BaseFineTunedCNN(MemoryAccess):
         images = checked._validate_images(X, reset=fitted is None)
         previous = None if fitted is None else fitted.target
         targets = self._encode_targets(
-            len(images), y, sample_weight, classes=classes, previous=previous
+            len(images),
+            y,
+            sample_weight,
+            classes=classes,
+            previous=previous,
+            partial=partial,
         )
         if not partial:
             targets = targets.with_normalized_weights()
@@ -223,6 +269,11 @@ class BaseFineTunedCNN(MemoryAccess):
             raise ValueError(
                 f"{str(path)!r} must have parameters of {cls.__name__} only. Got "
                 f"{', '.join(unknown)}. Load it with the version of sktl that saved it."
+            )
+        if not isinstance(saved.fitted.target, cls._target_types):
+            raise ValueError(
+                f"{str(path)!r} must have a target of {cls.__name__}. Got a "
+                f"{type(saved.fitted.target).__name__}."
             )
         estimator = cls(**saved.parameters)
         estimator._set_fitted(saved.fitted, saved.record)

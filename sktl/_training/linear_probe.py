@@ -1,12 +1,13 @@
-"""Linear probe: the head starts as a model fitted on the frozen features.
+"""Linear probes: the head starts as a model fitted on the frozen features.
 
 Fine-tuning from a random head first distorts the pretrained features. Starting from
 the logistic regression on the frozen features avoids that (Kumar et al., *Fine-Tuning
 can Distort Pretrained Features and Underperform Out-of-Distribution*, 2022).
 """
 
+import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,18 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
+from sklearn.model_selection import (
+    KFold,
+    ShuffleSplit,
+    StratifiedKFold,
+    StratifiedShuffleSplit,
+)
 from sklearn.neural_network import MLPClassifier
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
+
+Layers = list[tuple[NDArray[Any], NDArray[Any]]]
 
 # Inverse regularization strengths, as `C` of LogisticRegression.
 C_GRID = np.logspace(-4, 1, 6)
@@ -67,12 +75,52 @@ def fit_linear_probe(
         The selected inverse regularization strength, as `C` of
         :obj:`sklearn.linear_model.LogisticRegression`.
     """
+    x, scaler = standardize(features, sample_weight)
+    hidden = tuple(hidden_layer_sizes)
+    with quiet_probe(x):
+        C = select_C(x, y, sample_weight, hidden, seed)
+        model = fit_model(C, x, y, sample_weight, hidden, seed)
+    layers = layers_of(model)
+    matrix, bias = layers[-1]
+    if matrix.shape[1] == 1:  # log-odds z of two classes are the logits -z/2 and z/2
+        layers[-1] = (matrix * [[-0.5, 0.5]], bias * [-0.5, 0.5])
+    copy_layers(layers, scaler, head)
+    return C
+
+
+def standardize(
+    features: NDArray[np.float32], sample_weight: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], StandardScaler]:
+    """Return standardized features, and the scaler, for `copy_layers`.
+
+    Parameters
+    ----------
+    features : ndarray of shape (n_samples, n_features), float32
+        Input of the head.
+    sample_weight : ndarray of shape (n_samples,)
+        Sample weights.
+
+    Returns
+    -------
+    x : ndarray of shape (n_samples, n_features), float64
+    scaler : StandardScaler
+    """
     scaler = StandardScaler().fit(features, sample_weight=sample_weight)
     # A feature that is constant up to rounding is not scaled up to unit variance.
     min_scale = _MIN_RELATIVE_SCALE * np.sqrt(scaler.var_.max())
     scaler.scale_ = np.maximum(scaler.scale_, min_scale)
-    x = scaler.transform(features.astype(np.float64))
-    hidden = tuple(hidden_layer_sizes)
+    return scaler.transform(features.astype(np.float64)), scaler
+
+
+@contextlib.contextmanager
+def quiet_probe(x: NDArray[np.float64]) -> Iterator[None]:
+    """Limit the threads and the warnings of scikit-learn while probes are fitted.
+
+    Parameters
+    ----------
+    x : ndarray of shape (n_samples, n_features)
+        Features that the probes are fitted on.
+    """
     # Threads slow down products of small matrices: a perceptron on 200 images took ten
     # times as long with two threads as with one.
     n_threads = 1 if x.size < _MAX_SINGLE_THREADED else None
@@ -81,10 +129,32 @@ def fit_linear_probe(
         warnings.simplefilter("ignore", ConvergenceWarning)
         # A fold may have few images of a class where the whole data set has many.
         warnings.filterwarnings("ignore", "The number of unique classes")
-        C = select_C(x, y, sample_weight, hidden, seed)
-        model = _fit_model(C, x, y, sample_weight, hidden, seed)
-    _copy_coefficients(model, scaler, head)
-    return C
+        yield
+
+
+def folds(n_samples: int, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Return the folds to select a regularization strength on, without classes.
+
+    Parameters
+    ----------
+    n_samples : int
+        Number of images.
+    seed : int
+        Seed of the folds.
+
+    Returns
+    -------
+    list of pairs of ndarray of int
+        Positions of the images to train on, and of those held out. Empty if there is
+        only one image.
+    """
+    if n_samples < 2:
+        return []
+    positions = np.arange(n_samples)
+    if n_samples >= _MIN_FOR_SINGLE_SPLIT:
+        return list(ShuffleSplit(1, test_size=0.2, random_state=seed).split(positions))
+    n_folds = min(_N_FOLDS, n_samples)
+    return list(KFold(n_folds, shuffle=True, random_state=seed).split(positions))
 
 
 def select_C(
@@ -111,9 +181,7 @@ def select_C(
         if not sample_weight[valid].any():
             continue
         for i, C in enumerate(C_GRID):
-            model = _fit_model(
-                C, x[train], y[train], sample_weight[train], hidden, seed
-            )
+            model = fit_model(C, x[train], y[train], sample_weight[train], hidden, seed)
             losses[i] += log_loss(
                 y[valid],
                 model.predict_proba(x[valid]),
@@ -123,7 +191,7 @@ def select_C(
     return float(C_GRID[losses.argmin()])
 
 
-def _fit_model(
+def fit_model(
     C: float,
     x: NDArray[np.float64],
     y: NDArray[np.intp],
@@ -146,19 +214,36 @@ def _fit_model(
     return model.fit(x, y, sample_weight=sample_weight)
 
 
-def _copy_coefficients(model: Any, scaler: StandardScaler, head: nn.Module) -> None:
-    """Copy the coefficients of a fitted model to the linear layers of a head."""
-    if isinstance(model, MLPClassifier):
-        layers = list(zip(model.coefs_, model.intercepts_, strict=True))
-    else:
-        layers = [(model.coef_.T, model.intercept_)]
+def layers_of(model: Any) -> Layers:
+    """Return the coefficients of a fitted perceptron or linear model.
+
+    Returns
+    -------
+    list of pairs of ndarray, of shapes (n_inputs, n_outputs) and (n_outputs,)
+        One for each linear layer.
+    """
+    if hasattr(model, "coefs_"):
+        return list(zip(model.coefs_, model.intercepts_, strict=True))
+    return [(np.atleast_2d(model.coef_).T, np.atleast_1d(model.intercept_))]
+
+
+def copy_layers(layers: Layers, scaler: StandardScaler, head: nn.Module) -> None:
+    """Copy coefficients to the linear layers of a head.
+
+    Parameters
+    ----------
+    layers : list of pairs of ndarray
+        From `layers_of`, of a model of standardized features.
+    scaler : StandardScaler
+        From `standardize`.
+    head : nn.Module
+        Its linear layers are overwritten.
+    """
+    layers = list(layers)
     # The first layer takes features that are not standardized.
     matrix, bias = layers[0]  # (n_features, n_outputs), (n_outputs,)
     matrix = matrix / scaler.scale_[:, None]
     layers[0] = matrix, bias - scaler.mean_ @ matrix
-    matrix, bias = layers[-1]
-    if matrix.shape[1] == 1:  # log-odds z of two classes are the logits -z/2 and z/2
-        layers[-1] = (matrix * [[-0.5, 0.5]], bias * [-0.5, 0.5])
     linear = [module for module in head.modules() if isinstance(module, nn.Linear)]
     with torch.no_grad():
         for module, (matrix, bias) in zip(linear, layers, strict=True):

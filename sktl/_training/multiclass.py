@@ -24,7 +24,7 @@ from sktl._training.targets import (
 )
 from sktl._utils.labels import check_labels, labels_from_json, labels_to_json
 
-_LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
+LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -95,7 +95,7 @@ class MulticlassTarget:
             log_proba: NDArray[np.float64] = log_softmax(logits, axis=1)
             return -log_proba[np.arange(len(y)), y] * weight
 
-        best = minimize_scalar(lambda t: losses(t).mean(), bounds=_LOG_TEMPERATURES)
+        best = minimize_scalar(lambda t: losses(t).mean(), bounds=LOG_TEMPERATURES)
         return losses(best.x)
 
     def initialize_head(
@@ -144,6 +144,10 @@ class MulticlassTarget:
         """Return the softmax of each row."""
         proba: NDArray[Any] = softmax(outputs, axis=1)
         return proba
+
+    def decision_values(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the logits; of two classes, the log-odds of the second."""
+        return outputs[:, 1] - outputs[:, 0] if self.n_outputs == 2 else outputs
 
     def labels(self, y: NDArray[Any]) -> NDArray[Any]:
         """Return the label of each encoded target."""
@@ -230,6 +234,11 @@ def encode_multiclass(
     y = y[rows]
     classes = _valid_classes(y, classes, name)
     encoded = np.searchsorted(classes, y)
+    if isinstance(class_weight, list | tuple):
+        raise ValueError(
+            "class_weight must be a dict, 'balanced' or None if y has one label per "
+            f"image. Got {class_weight!r}."
+        )
     class_weights = compute_class_weight(
         class_weight, classes=classes, y=y, sample_weight=weight
     )

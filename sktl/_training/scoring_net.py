@@ -98,7 +98,7 @@ class ClassifierNet(_ScoringNet):
     _target: ClassificationTarget
 
     @property
-    def classes_(self) -> Any:
+    def classes_(self) -> NDArray[Any]:
         """Attribute of the classifier."""
         return self._target.classes
 

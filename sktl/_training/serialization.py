@@ -5,7 +5,7 @@ that a file that was made by hand raises a ValueError.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +37,9 @@ from sktl._training.config import (
 )
 from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
 from sktl._training.multiclass import multiclass_from_document
+from sktl._training.multilabel import multilabel_from_document
 from sktl._training.network import network_digest
+from sktl._training.targets import Target
 from sktl._utils.default_dtype import float32_default
 from sktl._utils.json_values import (
     from_json,
@@ -50,7 +52,10 @@ from sktl._utils.random_state import preserve_rng_state
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
 # A new kind of target adds the function that reads its document.
-_TARGETS = {"multiclass": multiclass_from_document}
+_TARGETS: dict[str, Callable[[dict[str, Any]], Target]] = {
+    "multiclass": multiclass_from_document,
+    "multilabel": multilabel_from_document,
+}
 _NUMBER = (int, float)
 
 

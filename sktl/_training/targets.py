@@ -86,11 +86,14 @@ class ClassificationTarget(Target, Protocol):
     """Kind of target of a classifier."""
 
     @property
-    def classes(self) -> Any:
+    def classes(self) -> NDArray[Any]:
         """Attribute ``classes_`` of a classifier."""
 
     def probabilities(self, outputs: NDArray[Any]) -> NDArray[Any]:
         """Return the probabilities for logits, as ``predict_proba`` does."""
+
+    def decision_values(self, outputs: NDArray[Any]) -> NDArray[Any]:
+        """Return the scores for logits, as ``decision_function`` does."""
 
 
 def check_same_kind(target: Target, previous: Target, caller: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
-from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
 
 from sktl._utils.json_values import from_json, to_json
 from sktl._utils.sklearn_compat import check_y
@@ -42,6 +42,12 @@ def check_labels(y: Any, estimator: BaseEstimator) -> NDArray[Any]:
                 "Remove the image from X and y, or label it."
             )
     labels: NDArray[Any] = check_y(y, estimator=estimator)
+    if type_of_target(labels).startswith("continuous"):
+        raise ValueError(
+            f"Unknown label type: continuous. {type(estimator).__name__} requires "
+            "class labels as y. To predict numbers, use FineTunedCNNRegressor; to "
+            "predict classes, convert y to str or int."
+        )
     check_classification_targets(labels)
     return labels
 

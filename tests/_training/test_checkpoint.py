@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from interrupted_training import StopAt
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
-from skorch.callbacks import Callback
 
 import sktl._training.checkpoint
 from sktl import FineTunedCNNClassifier
@@ -24,20 +24,6 @@ from sktl._utils.tensor_file import read_tensors, write_tensors
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 Y = np.repeat([0, 1], 20)
-
-
-class StopAt(Callback):
-    """Raise KeyboardInterrupt in the first batch after `n_epochs` epochs."""
-
-    def __init__(self, n_epochs):
-        self.n_left = n_epochs
-
-    def on_epoch_end(self, net, **rest):
-        self.n_left -= 1
-
-    def on_batch_begin(self, net, **rest):
-        if self.n_left == 0:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
