@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from sktl._backbones.register import register_backbone
     from sktl._describe_backbone import describe_backbone
     from sktl._fine_tuned_cnn_classifier import FineTunedCNNClassifier
+    from sktl._fine_tuned_cnn_regressor import FineTunedCNNRegressor
     from sktl._images.preprocessing import Preprocessing
     from sktl._pretrained_classifier import PretrainedClassifier
     from sktl._pretrained_features import PretrainedFeatures
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "FeatureStore",
     "FineTunedCNNClassifier",
+    "FineTunedCNNRegressor",
     "Preprocessing",
     "PretrainedClassifier",
     "PretrainedFeatures",
@@ -30,6 +32,7 @@ __all__ = [
 _MODULE_OF = {
     "FeatureStore": "sktl._store.feature_store",
     "FineTunedCNNClassifier": "sktl._fine_tuned_cnn_classifier",
+    "FineTunedCNNRegressor": "sktl._fine_tuned_cnn_regressor",
     "PretrainedClassifier": "sktl._pretrained_classifier",
     "PretrainedFeatures": "sktl._pretrained_features",
     "Preprocessing": "sktl._images.preprocessing",

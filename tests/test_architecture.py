@@ -26,6 +26,7 @@ ALLOWED = {
 }
 ESTIMATORS = {
     "_fine_tuned_cnn_classifier",
+    "_fine_tuned_cnn_regressor",
     "_pretrained_classifier",
     "_pretrained_features",
 }

@@ -23,7 +23,12 @@ from sklearn.utils import estimator_checks, get_tags
 from sklearn.utils.fixes import parse_version
 
 import sktl
-from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+from sktl import (
+    FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
+    PretrainedClassifier,
+    PretrainedFeatures,
+)
 from sktl._backbones import registry
 from sktl._inference import engines
 from sktl._utils.keyed_cache import KeyedCache
@@ -34,18 +39,23 @@ pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 OPTIONS = {"max_epochs": 1, "random_state": 0, "engine": "torch"}
 ESTIMATORS = [
     FineTunedCNNClassifier("tiny", **FIXED, **OPTIONS),
+    FineTunedCNNRegressor("tiny", **FIXED, **OPTIONS),
     PretrainedClassifier("projection"),
     PretrainedFeatures("tiny"),
 ]
-TRANSFORMERS = ESTIMATORS[2:]
-# It trains several times in each fit.
-SELECTING = FineTunedCNNClassifier("tiny", **OPTIONS)
+TRANSFORMERS = ESTIMATORS[3:]
+# They train several times in each fit.
+SELECTING = [
+    FineTunedCNNClassifier("tiny", **OPTIONS),
+    FineTunedCNNRegressor("tiny", **OPTIONS),
+]
 
 # Checks that fail by design, with the reason.
 EXPECTED_FAILURES = {
-    (FineTunedCNNClassifier, "check_sample_weight_equivalence_on_dense_data"): (
+    (estimator, "check_sample_weight_equivalence_on_dense_data"): (
         "an image of weight 2 is in one batch, two copies of it are in two"
-    ),
+    )
+    for estimator in (FineTunedCNNClassifier, FineTunedCNNRegressor)
 }
 
 # Checks that scikit-learn runs on its own estimators, but not in check_estimator.
@@ -84,7 +94,7 @@ def marked(estimator, check):
     """Return a parameter of both, marked if the check is slow or expected to fail."""
     reason = EXPECTED_FAILURES.get((type(estimator), name_of(check)))
     marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-    if estimator is SELECTING:
+    if any(estimator is each for each in SELECTING):
         marks.append(pytest.mark.slow)
     return pytest.param(estimator, check, marks=marks)
 
@@ -100,7 +110,7 @@ class TestScikitLearn:
         ("estimator", "check"),
         [
             marked(*pair)
-            for estimator in (*ESTIMATORS, SELECTING)
+            for estimator in (*ESTIMATORS, *SELECTING)
             for pair in checks_of(estimator)
         ],
         ids=lambda value: name_of(value) if callable(value) else "",
@@ -119,10 +129,14 @@ class TestScikitLearn:
                 for estimator in TRANSFORMERS
                 for name in ADDITIONAL_CHECKS
             ),
-            (ESTIMATORS[0], "check_dataframe_column_names_consistency"),
-            (ESTIMATORS[0], "check_param_validation"),
-            (ESTIMATORS[1], "check_dataframe_column_names_consistency"),
-            (ESTIMATORS[1], "check_param_validation"),
+            *(
+                (estimator, name)
+                for estimator in ESTIMATORS[:3]
+                for name in (
+                    "check_dataframe_column_names_consistency",
+                    "check_param_validation",
+                )
+            ),
         ],
     )
     def test_additional_checks(self, estimator, name):
@@ -132,7 +146,7 @@ class TestScikitLearn:
     # transformer that needs fit gets one more, check_estimators_unfitted, which demands
     # the opposite of what a stateless one promises.
     @pytest.mark.parametrize(
-        ("estimator", "n"), list(zip(ESTIMATORS, [63, 60, 46], strict=True))
+        ("estimator", "n"), list(zip(ESTIMATORS, [63, 57, 60, 46], strict=True))
     )
     def test_no_check_is_lost(self, estimator, n):
         newest = parse_version(sklearn.__version__) >= parse_version("1.9")
@@ -182,9 +196,10 @@ def fitted(estimator, X):
 
 
 def output_of(estimator, X):
-    """Return the features or the probabilities of images, one row each."""
-    method = "transform" if hasattr(estimator, "transform") else "predict_proba"
-    return getattr(estimator, method)(X)
+    """Return the features or the predictions of images, one row each."""
+    methods = ("transform", "predict_proba", "predict")
+    output = getattr(estimator, next(m for m in methods if hasattr(estimator, m)))(X)
+    return output.reshape(len(output), -1)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -254,7 +269,7 @@ FINE_TUNED = {**FIXED, **OPTIONS, "batch_size": 8}
         ),
         PretrainedFeatures("squeezenet1_1", weights=None, image_size=32),
         PretrainedClassifier("resnet_mini", image_size=32, engine="torch"),
-        SELECTING,
+        *SELECTING,
         FineTunedCNNClassifier(
             "tiny", augmentation="standard", **{**FINE_TUNED, "head_init": "random"}
         ),
@@ -280,7 +295,7 @@ def test_default_data_type_of_torch_does_not_matter(
             torch.set_default_dtype(dtype)
             mine = fitted(estimator, images[:20])
             outputs.append(output_of(mine, images[:20]))
-            if isinstance(mine, FineTunedCNNClassifier):
+            if hasattr(mine, "save"):
                 mine.save(file)
                 for path in (file, files[0]):
                     loaded = type(mine).load(path)

@@ -6,9 +6,19 @@ import itertools
 import pytest
 from numpydoc.docscrape import ClassDoc
 
-from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
+from sktl import (
+    FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
+    PretrainedClassifier,
+    PretrainedFeatures,
+)
 
-ESTIMATORS = (PretrainedFeatures, PretrainedClassifier, FineTunedCNNClassifier)
+ESTIMATORS = (
+    PretrainedFeatures,
+    PretrainedClassifier,
+    FineTunedCNNClassifier,
+    FineTunedCNNRegressor,
+)
 DOCS = {
     estimator: {p.name: p for p in ClassDoc(estimator)["Parameters"]}
     for estimator in ESTIMATORS

@@ -39,6 +39,7 @@ from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPre
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.multilabel import multilabel_from_document
 from sktl._training.network import network_digest
+from sktl._training.regression import regression_from_document
 from sktl._training.targets import Target
 from sktl._utils.default_dtype import float32_default
 from sktl._utils.json_values import (
@@ -55,6 +56,7 @@ from sktl._utils.tensor_file import read_tensors, write_tensors
 _TARGETS: dict[str, Callable[[dict[str, Any]], Target]] = {
     "multiclass": multiclass_from_document,
     "multilabel": multilabel_from_document,
+    "regression": regression_from_document,
 }
 _NUMBER = (int, float)
 
