@@ -82,6 +82,9 @@ def test_public_methods_document_what_they_raise():
         sktl.FineTunedCNNClassifier.fit,
         sktl.FineTunedCNNClassifier.partial_fit,
         sktl.FineTunedCNNClassifier.predict,
+        sktl.FineTunedCNNRegressor.fit,
+        sktl.FineTunedCNNRegressor.partial_fit,
+        sktl.FineTunedCNNRegressor.predict,
     ):
         doc = FunctionDoc(method)
         assert {entry.type for entry in doc["Raises"]} >= {"ValueError"}
