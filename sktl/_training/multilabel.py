@@ -23,7 +23,7 @@ from sktl._training.targets import (
     check_same_kind,
     positive_weights,
 )
-from sktl._utils.indicators import check_indicator_matrix
+from sktl._utils.indicators import check_indicator_matrix, has_several_columns
 from sktl._utils.json_values import get_value, require
 
 _MAX_LABELS = 2**20  # in a file
@@ -53,7 +53,7 @@ class WeightedBinaryCrossEntropy(nn.Module):
     def forward(self, logits: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         """Return the loss of logits and targets ``(n, n_labels)``, and weights."""
         y, sample_weight = target
-        y = y.to(logits.dtype)
+        logits, y = logits.float(), y.float()  # also of a network in bfloat16
         absent, present = self.class_weights.unbind(dim=1)  # (n_labels,) each
         smooth = y * (1 - self.label_smoothing) + self.label_smoothing / 2
         losses = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none")
@@ -87,6 +87,18 @@ class MultilabelTarget:
     def classes(self) -> NDArray[np.int64]:
         """Positions of the labels, as in scikit-learn's perceptron."""
         return np.arange(self.n_outputs)
+
+    def encode(self, y: Any, name: str, estimator: BaseEstimator) -> NDArray[np.uint8]:
+        """Validate a further indicator matrix, named in errors by `name`."""
+        if not has_several_columns(y):
+            raise ValueError(f"{name} must be an indicator matrix, as y.")
+        matrix = check_indicator_matrix(y, estimator, name)
+        if matrix.shape[1] != self.n_outputs:
+            raise ValueError(
+                f"{name} must have as many columns as y, {self.n_outputs}. Got "
+                f"{matrix.shape[1]}."
+            )
+        return matrix
 
     def loss(self) -> nn.Module:
         """Return the weighted binary cross-entropy."""

@@ -64,7 +64,8 @@ class WeightedRegressionLoss(nn.Module):
         """Return the loss of outputs and targets ``(n, n_outputs)``, and weights."""
         y, sample_weight = target
         # (n, n_outputs) -> (n,); a sum of other shapes would be that of all pairs.
-        losses = elementwise_loss(self.loss, outputs - y.view_as(outputs)).mean(dim=1)
+        errors = outputs.float() - y.view_as(outputs)
+        losses = elementwise_loss(self.loss, errors).mean(dim=1)
         return (losses * sample_weight).mean()
 
 
@@ -95,7 +96,21 @@ class RegressionTarget:
         """Number of numbers per image."""
         return len(self.center)
 
-    def encode(self, y: NDArray[np.float64]) -> NDArray[np.float32]:
+    def encode(
+        self, y: Any, name: str, estimator: BaseEstimator
+    ) -> NDArray[np.float32]:
+        """Validate and standardize further targets, named in errors by `name`."""
+        numbers = check_numbers(y, estimator, name)
+        numbers = numbers.reshape(len(numbers), -1)  # (n,) -> (n, 1)
+        if numbers.shape[1] != self.n_outputs:
+            raise ValueError(
+                f"{name} must have as many columns as y, {self.n_outputs}. Got "
+                f"{numbers.shape[1]}."
+            )
+        _check_range(numbers, self, np.arange(len(numbers)), name)
+        return self.standardize(numbers)
+
+    def standardize(self, y: NDArray[np.float64]) -> NDArray[np.float32]:
         """Return the standardized targets ``(n, n_outputs)``."""
         standardized: NDArray[np.float64] = (y - self.center) / self.scale
         return standardized.astype(np.float32)
@@ -301,7 +316,7 @@ def encode_regression(
         center, scale = np.array(columns).T
         target = RegressionTarget(center, scale, ndim, loss)
     _check_range(numbers, target, rows)
-    return EncodedTargets(target, rows, target.encode(numbers), weight)
+    return EncodedTargets(target, rows, target.standardize(numbers), weight)
 
 
 def standardization(
@@ -340,7 +355,10 @@ def standardization(
 
 
 def _check_range(
-    y: NDArray[np.float64], target: RegressionTarget, rows: NDArray[np.intp]
+    y: NDArray[np.float64],
+    target: RegressionTarget,
+    rows: NDArray[np.intp],
+    name: str = "y",
 ) -> None:
     """Raise a ValueError if a standardized target is too large for float32."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -350,10 +368,10 @@ def _check_range(
     if len(too_far):
         row, column = too_far[0].tolist()
         raise ValueError(
-            f"y must have a scale. Got {y[row, column]} in row {rows[row]}, column "
-            f"{column}: more than {_MAX_STANDARDIZED:.0e} times the deviation of the "
-            f"others from the center {target.center[column]}. Correct it, or transform "
-            "y, for example by TransformedTargetRegressor."
+            f"{name} must have a scale. Got {y[row, column]} in row {rows[row]}, "
+            f"column {column}: more than {_MAX_STANDARDIZED:.0e} times the deviation "
+            f"of the others from the center {target.center[column]}. Correct it, or "
+            "transform y, for example by TransformedTargetRegressor."
         )
 
 

@@ -106,6 +106,10 @@ class ClassifierNet(_ScoringNet):
         """Return the probabilities, as those of the classifier."""
         return self._target.probabilities(self._outputs(X))
 
+    def decision_function(self, X: Any) -> NDArray[Any]:
+        """Return the scores, as those of the classifier."""
+        return self._target.decision_values(self._outputs(X))
+
     def score(self, X: Any, y: Any) -> float:
         """Return the accuracy."""
         return float(accuracy_score(y, self.predict(X)))

@@ -38,7 +38,9 @@ def has_several_columns(y: Any) -> bool:
     return len(shape) == 2 and shape[1] > 1
 
 
-def check_indicator_matrix(y: Any, estimator: BaseEstimator) -> NDArray[np.uint8]:
+def check_indicator_matrix(
+    y: Any, estimator: BaseEstimator, argument: str = "y"
+) -> NDArray[np.uint8]:
     """Validate the labels of images, of which each may have several.
 
     Parameters
@@ -47,6 +49,8 @@ def check_indicator_matrix(y: Any, estimator: BaseEstimator) -> NDArray[np.uint8
         1 (or True) where an image has a label, else 0.
     estimator : BaseEstimator
         Named in errors.
+    argument : str, default="y"
+        Name of the argument in errors.
 
     Returns
     -------
@@ -68,21 +72,18 @@ def check_indicator_matrix(y: Any, estimator: BaseEstimator) -> NDArray[np.uint8
     wrong = np.argwhere(~is_valid)
     if len(wrong):
         row, column = wrong[0].tolist()
-        raise _wrong_element(values, row, column, type(estimator).__name__)
+        where = f"{argument}[{row}, {column}]"
+        raise _wrong_element(values[row, column], where, type(estimator).__name__)
     return values.astype(np.uint8)
 
 
-def _wrong_element(
-    values: NDArray[Any], row: int, column: int, name: str
-) -> ValueError:
-    value = values[row, column]
-    where = f"y[{row}, {column}]"
+def _wrong_element(value: Any, where: str, name: str) -> ValueError:
     if isinstance(value, np.generic):
         value = value.item()
     if is_missing(value):
         return ValueError(
             f"{where} is missing ({value!r}). Each image must have a 0 or 1 for each "
-            "label. Remove the image from X and y, or label it."
+            "label. Remove the image and its labels, or label it."
         )
     if isinstance(value, float) and not value.is_integer():
         return ValueError(

@@ -11,7 +11,9 @@ from sktl._utils.labels import is_missing
 from sktl._utils.sklearn_compat import check_y
 
 
-def check_numbers(y: Any, estimator: BaseEstimator) -> NDArray[np.float64]:
+def check_numbers(
+    y: Any, estimator: BaseEstimator, argument: str = "y"
+) -> NDArray[np.float64]:
     """Validate the targets of a regressor.
 
     Parameters
@@ -20,6 +22,8 @@ def check_numbers(y: Any, estimator: BaseEstimator) -> NDArray[np.float64]:
         Numbers.
     estimator : BaseEstimator
         Named in errors.
+    argument : str, default="y"
+        Name of the argument in errors.
 
     Returns
     -------
@@ -32,41 +36,38 @@ def check_numbers(y: Any, estimator: BaseEstimator) -> NDArray[np.float64]:
     """
     name = type(estimator).__name__
     if issparse(y):
-        raise ValueError(f"{name} requires a dense y. Got a sparse one. Use toarray().")
-    # As objects, since NaN beside strings would be the string "nan".
-    values = np.asarray(y if hasattr(y, "__array__") else _as_objects(y))
+        raise ValueError(
+            f"{name} requires a dense {argument}. Got a sparse one. Use toarray()."
+        )
+    values = np.asarray(y)
     if values.dtype.kind not in "biufc":
+        if not hasattr(y, "__array__"):  # NaN beside strings is the string "nan"
+            values = np.asarray(y, dtype=object)
         for index, value in np.ndenumerate(values.astype(object)):
             if not hasattr(value, "__float__") and not is_missing(value):
                 raise ValueError(
-                    f"{name} requires numbers as y. Got {_element(index)} = {value!r}. "
+                    f"{name} requires numbers as {argument}. Got "
+                    f"{_element(argument, index)} = {value!r}. "
                     "For class labels, use FineTunedCNNClassifier; convert text or "
                     "dates that stand for numbers."
                 )
-            _check_finite(index, value)
+            _check_finite(argument, index, value)
     elif values.dtype.kind == "f":
         for index in np.argwhere(~np.isfinite(values))[:1].tolist():
-            _check_finite(tuple(index), values[tuple(index)].item())
+            _check_finite(argument, tuple(index), values[tuple(index)].item())
     checked: NDArray[Any] = check_y(
         values, multi_output=True, y_numeric=True, estimator=estimator
     )
     return checked.astype(np.float64)
 
 
-def _check_finite(index: tuple[int, ...], value: Any) -> None:
+def _check_finite(argument: str, index: tuple[int, ...], value: Any) -> None:
     if is_missing(value) or abs(value) == np.inf:
         raise ValueError(
-            f"y must be finite numbers. Got {_element(index)} = {value!r}. Remove the "
-            "image from X and y, or correct its target."
+            f"{argument} must be finite numbers. Got {_element(argument, index)} = "
+            f"{value!r}. Remove the image and its target, or correct the target."
         )
 
 
-def _as_objects(y: Any) -> Any:
-    try:
-        return np.array(y, dtype=object)
-    except ValueError:  # rows that do not fit together; `check_y` raises the error
-        return y
-
-
-def _element(index: tuple[int, ...]) -> str:
-    return f"y[{', '.join(map(str, index))}]"
+def _element(argument: str, index: tuple[int, ...]) -> str:
+    return f"{argument}[{', '.join(map(str, index))}]"

@@ -160,6 +160,18 @@ def test_invalid_y(y, classes, reason):
         encode(y, classes=classes, n_samples=2)
 
 
+def test_further_targets():
+    target = MultilabelTarget(UNIFORM)
+    np.testing.assert_array_equal(target.encode(Y, "y_val", LogisticRegression()), Y)
+    for y, reason in (
+        (Y[:, :2], "y_val must have as many columns as y, 3. Got 2"),
+        (Y[:, 0], "y_val must be an indicator matrix"),
+        (2 * Y, r"y_val\[0, 1\] = 2"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            target.encode(y, "y_val", LogisticRegression())
+
+
 def test_check_unchanged():
     first = MultilabelTarget(UNIFORM)
     MultilabelTarget(2 * UNIFORM).check_unchanged(first, "warm_start")

@@ -202,6 +202,21 @@ def test_a_target_that_float32_cannot_hold_is_named(loss):
     encode([0.0, 1.0, 2.0, 1e6, 3.0], loss=loss)
 
 
+def test_further_targets_are_standardized_alike():
+    target = encode([1.0, 2.0, 9.0]).target
+    for y in ([4.0, 5.0], [[4], [5]]):
+        got = target.encode(y, "y_val", Ridge())
+        np.testing.assert_allclose(target.decode(got), [4, 5])
+    for y, reason in (
+        ([[1, 2]], "y_val must have as many columns as y, 1"),
+        ([1, np.nan], r"y_val must be finite numbers\. Got y_val\[1\] = nan"),
+        (["a"], "numbers as y_val"),
+        ([1e30], "y_val must have a scale"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            target.encode(y, "y_val", Ridge())
+
+
 def test_kinds_of_targets_do_not_mix():
     classes, number = MulticlassTarget(np.arange(2)), encode(Y[:, :1]).target
     for target, previous in ((classes, number), (number, classes)):
