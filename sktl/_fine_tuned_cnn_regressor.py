@@ -257,12 +257,12 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     it trains three combinations of a learning rate and an initialization of the head,
     for about 40 % of `max_epochs` each, and interpolates each with the linear probe at
     five coefficients. They and the probe itself are compared by `loss` on the held-out
-    images. The first combination is kept unless another one is better by half a
-    standard error. Then all images are trained on, with the same bits as if the
-    selected settings had been passed. A fit takes up to 2.5 times as long as with fixed
-    settings. With less than four images, or in `partial_fit`, ``"auto"`` means
-    ``lr=1e-4`` and ``wise_ft_alpha=0.4``; a fitted estimator that continues keeps `lr_`
-    and `head_init_`.
+    images. The probe (with early stopping the first combination) is kept unless another
+    one is better by half a standard error. Then all images are trained on, with the
+    same bits as if the selected settings had been passed. A fit takes up to 2.5 times
+    as long as with fixed settings. With less than four images, or in `partial_fit`,
+    ``"auto"`` means ``lr=1e-4`` and ``wise_ft_alpha=0.4``; a fitted estimator that
+    continues keeps `lr_` and `head_init_`.
 
     The worker processes of a search share the cores. They would also share a GPU:
     search with ``n_jobs=1`` there.

@@ -69,6 +69,11 @@ class MulticlassTarget:
         """Number of classes."""
         return len(self.classes)
 
+    @property
+    def prefers_probe(self) -> bool:
+        """False: a short training is better on most data."""
+        return False
+
     def loss(self) -> nn.Module:
         """Return the weighted cross-entropy."""
         return WeightedCrossEntropy(self.label_smoothing)

@@ -100,6 +100,11 @@ class MultilabelTarget:
             )
         return matrix
 
+    @property
+    def prefers_probe(self) -> bool:
+        """False, as with one label per image."""
+        return False
+
     def loss(self) -> nn.Module:
         """Return the weighted binary cross-entropy."""
         return WeightedBinaryCrossEntropy(self.class_weights, self.label_smoothing)

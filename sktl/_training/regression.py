@@ -115,6 +115,11 @@ class RegressionTarget:
         standardized: NDArray[np.float64] = (y - self.center) / self.scale
         return standardized.astype(np.float32)
 
+    @property
+    def prefers_probe(self) -> bool:
+        """True: a few steps change every prediction, where few classes would change."""
+        return True
+
     def loss(self) -> nn.Module:
         """Return the weighted loss in standardized units."""
         return WeightedRegressionLoss(self.loss_name)

@@ -110,8 +110,8 @@ def candidates(lr: float | str, head_init: str, batch_size: int) -> list[Candida
     return [replace(each, lr=float(f"{each.lr * factor:.2g}")) for each in chosen]
 
 
-def choose(rows: Sequence[SelectionRow]) -> SelectionRow:
-    """Return the row with the least loss, if it is clearly less than the first one's.
+def choose(rows: Sequence[SelectionRow], *, prefer_probe: bool = False) -> SelectionRow:
+    """Return the row with the least loss, if it is clearly less than the default's.
 
     Parameters
     ----------
@@ -119,12 +119,16 @@ def choose(rows: Sequence[SelectionRow]) -> SelectionRow:
         The first one has the settings that are best on most data. They are kept unless
         another loss is less by half a standard error of the difference, since a few
         images can prefer bad settings by chance.
+    prefer_probe : bool, default=False
+        Whether the default is the linear probe, if it is a row, and not the first row.
 
     Returns
     -------
     SelectionRow
     """
-    first, best = rows[0], min(rows, key=lambda row: row.valid_loss)
+    probes = [row for row in rows if not row.n_epochs]
+    first = probes[0] if prefer_probe and probes else rows[0]
+    best = min(rows, key=lambda row: row.valid_loss)
     if not math.isfinite(first.valid_loss):
         return best
     gains = np.subtract(first.valid_losses, best.valid_losses)

@@ -97,7 +97,8 @@ def _select(
     if _selects_alpha(parts) and all(row.n_epochs for row in rows):
         rows.append(selection.evaluate_probe())
         save()
-    chosen = choose(rows)
+    target = parts.data.targets.target
+    chosen = choose(rows, prefer_probe=target.prefers_probe)
     if config.verbose:
         tqdm.write(
             f"Selected on held-out images: lr={chosen.lr}, head_init="

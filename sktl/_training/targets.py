@@ -32,6 +32,10 @@ class Target(Protocol):
     def n_outputs(self) -> int:
         """Number of outputs of the network."""
 
+    @property
+    def prefers_probe(self) -> bool:
+        """Whether the linear probe is kept unless a training is clearly better."""
+
     def loss(self) -> nn.Module:
         """Return the loss: ``(outputs, (y, sample_weight))`` to a scalar."""
 

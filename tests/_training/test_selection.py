@@ -97,6 +97,20 @@ def test_first_row_is_kept_unless_another_is_clearly_better(noise):
     assert choose(rows) is rows[1 if noise == 0 else 0]
 
 
+@pytest.mark.parametrize("noise", [0.0, 1.0])
+def test_probe_is_kept_if_it_is_preferred(noise):
+    losses = np.array([0.6, 0.7, 0.8, 0.9])
+    gains = 0.2 + noise * np.array([1, -1, 1, -1])
+    first, best, probe = (
+        SelectionRow(0.1, "random", 1.0, n_epochs, each.mean(), 0.5, tuple(each))
+        for n_epochs, each in ((2, losses + 0.1), (2, losses - gains), (0, losses))
+    )
+    kept = best if noise == 0 else probe
+    assert choose([first, best, probe], prefer_probe=True) is kept
+    assert choose([probe, first, best], prefer_probe=True) is kept
+    assert choose([first, best], prefer_probe=True) is best
+
+
 def test_first_row_that_diverged_is_not_kept():
     diverged = SelectionRow(0.1, "random", 1.0, 2, math.inf, 0.0)
     finite = SelectionRow(0.1, "random", 1.0, 2, 0.5, 0.5, (0.4, 0.6))
