@@ -258,6 +258,23 @@ class TestImages:
             clone(estimator).fit(take(X, []), [])
 
 
+@each_of_two_kinds
+@pytest.mark.parametrize("estimator", ESTIMATORS[:2])
+def test_several_columns_of_targets(estimator, kind, paths, images):
+    Y = np.column_stack([np.arange(40) % 2, np.arange(40) < 20]).astype(int)
+    X = KINDS[kind](paths)
+    mine = clone(estimator).fit(X, Y)
+    output = output_of(mine, X)
+    assert output.shape == Y.shape
+    assert mine.predict(X).shape == Y.shape
+    expected = output_of(clone(estimator).fit(images, Y), images)
+    np.testing.assert_array_equal(output, expected)
+    reverse = output_of(mine, take(X, range(39, -1, -1)))
+    np.testing.assert_array_equal(reverse[::-1], output)
+    copied = pickle.loads(pickle.dumps(mine))
+    np.testing.assert_array_equal(output_of(copied, X), output)
+
+
 FINE_TUNED = {**FIXED, **OPTIONS, "batch_size": 8}
 
 
