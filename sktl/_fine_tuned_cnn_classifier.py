@@ -107,10 +107,12 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         If given, only the head is trained at first, and one more stage is unfrozen
         every so many epochs, up to `trainable`.
     early_stopping : bool, default=False
-        Whether to hold out a validation set, stop when the score on it stops improving,
-        and keep the best epoch, which may be the linear probe. See the notes.
+        Whether to stop when the score on a validation set stops improving, and keep the
+        best epoch, which may be the linear probe. The validation set is a part of `X`,
+        or the one that is passed to `fit`. See the notes.
     validation_fraction : float, default=0.1
-        Fraction of the images in the validation set of early stopping.
+        Fraction of the images in the validation set of early stopping. No effect if one
+        is passed to `fit`.
     n_iter_no_change : int, default=5
         Epochs without improvement after which early stopping stops.
     warm_start : bool, default=False
@@ -383,7 +385,17 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
 
     @fit_context(prefer_skip_nested_validation=True)
     @torch.inference_mode(False)  # even if the caller is in inference mode
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+        groups: Any = None,
+    ) -> Self:
         """Train the head and the stages that `trainable` selects.
 
         Parameters
@@ -396,6 +408,18 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
             of 0 and 1, as :obj:`sklearn.preprocessing.MultiLabelBinarizer` makes.
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the samples. None: 1 for each.
+        X_val : array-like of images, default=None
+            Validation set of early stopping, in place of a part of `X`. Requires
+            ``early_stopping=True``.
+        y_val : array-like of shape (n_val,), default=None
+            Labels of `X_val`, each of which occurs in `y`.
+        sample_weight_val : array-like of shape (n_val,), default=None
+            Weights of `X_val`. None: 1 for each.
+        groups : array-like of shape (n_samples,), default=None
+            Group of each image of `X`, such as the patient or the film that it is from:
+            names or numbers. Images of one group are held out together, by early
+            stopping, by the selection of settings and in the cross-validation of the
+            linear probe.
 
         Returns
         -------
@@ -405,9 +429,9 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         Raises
         ------
         ValueError
-            If a parameter, `X`, `y` or `sample_weight` is invalid, if an image cannot
-            be read, if the checkpoint belongs to another run, if a callback is not
-            supported, or if the loss is not finite.
+            If a parameter or an argument is invalid, if an image cannot be read, if the
+            checkpoint belongs to another run, if a callback is not supported, or if the
+            loss is not finite.
         KeyboardInterrupt
             On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
             `checkpoint`.
@@ -416,7 +440,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         MemoryError
             If a batch does not fit into memory.
         """
-        return self._fit(X, y, sample_weight)
+        return self._fit(
+            X,
+            y,
+            sample_weight,
+            X_val=X_val,
+            y_val=y_val,
+            sample_weight_val=sample_weight_val,
+            groups=groups,
+        )
 
     @fit_context(prefer_skip_nested_validation=True)
     @torch.inference_mode(False)

@@ -122,8 +122,8 @@ class AugmentedViews:
         """Return a copy to pickle; see `ImageSequence.portable`."""
         return self._with(self._images.portable(), self._view_indices)
 
-    def original_index(self, index: int) -> int:
-        """Return the index in X of the image of a view."""
+    def original_index(self, index: int) -> int | str:
+        """Return the index in X, or the name, of the image of a view."""
         return self._images.original_index(self._view_indices[index] // self.n_views)
 
     def _with(

@@ -85,7 +85,7 @@ _PIL_LOCK = threading.Lock()
 def decode(
     image: Any,
     *,
-    index: int,
+    index: int | str,
     pixel_range: PixelRange,
     content: bytes | None = None,
     min_decode_size: int | None = None,
@@ -99,8 +99,8 @@ def decode(
     image : str, os.PathLike, bytes, PIL.Image.Image or array-like
         Path of a file, content of a file, PIL image, or pixels of shape
         (height, width) or (height, width, channels) with 1, 3 or 4 channels.
-    index : int
-        Index of the image in X, for error messages.
+    index : int or str
+        Index of the image in X, or its name, for error messages.
     pixel_range : tuple of two floats or "auto"
         Values of black and white in arrays, and in files and PIL images of more than 8
         bits per channel; see `to_uint8` and `sktl._images.bit_depth`.
@@ -172,12 +172,18 @@ def decode(
     return _to_rgb(pil_image, name)
 
 
-def describe(image: object, index: int) -> str:
+def describe(image: object, index: int | str) -> str:
     """Return the name of an image in error messages: its index and path or type."""
+    name = row_name(index)
     if isinstance(image, str | os.PathLike):
         # repr() makes names that are not valid UTF-8 printable.
-        return f"X[{index}] ({str(os.fsdecode(image))!r})"
-    return f"X[{index}] ({type(image).__name__})"
+        return f"{name} ({str(os.fsdecode(image))!r})"
+    return f"{name} ({type(image).__name__})"
+
+
+def row_name(index: int | str) -> str:
+    """Return the name of a row: ``"X[3]"`` for 3; other names are given as such."""
+    return index if isinstance(index, str) else f"X[{index}]"
 
 
 def as_array(values: Any, name: str) -> npt.NDArray[Any]:

@@ -42,7 +42,7 @@ _file_fingerprint: Callable[[os.stat_result], tuple[int, ...]] = operator.attrge
 
 
 def content_hashes(
-    images: Iterable[Any], indices: Iterable[int], *, pixel_range: PixelRange
+    images: Iterable[Any], indices: Iterable[int | str], *, pixel_range: PixelRange
 ) -> list[bytes]:
     """Return the content hash of each image; see `content_hash`."""
     return [
@@ -52,7 +52,7 @@ def content_hashes(
     ]
 
 
-def content_hash(image: Any, *, index: int, pixel_range: PixelRange) -> bytes:
+def content_hash(image: Any, *, index: int | str, pixel_range: PixelRange) -> bytes:
     """Return the content hash of an image.
 
     The hash of a file is cached as long as its path, size, modification times and inode
@@ -62,8 +62,8 @@ def content_hash(image: Any, *, index: int, pixel_range: PixelRange) -> bytes:
     ----------
     image : str, os.PathLike, bytes, PIL.Image.Image or array-like
         One image, as in `sktl._images.decode.decode`.
-    index : int
-        Index of the image in X, for error messages.
+    index : int or str
+        Index of the image in X, or its name, for error messages.
     pixel_range : tuple of two floats or "auto"
         Values of black and white, for PIL images.
 
@@ -91,7 +91,7 @@ def content_hash(image: Any, *, index: int, pixel_range: PixelRange) -> bytes:
 def decode_and_hash(
     image: Any,
     *,
-    index: int,
+    index: int | str,
     pixel_range: PixelRange,
     min_decode_size: int | None = None,
     file_options: FileOptions = _DEFAULT_OPTIONS,

@@ -7,7 +7,7 @@ from typing import Any
 import PIL
 from PIL import Image
 
-from sktl._images.decode import as_array, decode
+from sktl._images.decode import as_array, decode, row_name
 from sktl._images.file_formats import FileOptions
 from sktl._images.flattened import unflatten
 from sktl._images.hashing import content_hashes, decode_and_hash
@@ -35,8 +35,8 @@ class ImageSequence:
         Values of black and white; see `decode`.
     image_shape : tuple of ints, optional
         Shape of the images if they are flattened, from `infer_flattened_shape`.
-    original_indices : sequence of int, optional
-        Index in X of each image, for error messages. None counts from 0.
+    original_indices : sequence of int or str, optional
+        Index in X of each image, or its name, for error messages. None counts from 0.
     min_decode_size : int, optional
         As in `decode`.
     file_options : FileOptions, optional
@@ -50,7 +50,7 @@ class ImageSequence:
         images: Any,
         pixel_range: PixelRange,
         image_shape: tuple[int, ...] | None = None,
-        original_indices: Sequence[int] | None = None,
+        original_indices: Sequence[int | str] | None = None,
         min_decode_size: int | None = None,
         file_options: FileOptions = _DEFAULT_OPTIONS,
         warn: WarnOnce | None = None,
@@ -103,8 +103,29 @@ class ImageSequence:
             self._warn,
         )
 
-    def original_index(self, index: int) -> int:
-        """Return the index in X of an image."""
+    def concatenate(self, other: "ImageSequence", name: str) -> "ImageSequence":
+        """Return a sequence of these images and those of another sequence.
+
+        Parameters
+        ----------
+        other : ImageSequence
+            Created with the same settings; its images may have another form.
+        name : str
+            Name of the other X, such as ``"X_val"``, for error messages.
+        """
+        indices = (f"{name}[{index}]" for index in other._original_indices)
+        return ImageSequence(
+            [part._image(i) for part in (self, other) for i in range(len(part))],
+            self._pixel_range,
+            None,
+            [*self._original_indices, *indices],
+            self._min_decode_size,
+            self._file_options,
+            self._warn,
+        )
+
+    def original_index(self, index: int) -> int | str:
+        """Return the index in X of an image, or its name."""
         return self._original_indices[index]
 
     def portable(self) -> "ImageSequence":
@@ -172,7 +193,9 @@ class ImageSequence:
         return image
 
 
-def _portable_image(image: Any, original_index: int, pixel_range: PixelRange) -> Any:
+def _portable_image(
+    image: Any, original_index: int | str, pixel_range: PixelRange
+) -> Any:
     """Convert an image to a form that can be pickled without loss, and is small."""
     if isinstance(image, str | os.PathLike):
         return os.path.join(os.getcwd(), os.fsdecode(image))
@@ -182,4 +205,4 @@ def _portable_image(image: Any, original_index: int, pixel_range: PixelRange) ->
     if isinstance(image, bytes):
         return image
     # As an array: pickling a tensor includes the whole tensor of which it is a view.
-    return as_array(image, f"X[{original_index}]")
+    return as_array(image, row_name(original_index))

@@ -149,7 +149,7 @@ def validate_images(
         if is_nowhere_opaque(pixels, pixel_range):
             warn_of_alpha(f"X[{index}]")
             break  # warn only once
-    return ImageSequence(X, pixel_range, flattened_shape)
+    return ImageSequence(X, pixel_range, flattened_shape, file_options=file_options)
 
 
 def _convert_nullable_integers(X: Any) -> Any:

@@ -169,7 +169,7 @@ class _MissingImages:
     def __len__(self) -> int:
         return len(self._images)
 
-    def original_index(self, position: int) -> int:
+    def original_index(self, position: int) -> int | str:
         return self._images.original_index(position)
 
     def __getitem__(self, position: int) -> Image.Image | Callable[[], Pixels]:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
+from sktl._images.decode import row_name
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference.engines import CompiledModel, Pixels, Rows
 from sktl._inference.execution import ExecutionConfig
@@ -33,8 +34,8 @@ class ImageProvider(Protocol):
         in the thread of the forward loop.
         """
 
-    def original_index(self, position: int) -> int:
-        """Return the row of X, for error messages."""
+    def original_index(self, position: int) -> int | str:
+        """Return the row of X or its name, for error messages."""
 
 
 def forward(
@@ -159,8 +160,8 @@ def _check_finite(
         advice = "The weights do not fit this network or this layer."
         if precision == "float16":
             advice = "Values above 65504 overflow in float16: use 'bfloat16'."
-        row = images.original_index(positions[int(finite.argmin())])
+        row = row_name(images.original_index(positions[int(finite.argmin())]))
         raise ValueError(
-            f"The output of the network for X[{row}] must be finite. Got NaN or "
+            f"The output of the network for {row} must be finite. Got NaN or "
             f"infinity with precision={precision!r}. {advice}"
         )

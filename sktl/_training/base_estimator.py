@@ -6,6 +6,7 @@ import os
 import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -26,6 +27,7 @@ from sktl._inference.parallel import single_openmp_thread
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
 from sktl._training.fit import fit_model
+from sktl._training.group_splits import encode_groups
 from sktl._training.initial_model import FittedModel
 from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
 from sktl._training.prediction import predict_outputs
@@ -37,6 +39,11 @@ from sktl._training.serialization import (
 )
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import check_callbacks
+from sktl._training.validation_set import (
+    append_validation_set,
+    errors_of,
+    has_validation_set,
+)
 from sktl._utils.sklearn_compat import Interval, StrOptions
 
 
@@ -120,9 +127,16 @@ class BaseFineTunedCNN(MemoryAccess):
         y: Any,
         sample_weight: Any,
         *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+        groups: Any = None,
         classes: Any = None,
         partial: bool = False,
     ) -> Self:
+        has_validation = has_validation_set(
+            X_val, y_val, sample_weight_val, early_stopping=self.early_stopping
+        )
         check_callbacks(
             self.callbacks,
             early_stopping=self.early_stopping,
@@ -143,11 +157,21 @@ class BaseFineTunedCNN(MemoryAccess):
             previous=previous,
             partial=partial,
         )
+        if groups is not None:
+            numbers = encode_groups(groups, len(images))
+            targets = replace(targets, groups=numbers[targets.rows])
         if not partial:
             targets = targets.with_normalized_weights()
         if previous is not None:
             caller = "partial_fit" if partial else "warm_start"
             targets.target.check_unchanged(previous, caller)
+        if has_validation:
+            with errors_of("X_val"):
+                images_val = checked._validate_images(X_val, reset=False)
+            targets = append_validation_set(
+                targets, len(images), len(images_val), y_val, sample_weight_val, self
+            )
+            images = images.concatenate(images_val, "X_val")
         fitted, record, net = fit_model(self, images, targets, fitted, partial=partial)
         copy_feature_metadata(self, checked)
         self._set_fitted(fitted, record)

@@ -290,6 +290,7 @@ def fit_head(
         features[train],
         targets.y[train],
         weight / weight.mean(),
+        groups=None if targets.groups is None else targets.groups[train],
         hidden_layer_sizes=model.config.hidden_layer_sizes,
         seed=seed,
     )

@@ -260,6 +260,10 @@ def run_fingerprint(
     }
     if not isinstance(parameters["random_state"], Integral):
         fingerprint["random_state"] = "none: that of the checkpoint is used"
+    if targets.validation is not None:
+        fingerprint["X_val"] = f"{targets.validation.sum()} images"
+    if targets.groups is not None:
+        fingerprint["groups"] = hashlib.sha256(targets.groups.tobytes()).hexdigest()
     return {
         **fingerprint,
         "X": X.hexdigest(),

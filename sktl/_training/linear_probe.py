@@ -6,6 +6,7 @@ can Distort Pretrained Features and Underperform Out-of-Distribution*, 2022).
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,6 +28,8 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from sktl._training.group_splits import grouped_folds
+
 Layers = list[tuple[NDArray[Any], NDArray[Any]]]
 
 # Inverse regularization strengths, as `C` of LogisticRegression.
@@ -44,6 +47,7 @@ def fit_linear_probe(
     y: NDArray[np.intp],
     sample_weight: NDArray[np.float64],
     *,
+    groups: NDArray[np.intp] | None = None,
     hidden_layer_sizes: Sequence[int] = (),
     seed: int = 0,
 ) -> float:
@@ -64,6 +68,8 @@ def fit_linear_probe(
         class must occur.
     sample_weight : ndarray of shape (n_samples,)
         Sample weights of mean 1, so that the regularization has the usual scale.
+    groups : ndarray of shape (n_samples,), int, or None, default=None
+        Groups that no fold of the cross-validation divides.
     hidden_layer_sizes : sequence of int, default=()
         Widths of the hidden layers of the head.
     seed : int, default=0
@@ -78,7 +84,7 @@ def fit_linear_probe(
     x, scaler = standardize(features, sample_weight)
     hidden = tuple(hidden_layer_sizes)
     with quiet_probe(x):
-        C = select_C(x, y, sample_weight, hidden, seed)
+        C = select_C(x, y, sample_weight, groups, hidden, seed)
         model = fit_model(C, x, y, sample_weight, hidden, seed)
     layers = layers_of(model)
     matrix, bias = layers[-1]
@@ -132,52 +138,67 @@ def quiet_probe(x: NDArray[np.float64]) -> Iterator[None]:
         yield
 
 
-def folds(n_samples: int, seed: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Return the folds to select a regularization strength on, without classes.
+def folds(
+    n_samples: int,
+    groups: NDArray[np.intp] | None,
+    seed: int,
+    y: NDArray[np.intp] | None = None,
+) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Return the folds to select a regularization strength on.
 
     Parameters
     ----------
     n_samples : int
         Number of images.
+    groups : ndarray of shape (n_samples,), int, or None
+        Groups that no fold divides. None: each image is one of its own.
     seed : int
         Seed of the folds.
+    y : ndarray of shape (n_samples,), int, or None, default=None
+        Class of each image, to stratify by. None: there are no classes.
 
     Returns
     -------
     list of pairs of ndarray of int
-        Positions of the images to train on, and of those held out. Empty if there is
-        only one image.
+        Positions of the images to train on, and of those held out. Empty if there are
+        fewer than two images (of a class), or groups.
     """
-    if n_samples < 2:
+    is_large = n_samples >= _MIN_FOR_SINGLE_SPLIT
+    if groups is not None:
+        grouped = grouped_folds(y, groups, n_folds=_N_FOLDS, seed=seed)
+        return list(itertools.islice(grouped, 1 if is_large else None))
+    smallest_class = n_samples if y is None else int(np.bincount(y).min())
+    if smallest_class < 2:
         return []
-    positions = np.arange(n_samples)
-    if n_samples >= _MIN_FOR_SINGLE_SPLIT:
-        return list(ShuffleSplit(1, test_size=0.2, random_state=seed).split(positions))
-    n_folds = min(_N_FOLDS, n_samples)
-    return list(KFold(n_folds, shuffle=True, random_state=seed).split(positions))
+    splitter: Any
+    if is_large:
+        # At least one image of each class on average, as scikit-learn requires.
+        n_valid = max(-(-n_samples // 5), 0 if y is None else int(y.max()) + 1)
+        kind = ShuffleSplit if y is None else StratifiedShuffleSplit
+        splitter = kind(1, test_size=n_valid, random_state=seed)
+    else:
+        kind = KFold if y is None else StratifiedKFold
+        n_folds = min(_N_FOLDS, smallest_class)
+        splitter = kind(n_folds, shuffle=True, random_state=seed)
+    return list(splitter.split(np.arange(n_samples), y))
+
+
+def best_strength(strengths: NDArray[Any], losses: NDArray[np.float64]) -> float:
+    """Return the strength of the least loss; the middle one if there are no folds."""
+    return float(strengths[losses.argmin() if losses.any() else len(strengths) // 2])
 
 
 def select_C(
     x: NDArray[np.float64],
     y: NDArray[np.intp],
     sample_weight: NDArray[np.float64],
+    groups: NDArray[np.intp] | None,
     hidden: tuple[int, ...],
     seed: int,
 ) -> float:
     """Return the C of `C_GRID` with the least log loss on held-out folds."""
-    smallest_class = int(np.bincount(y).min())
-    if smallest_class < 2:  # cross-validation needs two images of each class
-        return float(C_GRID[len(C_GRID) // 2])
-    splitter: Any
-    if len(y) >= _MIN_FOR_SINGLE_SPLIT:
-        # At least one image of each class on average, as scikit-learn requires.
-        n_valid = max(-(-len(y) // 5), int(y.max()) + 1)
-        splitter = StratifiedShuffleSplit(1, test_size=n_valid, random_state=seed)
-    else:
-        n_folds = min(_N_FOLDS, smallest_class)
-        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
     losses = np.zeros(len(C_GRID))
-    for train, valid in splitter.split(x, y):
+    for train, valid in folds(len(y), groups, seed, y):
         if not sample_weight[valid].any():
             continue
         for i, C in enumerate(C_GRID):
@@ -188,7 +209,7 @@ def select_C(
                 labels=model.classes_,
                 sample_weight=sample_weight[valid],
             )
-    return float(C_GRID[losses.argmin()])
+    return best_strength(C_GRID, losses)
 
 
 def fit_model(

@@ -84,6 +84,19 @@ class MulticlassTarget:
         """Return the weighted accuracy of logits ``(n, n_classes)``."""
         return float(np.average(outputs.argmax(axis=1) == y, weights=sample_weight))
 
+    def encode(self, y: Any, name: str, estimator: BaseEstimator) -> NDArray[np.intp]:
+        """Return the position of each label among the classes."""
+        labels: list[Any] = check_labels(y, estimator, name).tolist()
+        # Not by comparing arrays, in which the int 1 equals the string "1".
+        positions = {label: i for i, label in enumerate(self.classes.tolist())}
+        for index, label in enumerate(labels):
+            if label not in positions:
+                raise ValueError(
+                    f"{name}[{index}] is {label!r}, which is none of the classes of y: "
+                    f"{self.classes.tolist()}. Remove it and its image."
+                )
+        return np.array([positions[label] for label in labels], dtype=np.intp)
+
     def calibrated_losses(
         self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
     ) -> NDArray[np.float64]:
@@ -110,6 +123,7 @@ class MulticlassTarget:
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
+        groups: NDArray[np.intp] | None,
         hidden_layer_sizes: Sequence[int],
         seed: int,
     ) -> None:
@@ -119,6 +133,7 @@ class MulticlassTarget:
             features,
             y,
             sample_weight,
+            groups=groups,
             hidden_layer_sizes=hidden_layer_sizes,
             seed=seed,
         )
@@ -255,7 +270,7 @@ def encode_multiclass(
             f"in y. Got {class_weight!r}."
         )
     target = MulticlassTarget(classes, label_smoothing)
-    return EncodedTargets(target, rows, encoded, weight)
+    return EncodedTargets(target, rows, encoded, weight, class_weight=class_weights)
 
 
 def _valid_classes(y: NDArray[Any], classes: Any, name: str) -> NDArray[Any]:

@@ -149,6 +149,7 @@ class MultilabelTarget:
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
+        groups: NDArray[np.intp] | None,
         hidden_layer_sizes: Sequence[int],
         seed: int,
     ) -> None:
@@ -159,6 +160,7 @@ class MultilabelTarget:
             y,
             sample_weight,
             self.class_weights,
+            groups=groups,
             hidden_layer_sizes=hidden_layer_sizes,
             seed=seed,
         )

@@ -10,6 +10,7 @@ from torch import nn
 
 from sktl._training import linear_probe
 from sktl._training.linear_probe import (
+    best_strength,
     copy_layers,
     fit_model,
     folds,
@@ -29,6 +30,7 @@ def fit_multilabel_probe(
     sample_weight: NDArray[np.float64],
     class_weights: NDArray[np.float64],
     *,
+    groups: NDArray[np.intp] | None = None,
     hidden_layer_sizes: Sequence[int] = (),
     seed: int = 0,
 ) -> None:
@@ -49,6 +51,8 @@ def fit_multilabel_probe(
         Sample weights of mean 1.
     class_weights : ndarray of shape (n_labels, 2)
         Weights of 0 and 1 for each label.
+    groups : ndarray of shape (n_samples,), int, or None, default=None
+        Groups that no fold of the cross-validation divides.
     hidden_layer_sizes : sequence of int, default=()
         Widths of the hidden layers of the head.
     seed : int, default=0
@@ -59,10 +63,12 @@ def fit_multilabel_probe(
     hidden = tuple(hidden_layer_sizes)
     with quiet_probe(x):
         if hidden:
-            layers = layers_of(_fit_perceptron(x, y, sample_weight, hidden, seed))
+            layers = layers_of(
+                _fit_perceptron(x, y, sample_weight, groups, hidden, seed)
+            )
         else:
             columns = [
-                _fit_label(x, labels, sample_weight * weights[labels], seed)
+                _fit_label(x, labels, sample_weight * weights[labels], groups, seed)
                 for labels, weights in zip(y.T, class_weights, strict=True)
             ]
             matrices, biases = zip(*columns, strict=True)
@@ -74,12 +80,14 @@ def _fit_label(
     x: NDArray[np.float64],
     y: NDArray[np.intp],
     sample_weight: NDArray[np.float64],
+    groups: NDArray[np.intp] | None,
     seed: int,
 ) -> tuple[NDArray[np.float64], float]:
     """Return the coefficients and the intercept of one label."""
     # A class weight of 0 removes images.
     kept = sample_weight > 0
     x, y, weight = x[kept], y[kept], sample_weight[kept]
+    groups = None if groups is None else groups[kept]
     n, n_positive = len(y), int(y.sum())
     if not 0 < n_positive < n:
         # The log-odds of the rate with half an image added to each side.
@@ -87,7 +95,7 @@ def _fit_label(
             np.log((n_positive + 0.5) / (n + 0.5 - n_positive))
         )
     weight = weight / weight.mean()
-    C = select_C(x, y, weight, (), seed)
+    C = select_C(x, y, weight, groups, (), seed)
     model = fit_model(C, x, y, weight, (), seed)
     return model.coef_[0], float(model.intercept_[0])
 
@@ -96,18 +104,19 @@ def _fit_perceptron(
     x: NDArray[np.float64],
     y: NDArray[np.intp],
     sample_weight: NDArray[np.float64],
+    groups: NDArray[np.intp] | None,
     hidden: tuple[int, ...],
     seed: int,
 ) -> MLPClassifier:
     """Return a perceptron with one output per label, of the best strength."""
     grid = linear_probe.C_GRID
     losses = np.zeros(len(grid))
-    for train, valid in folds(len(x), seed):
+    for train, valid in folds(len(x), groups, seed):
         for i, C in enumerate(grid):
             model = fit_model(C, x[train], y[train], sample_weight[train], hidden, seed)
             proba = model.predict_proba(x[valid]).clip(_EPSILON, 1 - _EPSILON)
             likelihood = np.where(y[valid] == 1, proba, 1 - proba)  # (n, n_labels)
             losses[i] -= sample_weight[valid] @ np.log(likelihood).mean(axis=1)
-    C = float(grid[losses.argmin()])
+    C = best_strength(grid, losses)
     best: MLPClassifier = fit_model(C, x, y, sample_weight, hidden, seed)
     return best

@@ -161,6 +161,7 @@ class RegressionTarget:
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
+        groups: NDArray[np.intp] | None,
         hidden_layer_sizes: Sequence[int],
         seed: int,
     ) -> None:
@@ -173,6 +174,7 @@ class RegressionTarget:
             y,
             sample_weight,
             self._losses,
+            groups=groups,
             hidden_layer_sizes=hidden_layer_sizes,
             seed=seed,
         )

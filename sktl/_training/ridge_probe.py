@@ -10,6 +10,7 @@ from sklearn.neural_network import MLPRegressor
 from torch import nn
 
 from sktl._training.linear_probe import (
+    best_strength,
     copy_layers,
     folds,
     layers_of,
@@ -33,6 +34,7 @@ def fit_ridge_probe(
     sample_weight: NDArray[np.float64],
     losses: Losses,
     *,
+    groups: NDArray[np.intp] | None = None,
     hidden_layer_sizes: Sequence[int] = (),
     seed: int = 0,
 ) -> float:
@@ -54,6 +56,8 @@ def fit_ridge_probe(
         Sample weights of mean 1, so that the regularization has the usual scale.
     losses : callable
         Losses that the strengths are compared by.
+    groups : ndarray of shape (n_samples,), int, or None, default=None
+        Groups that no fold of the cross-validation divides.
     hidden_layer_sizes : sequence of int, default=()
         Widths of the hidden layers of the head.
     seed : int, default=0
@@ -70,13 +74,13 @@ def fit_ridge_probe(
     predict = _predict_perceptrons if hidden else _predict_ridge
     totals = np.zeros(len(ALPHA_GRID))
     with quiet_probe(x):
-        for train, valid in folds(len(x), seed):
+        for train, valid in folds(len(x), groups, seed):
             predictions = predict(
                 x[train], y[train], sample_weight[train], x[valid], hidden, seed
             )
             for i, outputs in enumerate(predictions):
                 totals[i] += losses(outputs, y[valid]) @ sample_weight[valid]
-        alpha = float(ALPHA_GRID[totals.argmin()])
+        alpha = best_strength(ALPHA_GRID, totals)
         model: Any = Ridge(alpha=alpha)
         if hidden:
             model, y = _perceptron(alpha, hidden, seed), _as_column(y)

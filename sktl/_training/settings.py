@@ -111,10 +111,10 @@ def _select(
 def _warn_of_safe_settings(config: TrainingConfig) -> None:
     warnings.warn(
         "lr='auto' and wise_ft_alpha='auto' are selected on held-out images, so there "
-        "must be at least four images, and two of each class. Got less images, or a "
-        f"class with one image. lr={config.lr} and "
-        f"wise_ft_alpha={config.wise_ft_alpha} are used. Add images, or set both "
-        "parameters.",
+        "must be at least four images, and two of each class; with groups, at least "
+        "two, and two of each of two classes. Got less images or groups, or a class "
+        f"with one image. lr={config.lr} and wise_ft_alpha={config.wise_ft_alpha} are "
+        "used. Add images, or set both parameters.",
         UserWarning,
         stacklevel=4,
     )

@@ -17,6 +17,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import check_consistent_length
 from torch import nn
 
+from sktl._training.group_splits import groups_to_hold_out
 from sktl._utils.sklearn_compat import check_sample_weight
 
 
@@ -44,6 +45,12 @@ class Target(Protocol):
     ) -> float:
         """Return the validation score, the higher the better."""
 
+    def encode(self, y: Any, name: str, estimator: BaseEstimator) -> NDArray[Any]:
+        """Validate and encode further targets, such as those of a validation set.
+
+        Errors name the argument `name` of the estimator, and the row.
+        """
+
     def calibrated_losses(
         self, outputs: NDArray[Any], y: NDArray[Any], sample_weight: NDArray[Any]
     ) -> NDArray[np.float64]:
@@ -56,10 +63,14 @@ class Target(Protocol):
         y: NDArray[Any],
         sample_weight: NDArray[np.float64],
         *,
+        groups: NDArray[np.intp] | None,
         hidden_layer_sizes: Sequence[int],
         seed: int,
     ) -> None:
-        """Set the weights of a head to those of a linear probe on the features."""
+        """Set the weights of a head to those of a linear probe on the features.
+
+        No fold of a cross-validation divides a group.
+        """
 
     def check_unchanged(self, previous: "Target", caller: str) -> None:
         """Raise a ValueError if a fitted model has another target than this one."""
@@ -132,12 +143,21 @@ class EncodedTargets:
         Encoded target of each sample.
     sample_weight : ndarray of shape (n,), float64
         Product of the sample weight and the class weight.
+    groups : ndarray of shape (n,), int, or None
+        Group of each sample; no split divides a group. None: each is one of its own.
+    class_weight : ndarray of shape (n_classes,), float64, or None
+        The class weights. None: there are none.
+    validation : ndarray of shape (n,), bool, or None
+        Mask of the validation set that was passed to `fit`. None: none was.
     """
 
     target: Target
     rows: NDArray[np.intp]
     y: NDArray[Any]
     sample_weight: NDArray[np.float64]
+    groups: NDArray[np.intp] | None = None
+    class_weight: NDArray[np.float64] | None = None
+    validation: NDArray[np.bool_] | None = None
 
     def with_normalized_weights(self) -> Self:
         """Return the same targets with weights of mean 1."""
@@ -195,7 +215,9 @@ def positive_weights(
 def validation_mask(
     targets: EncodedTargets, validation_fraction: float | None, seed: int
 ) -> NDArray[np.bool_]:
-    """Select the validation set, stratified by class if each image has one.
+    """Select the validation set: the one passed to `fit`, or a part of X.
+
+    The part is stratified by class if each image has one.
 
     Parameters
     ----------
@@ -216,16 +238,23 @@ def validation_mask(
     ValueError
         If a stratified split is impossible.
     """
+    if targets.validation is not None:
+        return targets.validation
     if validation_fraction is None:
         return np.zeros(len(targets.rows), dtype=bool)
     got = f"Got validation_fraction={validation_fraction!r}"
     try:
         held_out = _stratified_mask(targets, validation_fraction, seed)
+        if held_out is None:
+            raise ValueError(
+                "Whole groups, of at least two classes if there are classes, must be "
+                "held out, and others of the same classes must be left."
+            )
     except ValueError as error:
         raise ValueError(
             "early_stopping holds out a validation set, stratified by class, which "
             f"must be possible. {got} of {len(targets.rows)} images: {error} Change "
-            "validation_fraction, or set early_stopping=False."
+            "validation_fraction, pass X_val and y_val, or set early_stopping=False."
         ) from error
     strata = targets.target.strata(targets.y)
     if strata is not None:
@@ -256,8 +285,9 @@ def selection_mask(
     Returns
     -------
     ndarray of shape (n,), bool, or None
-        True for held-out samples. None if a class has only one sample, or if there are
-        less than four samples.
+        True for held-out samples. None if a class has only one sample, if there are
+        less than four samples, or if no groups, of at least two classes if there are
+        classes, can be held out.
     """
     positive = targets.sample_weight > 0
     n_samples, n_least = int(positive.sum()), 2
@@ -276,10 +306,18 @@ def selection_mask(
 
 def _stratified_mask(
     targets: EncodedTargets, test_size: float, seed: int
-) -> NDArray[np.bool_]:
-    """Return the mask of a random part of the samples of positive weight."""
+) -> NDArray[np.bool_] | None:
+    """Return the mask of a random part of the samples of positive weight.
+
+    With groups, of whole groups; None if that is impossible.
+    """
     # Samples of weight 0, by a class weight of 0, can be compared on nothing.
     rows = np.flatnonzero(targets.sample_weight)
+    if targets.groups is not None:
+        n_held_out = test_size * len(rows) if test_size < 1 else test_size
+        strata = targets.target.strata(targets.y[rows])
+        chosen = groups_to_hold_out(targets.groups[rows], strata, n_held_out, seed)
+        return None if chosen is None else np.isin(targets.groups, chosen)
     _, chosen = train_test_split(
         rows,
         test_size=test_size,

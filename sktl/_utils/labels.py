@@ -16,7 +16,7 @@ from sktl._utils.sklearn_compat import check_y
 _LABEL_DTYPE = re.compile(r"[<>|=]([biuf][1248]|f16|U\d{1,4}|O)", re.ASCII)
 
 
-def check_labels(y: Any, estimator: BaseEstimator) -> NDArray[Any]:
+def check_labels(y: Any, estimator: BaseEstimator, name: str = "y") -> NDArray[Any]:
     """Validate the class labels of images.
 
     Parameters
@@ -25,6 +25,8 @@ def check_labels(y: Any, estimator: BaseEstimator) -> NDArray[Any]:
         Labels: str, int or bool.
     estimator : BaseEstimator
         Named in errors.
+    name : str, default="y"
+        Name of `y` in errors.
 
     Returns
     -------
@@ -33,13 +35,18 @@ def check_labels(y: Any, estimator: BaseEstimator) -> NDArray[Any]:
     Raises
     ------
     ValueError
-        If a label is missing, or `y` is not a classification target.
+        If a label is missing or infinite, or `y` is not a classification target.
     """
     for index, label in enumerate(_elements(y)):
         if is_missing(label):
             raise ValueError(
-                f"y[{index}] is missing ({label!r}). Each image must have a label. "
-                "Remove the image from X and y, or label it."
+                f"{name}[{index}] is missing ({label!r}). Each image must have a "
+                "label. Remove it and its image, or label it."
+            )
+        if isinstance(label, float | np.floating) and np.isinf(label):
+            raise ValueError(
+                f"Input {name} contains infinity or a value too large for a label: "
+                f"{name}[{index}] is {label!r}. Remove it and its image, or label it."
             )
     labels: NDArray[Any] = check_y(y, estimator=estimator)
     if type_of_target(labels).startswith("continuous"):

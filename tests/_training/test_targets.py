@@ -1,5 +1,7 @@
 """Tests of encoded targets and of the validation split."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -118,3 +120,21 @@ def test_samples_of_a_class_weight_of_zero_are_not_held_out(seed):
         assert held_out.shape == (200,)
         assert targets.sample_weight[held_out].tolist() == [1]
     assert selection_mask(encode(y[:-1], class_weight={"a": 0}), 30, seed) is None
+
+
+def test_groups_are_held_out_together():
+    y = np.repeat(["a", "b"], 40)
+    groups = np.arange(80) // 8
+    targets = replace(encode(y), groups=groups)
+    masks = validation_mask(targets, 0.2, 0), selection_mask(targets, 20, 0)
+    for held_out, n in zip(masks, (16, 16), strict=True):
+        assert held_out.sum() == n
+        assert not set(groups[held_out]) & set(groups[~held_out])
+        assert len(np.unique(targets.y[held_out])) == 2
+
+
+def test_groups_that_cannot_be_held_out():
+    targets = replace(encode(["a", "b"] * 20), groups=np.arange(40) % 2)
+    with pytest.raises(ValueError, match="Whole groups, of at least two classes"):
+        validation_mask(targets, 0.2, 0)
+    assert selection_mask(targets, 20, 0) is None
