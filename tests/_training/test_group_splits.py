@@ -2,12 +2,17 @@
 
 import numpy as np
 import pytest
+import sklearn
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, GroupKFold
+from trainer_helpers import make_classifier
 
 from sktl._training.group_splits import (
     encode_groups,
     grouped_folds,
     groups_to_hold_out,
 )
+from sktl._training.linear_probe import select_C
 
 
 @pytest.mark.parametrize(
@@ -101,3 +106,62 @@ def test_folds_without_a_class_in_the_training_part_are_left_out():
     assert len(folds) == 4
     assert all(4 not in groups[valid] for _, valid in folds)
     assert list(grouped_folds(y, np.zeros(30, int), n_folds=5, seed=0)) == []
+
+
+def make_patients(n_groups=12, size=6):
+    """Return nearly equal images of each group, and labels by the toss of a coin."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 256, (n_groups, 16, 16, 3)).repeat(size, axis=0)
+    images = (base + rng.integers(-4, 5, base.shape)).clip(0, 255).astype(np.uint8)
+    y = rng.permutation(np.arange(n_groups) % 2).repeat(size)
+    return images, y, np.arange(n_groups).repeat(size)
+
+
+@pytest.mark.usefixtures("quick_linear_probe")
+@pytest.mark.parametrize("early_stopping", [True, False])
+def test_nearly_equal_images_do_not_fool_the_score(early_stopping):
+    images, y, groups = make_patients()
+    classifier = make_classifier(
+        lr="auto", early_stopping=early_stopping, validation_fraction=0.3, max_epochs=2
+    )
+    scores = []
+    for more in ({}, {"groups": [f"patient {group}" for group in groups]}):
+        classifier.fit(images, y, **more)
+        scores.append(classifier.selection_[-1]["valid_score"])
+        if early_stopping:
+            scores[-1] = classifier.history_[classifier.best_epoch_]["valid_score"]
+    assert scores[0] > 0.9
+    assert scores[1] < 0.8
+
+
+def test_regularization_of_the_probe_is_selected_on_other_groups():
+    rng = np.random.default_rng(0)
+    groups = np.arange(40).repeat(5)
+    x = rng.normal(size=(40, 30)).repeat(5, axis=0) + rng.normal(0, 0.01, (200, 30))
+    y = (np.arange(40) % 2).repeat(5)
+    alone, together = (
+        select_C(x, y, np.ones(200), each, (), 0) for each in (None, groups)
+    )
+    assert together < 0.01 < 1 < alone
+
+
+@pytest.mark.usefixtures("quick_linear_probe")
+def test_groups_are_routed_in_a_search():
+    images, y, groups = make_patients()
+    with sklearn.config_context(enable_metadata_routing=True):
+        search = GridSearchCV(
+            make_classifier(max_epochs=1).set_fit_request(groups=True),
+            {"early_stopping": [True]},
+            cv=GroupKFold(2),
+        ).fit(images, y, groups=groups)
+    expected = clone(search.best_estimator_).fit(images, y, groups=groups)
+    assert search.best_estimator_.history_ == expected.history_
+    assert expected.history_ != expected.fit(images, y).history_
+
+
+def test_checkpoint_belongs_to_the_groups(tmp_path):
+    images, y, groups = make_patients()
+    classifier = make_classifier(max_epochs=1, checkpoint=tmp_path, head_init="random")
+    classifier.fit(images, y, groups=groups).fit(images, y, groups=groups + 7)
+    with pytest.raises(ValueError, match="differs in groups"):
+        classifier.fit(images, y, groups=groups // 2)
