@@ -109,7 +109,13 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     early_stopping : bool, default=False
         Whether to stop when the score on a validation set stops improving, and keep the
         best epoch, which may be the linear probe. The validation set is a part of `X`,
-        or the one that is passed to `fit`. See the notes.
+        stratified if each image has one class, or the one that is passed to `fit`.
+    scoring : str, callable or None, default=None
+        Score of early stopping: ``"loss"``, the negative loss; the name of a scorer of
+        scikit-learn, see :ref:`scoring_string_names`; or a callable
+        ``scorer(estimator, X, y)``, which must pass `X` to methods of the estimator
+        only. None: the accuracy of a classifier, with several labels their mean, and R²
+        of a regressor. Equal scores are ordered by the loss.
     validation_fraction : float, default=0.1
         Fraction of the images in the validation set of early stopping. No effect if one
         is passed to `fit`.
@@ -192,7 +198,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
         If 1, show a progress bar for anything longer than a second, and print what was
-        removed from a weights file, such as a prefix of its names.
+        removed from a weights file, such as a prefix of its names. If 2, print a line
+        per epoch in place of the progress bar of the training.
 
     Attributes
     ----------
@@ -221,7 +228,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     loss_curve_ : list of float
         Mean training loss of each epoch.
     validation_scores_ : list of float or None
-        Validation accuracy after each epoch, with early stopping.
+        Validation score after each epoch from the first on, with early stopping. That
+        of epoch 0, which may be the best, is in `history_`.
     history_ : list of dict
         One row per epoch, and one for epoch 0, the linear probe, before interpolation
         by `wise_ft_alpha`. ``pandas.DataFrame(history_)`` makes it a table.
@@ -322,6 +330,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         class_weight: dict[Any, float] | list[dict[int, float]] | str | None = None,
         unfreeze_every: int | None = None,
         early_stopping: bool = False,
+        scoring: str | Callable[..., float] | None = None,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 5,
         warm_start: bool = False,
@@ -362,6 +371,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         self.class_weight = class_weight
         self.unfreeze_every = unfreeze_every
         self.early_stopping = early_stopping
+        self.scoring = scoring
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.warm_start = warm_start

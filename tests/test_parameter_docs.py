@@ -34,6 +34,7 @@ ADDED = {
     "weights": "random weights are a baseline, seeded differently; not for categories",
     "precision": "only fine-tuning updates weights",
     "n_jobs": "fine-tuning distributes only the frozen stages",
+    "verbose": "only training has epochs",
     "batch_size": "few images need small batches in training only",
 }
 # Types that differ, and why.

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import get_scorer_names
 from sklearn.utils import Tags
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
@@ -74,6 +75,7 @@ class BaseFineTunedCNN(MemoryAccess):
         "wise_ft_alpha": [Interval(Real, 0, 1, closed="both"), StrOptions({"auto"})],
         "unfreeze_every": [Interval(Integral, 1, None, closed="left"), None],
         "early_stopping": ["boolean"],
+        "scoring": [StrOptions({"loss", *get_scorer_names()}), callable, None],
         "validation_fraction": [Interval(Real, 0, 1, closed="neither")],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "warm_start": ["boolean"],

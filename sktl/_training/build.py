@@ -200,6 +200,7 @@ def build_config(
         wise_ft_alpha=wise_ft_alpha,
         unfreeze_every=estimator.unfreeze_every,
         patience=estimator.n_iter_no_change if estimator.early_stopping else None,
+        scoring=estimator.scoring,
         batch_size=batch_size,
         evaluation_batch_size=execution.batch_size,
         device=execution.device,

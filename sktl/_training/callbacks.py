@@ -6,18 +6,25 @@ rate and the validation score from them after each epoch.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from skorch.callbacks import Callback
 from torch import nn
 from tqdm.auto import tqdm
 
 from sktl._training.optim import lr_lambda
-from sktl._training.targets import Target
 
 _MAX_GRADIENT_NORM = 5.0  # norm over all trained parameters
+_SHOWN = ("train_loss", "valid_loss", "valid_score")
+
+
+def format_row(row: Mapping[str, float], max_epochs: int) -> str:
+    """Return a row of the history as a line of text."""
+    shown = (f"{name} {row[name]:.4f}" for name in _SHOWN if name in row)
+    return f"Epoch {row['epoch']}/{max_epochs}: {', '.join(shown)}, lr {row['lr']:.2g}"
 
 
 class LearningRateScheduler(Callback):
@@ -75,17 +82,10 @@ class GradientClipping(Callback):
         nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
 
 
-class ValidationScore(Callback):
-    """Compute the score of each epoch on the validation set.
+class ValidationOutputs(Callback):
+    """Record the outputs for the validation set in each epoch."""
 
-    Parameters
-    ----------
-    target : Target
-        Defines the score.
-    """
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self) -> None:
         self._batches: list[tuple[Any, Any, Any]] = []
 
     def on_epoch_begin(self, net: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,13 +104,13 @@ class ValidationScore(Callback):
         """Release the memory."""
         self._batches.clear()
 
-    def score(self) -> float:
-        """Return the score of the last epoch."""
+    def last(self) -> tuple[NDArray[np.float32], NDArray[Any], NDArray[np.float64]]:
+        """Return outputs, encoded targets and weights of the last epoch."""
         outputs, y, weight = (
             np.concatenate([part.numpy() for part in parts])
             for parts in zip(*self._batches, strict=True)
         )
-        return self.target.score(outputs, y, weight.astype(np.float64))
+        return outputs, y, weight.astype(np.float64)
 
 
 class DivergenceCheck(Callback):
@@ -159,12 +159,13 @@ class ProgressBar(Callback):
 
     Parameters
     ----------
-    n_steps : int
-        Number of steps of the training.
+    n_steps, max_epochs : int
+        Number of steps and of epochs of the training.
     """
 
-    def __init__(self, n_steps: int) -> None:
+    def __init__(self, n_steps: int, max_epochs: int) -> None:
         self.n_steps = n_steps
+        self.max_epochs = max_epochs
         self._bar: Any = None
 
     @contextlib.contextmanager
@@ -181,3 +182,16 @@ class ProgressBar(Callback):
         """Advance the bar by one training step."""
         if training and self._bar is not None:
             self._bar.update()
+
+    def start_epoch(self, epoch: int) -> None:
+        """Show the number of the epoch, from 0."""
+        if self._bar is not None:
+            text = f"Epoch {epoch + 1}/{self.max_epochs}"
+            # Not at once, since the bar may not be shown yet.
+            self._bar.set_description(text, refresh=False)
+
+    def end_epoch(self, row: Mapping[str, float]) -> None:
+        """Show the loss and the validation score of an epoch."""
+        if self._bar is not None:
+            shown = {name: row[name] for name in _SHOWN if name in row}
+            self._bar.set_postfix(shown, refresh=False)

@@ -64,7 +64,7 @@ class TrainingConfig:
     precision : str
         Precision of the computation; the weights stay float32.
     optimizer, lr, layer_decay, weight_decay, lr_schedule, max_epochs, wise_ft_alpha, \
-unfreeze_every, verbose
+unfreeze_every, scoring, verbose
         As in `FineTunedCNNClassifier`.
     """
 
@@ -80,6 +80,7 @@ unfreeze_every, verbose
     wise_ft_alpha: float
     unfreeze_every: int | None
     patience: int | None
+    scoring: Any
     batch_size: int
     evaluation_batch_size: int
     device: torch.device

@@ -160,7 +160,11 @@ class SettingsSelection:
         self._valid = parts.sets.valid(np.flatnonzero(held_out))
         self._held_out = held_out
         self._config = replace(
-            config, patience=None, wise_ft_alpha=1.0, unfreeze_every=None
+            config,
+            patience=None,
+            wise_ft_alpha=1.0,
+            unfreeze_every=None,
+            verbose=min(config.verbose, 1),
         )
 
     @functools.cached_property

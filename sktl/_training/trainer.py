@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from skorch import NeuralNet
 from skorch.helper import predefined_split
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from sktl._images.preprocessing import Preprocessing
 from sktl._inference.engines import reraise_out_of_memory
@@ -29,12 +30,14 @@ from sktl._training.callbacks import (
     GradientClipping,
     LearningRateScheduler,
     ProgressBar,
-    ValidationScore,
+    ValidationOutputs,
+    format_row,
 )
 from sktl._training.config import TrainerState, TrainingConfig, check_state_dict
 from sktl._training.datasets import BatchLoader, TrainingDataset
 from sktl._training.network import NormalizedInput, PartiallyFrozen, interpolate_weights
 from sktl._training.optim import load_optimizer_state, make_optimizer
+from sktl._training.scoring import validation_score
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import adapt_callbacks
 from sktl._utils.random_state import temporary_seed
@@ -104,9 +107,10 @@ class Trainer:
             config.lr_schedule, self._n_steps_per_epoch, config.max_epochs
         )
         self._divergence_check = DivergenceCheck(config.lr)
-        self._validation_score = ValidationScore(target)
-        self._progress_bar = ProgressBar(n_steps)
+        self._validation_outputs = ValidationOutputs()
+        self._progress_bar = ProgressBar(n_steps, config.max_epochs)
         self.net = self._make_net(preprocessing)
+        self._score = partial(validation_score, config.scoring, target, self.net)
 
     def _make_net(self, preprocessing: Preprocessing) -> NeuralNet:
         config = self._config
@@ -132,7 +136,7 @@ class Trainer:
                 ("sktl_scheduler", self._scheduler),
                 ("sktl_gradient_clipping", GradientClipping()),
                 ("sktl_divergence_check", self._divergence_check),
-                ("sktl_validation_score", self._validation_score),
+                ("sktl_validation_outputs", self._validation_outputs),
                 ("sktl_progress_bar", self._progress_bar),
                 *self._callbacks,
             ],
@@ -170,7 +174,7 @@ class Trainer:
         """
         config, state = self._config, self.state
         bar: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if config.verbose:
+        if config.verbose == 1:
             bar = self._progress_bar.show(state.epoch * self._n_steps_per_epoch)
         with self._adapted_callbacks():
             self.net.notify("on_train_begin", X=self._train, y=None)
@@ -238,6 +242,7 @@ class Trainer:
             self._unfreeze(n_trainable)
         self._scheduler.start_epoch(state.epoch)
         self._divergence_check.start_epoch(state.epoch)
+        self._progress_bar.start_epoch(state.epoch)
         for dataset in self._datasets():
             dataset.cache_activations(config.max_epochs - state.epoch)
         with (
@@ -254,7 +259,9 @@ class Trainer:
         row = {"epoch": state.epoch, "train_loss": float(history[-1, "train_loss"])}
         if config.patience is not None:
             row["valid_loss"] = float(history[-1, "valid_loss"])
-            row["valid_score"] = self._validation_score.score()
+            row["valid_score"] = self._score(
+                *self._validation_outputs.last(), row["valid_loss"]
+            )
         row["lr"] = float(self._scheduler.lr)
         row["n_trainable_stages"] = int(n_trainable)
         self._record(row)
@@ -280,6 +287,9 @@ class Trainer:
         """Append a row to the history, and keep the weights of the best epoch."""
         state = self.state
         state.history.append(row)
+        self._progress_bar.end_epoch(row)
+        if self._config.verbose > 1:
+            tqdm.write(format_row(row, self._config.max_epochs))
         if self._config.patience is None:
             state.best_epoch = state.epoch
             return
@@ -328,8 +338,11 @@ class Trainer:
         config = self._config
         if config.patience is not None:
             row["valid_loss"] = loss(held_out)
-            row["valid_score"] = self._target.score(
-                outputs.numpy()[held_out], y[held_out], weight[held_out]
+            row["valid_score"] = self._score(
+                outputs.numpy()[held_out],
+                y[held_out],
+                weight[held_out],
+                row["valid_loss"],
             )
         self._record({**row, "lr": 0.0, "n_trainable_stages": 0})
         # Networks with different BatchNorm statistics cannot be interpolated.

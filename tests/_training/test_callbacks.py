@@ -16,7 +16,8 @@ from sktl._training.callbacks import (
     GradientClipping,
     LearningRateScheduler,
     ProgressBar,
-    ValidationScore,
+    ValidationOutputs,
+    format_row,
 )
 from sktl._training.optim import lr_lambda, parameter_groups
 
@@ -96,15 +97,16 @@ def test_validation_score_and_loss_are_weighted(images):
     assert row["valid_loss"] == pytest.approx((losses * weight).mean().item())
 
 
-def test_validation_score_is_of_the_last_epoch():
-    score = ValidationScore(TARGET)
+def test_validation_outputs_are_of_the_last_epoch():
+    recorded = ValidationOutputs()
     logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
     weight = torch.tensor([1.0, 3.0])
     for y, expected in ((torch.tensor([0, 0]), 0.25), (torch.tensor([1, 1]), 0.75)):
-        score.on_epoch_begin(None)
-        score.on_batch_end(None, (None, (1 - y, weight)), training=True, y_pred=logits)
-        score.on_batch_end(None, (None, (y, weight)), training=False, y_pred=logits)
-        assert score.score() == pytest.approx(expected)
+        recorded.on_epoch_begin(None)
+        for training, targets in ((True, 1 - y), (False, y)):
+            batch = (None, (targets, weight))
+            recorded.on_batch_end(None, batch, training=training, y_pred=logits)
+        assert TARGET.score(*recorded.last()) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -141,6 +143,7 @@ class _FakeBar:
     def __init__(self, total, initial, **options):
         self.total, self.n, self.delay = total, initial, options["delay"]
         self.is_open = False
+        self.descriptions, self.values = [], []
 
     def __enter__(self):
         self.is_open = True
@@ -152,6 +155,14 @@ class _FakeBar:
     def update(self):
         assert self.is_open
         self.n += 1
+
+    def set_description(self, text, refresh):
+        assert not refresh  # the bar may not be shown yet
+        self.descriptions.append(text)
+
+    def set_postfix(self, values, refresh):
+        assert not refresh
+        self.values.append(values)
 
 
 @pytest.fixture
@@ -168,7 +179,7 @@ def bars(monkeypatch):
 
 
 def test_progress_bar_counts_the_training_steps(bars):
-    progress_bar = ProgressBar(n_steps=12)
+    progress_bar = ProgressBar(n_steps=12, max_epochs=4)
     progress_bar.on_batch_end(None, training=True)  # not shown yet
     with progress_bar.show(n_done=3):
         for training in (True, False, True):
@@ -191,3 +202,28 @@ def test_progress_bar_of_a_fit(images, bars, parameters, n_steps):
 def test_no_progress_bar_for_a_short_training(images, capfd):
     make_classifier(verbose=1).fit(images, Y)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_progress_bar_names_epoch_loss_and_score(images, bars, early_stopping):
+    fitted = make_classifier(
+        verbose=1, early_stopping=early_stopping, n_iter_no_change=9
+    ).fit(images, Y)
+    (bar,) = bars
+    assert bar.descriptions == ["Epoch 1/3", "Epoch 2/3", "Epoch 3/3"]
+    names = ["train_loss"]
+    names += ["valid_loss", "valid_score"] if early_stopping else []
+    rows = [{name: row[name] for name in names} for row in fitted.history_[1:]]
+    assert bar.values == rows
+
+
+@pytest.mark.parametrize("early_stopping", [False, True])
+def test_verbose_2_prints_a_line_per_epoch(images, bars, capsys, early_stopping):
+    options = {"early_stopping": early_stopping, "lr": "auto", "max_epochs": 2}
+    fitted = make_classifier(verbose=2, **options).fit(images, Y)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [format_row(row, 2) for row in fitted.history_]
+    assert [line.split(":")[0] for line in lines[:2]] == ["Epoch 0/2", "Epoch 1/2"]
+    for row, line in zip(fitted.history_, lines, strict=True):
+        assert f"train_loss {row['train_loss']:.4f}" in line
+        assert ("valid_score" in line) == early_stopping

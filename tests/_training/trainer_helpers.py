@@ -41,6 +41,7 @@ CONFIG = TrainingConfig(
     wise_ft_alpha=1.0,
     unfreeze_every=None,
     patience=None,
+    scoring=None,
     batch_size=16,
     evaluation_batch_size=16,
     device=torch.device("cpu"),

@@ -1,0 +1,122 @@
+"""Tests of the score that early stopping watches."""
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.metrics import f1_score, log_loss, make_scorer, roc_auc_score
+from trainer_helpers import equal_bits, make_classifier, make_parts
+
+pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
+# The loss falls and then rises.
+NOISY = np.where(np.arange(40) % 7 == 3, 1, 0) ^ np.repeat([0, 1], 20)
+LABELS = np.array(["no", "yes"])[NOISY]
+LOG_LOSS = make_scorer(
+    log_loss, greater_is_better=False, response_method="predict_proba"
+)
+
+
+def make_stopping(scoring, **parameters):
+    options = {
+        "early_stopping": True,
+        "validation_fraction": 0.4,
+        "max_epochs": 6,
+        "n_iter_no_change": 6,
+        "lr": 0.1,
+        "lr_schedule": "onecycle",
+    }
+    return make_classifier(scoring=scoring, **{**options, **parameters})
+
+
+def scores(classifier):
+    return [row["valid_score"] for row in classifier.history_]
+
+
+def count_errors(estimator, X, y):
+    """Scorer that is no object of scikit-learn."""
+    assert estimator.predict(X[:3]).shape == (3,)
+    return -int((estimator.predict(X) != y).sum())
+
+
+SCORINGS = [
+    "loss",
+    "neg_log_loss",
+    "accuracy",
+    "roc_auc",
+    "f1_macro",
+    "balanced_accuracy",
+    LOG_LOSS,
+    count_errors,
+]
+
+
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_best_epoch_has_the_best_score(images, scoring):
+    classifier = make_stopping(scoring).fit(images, LABELS)
+    recorded = scores(classifier)
+    assert recorded[classifier.best_epoch_] == max(recorded)
+    assert len(recorded) == 7
+    numbers = clone(classifier).fit(images, NOISY)
+    assert numbers.history_ == classifier.history_
+    assert equal_bits(numbers.module_, classifier.module_)
+
+
+def test_loss_is_the_negative_log_loss(images):
+    by_loss, by_name, by_object = (
+        make_stopping(scoring).fit(images, LABELS)
+        for scoring in ("loss", "neg_log_loss", LOG_LOSS)
+    )
+    losses = [row["valid_loss"] for row in by_loss.history_]
+    assert by_loss.best_epoch_ == np.argmin(losses)
+    assert 0 < by_loss.best_epoch_ < 6
+    assert scores(by_loss) == [-loss for loss in losses]
+    for other in (by_name, by_object):
+        np.testing.assert_allclose(scores(other), scores(by_loss), rtol=1e-5)
+        assert equal_bits(other.module_, by_loss.module_)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("early", [True, False])
+def test_scores_equal_those_of_the_fitted_classifier(images, weighted, early):
+    weight = np.linspace(0.2, 3, 40) if weighted else None
+    options = {"max_epochs": 2, "n_iter_no_change": 2 if early else 1}
+    parts = make_parts(images, LABELS, early_stopping=True, validation_fraction=0.4)
+    valid = parts.data.held_out
+    weight_valid = None if weight is None else weight[valid]
+    for scoring in ("roc_auc", "f1_macro"):
+        classifier = make_stopping(scoring, **options)
+        classifier.fit(images, LABELS, sample_weight=weight)
+        if scoring == "roc_auc":
+            got = classifier.predict_proba(images[valid])[:, 1]
+            expected = roc_auc_score(LABELS[valid], got, sample_weight=weight_valid)
+        else:
+            got = classifier.predict(images[valid])
+            expected = f1_score(
+                LABELS[valid], got, average="macro", sample_weight=weight_valid
+            )
+        best = classifier.history_[classifier.best_epoch_]["valid_score"]
+        assert best == pytest.approx(expected)
+
+
+def test_default_is_the_accuracy(images):
+    default, accuracy = (
+        make_stopping(scoring).fit(images, LABELS) for scoring in (None, "accuracy")
+    )
+    np.testing.assert_allclose(scores(accuracy), scores(default))
+    assert equal_bits(default.module_, accuracy.module_)
+
+
+def test_invalid_scores(images):
+    for score in (np.nan, "good", [0.5]):
+        with pytest.raises(ValueError, match="must return a finite number"):
+            make_stopping(lambda *_, score=score: score).fit(images, LABELS)
+    with pytest.raises(ValueError, match="'scoring' parameter of FineTuned"):
+        make_stopping("auc").fit(images, LABELS)
+
+
+def test_scoring_is_saved_and_part_of_a_checkpoint(images, tmp_path):
+    classifier = make_stopping("f1_macro", max_epochs=1, checkpoint=tmp_path / "run")
+    classifier.fit(images, LABELS).save(tmp_path / "model")
+    assert type(classifier).load(tmp_path / "model").scoring == "f1_macro"
+    with pytest.raises(ValueError, match=r"differs in scoring \(in the file 'f1_"):
+        classifier.set_params(scoring="loss").fit(images, LABELS)
