@@ -63,7 +63,7 @@ def check_trusted(
     trusted: Sequence[str],
     *,
     path: str,
-    estimator: str,
+    method: str,
 ) -> None:
     """Raise if the backbone of a saved file is unknown and its builder is not trusted.
 
@@ -73,8 +73,8 @@ def check_trusted(
         The file; anything that JSON can hold may be in it.
     trusted : sequence of str
         References of builders that may be imported.
-    path, estimator : str
-        Path of the file, and name of the class that loads it, for the error message.
+    path, method : str
+        Path of the file, and name of the method that loads it, for the error message.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def check_trusted(
         f"The backbone {name!r} of {path!r} must be registered in this process, or its "
         f"builder must be trusted, since load imports no code by itself. Got "
         f"trusted={[*trusted]}. If you trust {reference!r}, write\n"
-        f"    {estimator}.load({path!r}, trusted=[{reference!r}])\n"
+        f"    {method}({path!r}, trusted=[{reference!r}])\n"
         "or register it before by\n"
         f"    from {module} import {function.partition('.')[0]}\n"
         f"    register_backbone({name!r}, {function}, ...)"

@@ -26,6 +26,7 @@ from sktl._inference.execution import warn_of_slow_precision
 from sktl._inference.memory_access import MemoryAccess
 from sktl._inference.parallel import single_openmp_thread
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
+from sktl._training.checkpoint_model import load_checkpoint
 from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
 from sktl._training.fit import fit_model
 from sktl._training.group_splits import encode_groups
@@ -174,7 +175,14 @@ class BaseFineTunedCNN(MemoryAccess):
                 targets, len(images), len(images_val), y_val, sample_weight_val, self
             )
             images = images.concatenate(images_val, "X_val")
-        fitted, record, net = fit_model(self, images, targets, fitted, partial=partial)
+        fitted, record, net = fit_model(
+            checked,
+            images,
+            targets,
+            fitted,
+            partial=partial,
+            previous_net=getattr(self, "net_", None),  # none after unpickling
+        )
         copy_feature_metadata(self, checked)
         self._set_fitted(fitted, record)
         self.net_ = net
@@ -290,6 +298,10 @@ class BaseFineTunedCNN(MemoryAccess):
         with single_openmp_thread():
             names = [each.__name__ for each in cls.__mro__]
             saved = load_model(path, names, trusted)
+        return cls._from_saved(saved, path)
+
+    @classmethod
+    def _from_saved(cls, saved: SavedModel, path: str | os.PathLike[str]) -> Self:
         unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
         if unknown:
             raise ValueError(
@@ -308,6 +320,52 @@ class BaseFineTunedCNN(MemoryAccess):
         if saved.feature_names_in is not None:
             estimator.feature_names_in_ = saved.feature_names_in
         return estimator
+
+    @classmethod
+    def from_checkpoint(
+        cls, directory: str | os.PathLike[str], *, trusted: Sequence[str] = ()
+    ) -> Self:
+        """Return the estimator as of the last completed epoch of a `checkpoint`.
+
+        It is fitted as if the training had ended there: with `early_stopping` it has
+        the weights of the best epoch so far, otherwise those of the last epoch,
+        interpolated by `wise_ft_alpha`. To complete the run instead, with equal bits,
+        call `fit` with the same data.
+
+        Parameters
+        ----------
+        directory : str or path-like
+            The `checkpoint` of the run.
+        trusted : list of str, default=()
+            As in `load`.
+
+        Returns
+        -------
+        estimator : object
+            Fitted, of this class, with the parameters of the run. Those without a plain
+            value, such as functions, have their defaults, with a warning.
+
+        Raises
+        ------
+        OSError
+            If there is no checkpoint, or it cannot be read.
+        ValueError
+            If it has no completed epoch, is damaged or of another class, or if its
+            backbone is unknown.
+        TypeError
+            If `trusted` is not a list of str.
+        """
+        with single_openmp_thread():
+            names = [each.__name__ for each in cls.__mro__]
+            saved, others = load_checkpoint(directory, names, trusted)
+        if others:
+            warnings.warn(
+                f"The checkpoint has no values of {', '.join(others)}, since it "
+                "contains only plain values. They have their defaults.",
+                UserWarning,
+                stacklevel=2,
+            )
+        return cls._from_saved(saved, directory)
 
     def plot_history(self, ax: Any = None) -> Any:
         """Plot loss, and validation score under early stopping, against epochs.

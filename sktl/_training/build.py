@@ -3,6 +3,7 @@
 Modules below this one get typed settings, and never see the estimator.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,11 @@ from sklearn.utils import check_random_state
 from sktl._images.sequence import ImageSequence
 from sktl._inference.execution import ExecutionConfig
 from sktl._training.checkpoint import Checkpoint, run_fingerprint
-from sktl._training.config import RANDOM, TrainerState, TrainingConfig
+from sktl._training.config import RANDOM, TrainerState, TrainingConfig, score_rank
 from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
+from sktl._training.serialization import describe_model
 from sktl._training.targets import EncodedTargets, Target, validation_mask
 from sktl._training.trainer import Trainer, warn_of_shared_gpu
 from sktl._training.training_sets import (
@@ -117,15 +119,28 @@ def prepare_fit(
     sets = TrainingSets(estimator, model, data, activations, seed)
     state = TrainerState(seed)
     is_new = fitted is None
-    if partial and not is_new:
-        state = TrainerState(seed, estimator.n_iter_, list(estimator.history_))
+    if not is_new and (partial or estimator.max_epochs > estimator.n_iter_):
+        state = _continued_state(estimator, model, seed)
     if checkpoint is not None:
         parameters = estimator.get_params(deep=False)
         fingerprint = run_fingerprint(parameters, images, targets, model.digest)
-        state.selection = checkpoint.open(fingerprint)
+        description = describe_model(estimator, model, targets.target)
+        state.selection = checkpoint.open(fingerprint, description)
     return FitParts(
         estimator, model, data, activations, sets, state, checkpoint, is_new, partial
     )
+
+
+def _continued_state(estimator: Any, model: InitialModel, seed: int) -> TrainerState:
+    """Return the state after the last epoch of a fitted estimator."""
+    state = TrainerState(seed, estimator.n_iter_, list(estimator.history_))
+    if estimator.early_stopping:
+        state.best_epoch = estimator.best_epoch_
+        best = [row for row in state.history if row["epoch"] == state.best_epoch]
+        if best and "valid_score" in best[0]:
+            state.best_score = score_rank(best[0])
+            state.best_weights = copy.deepcopy(model.network.state_dict())
+    return state
 
 
 def build_initial_model(

@@ -4,6 +4,7 @@ It contains the fingerprint of its run and is refused by any other run.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -19,9 +20,15 @@ import torch
 from torch import Tensor
 
 from sktl._images.sequence import ImageSequence
-from sktl._training.config import SelectionRow, TrainerState, parse_selection
+from sktl._training.config import (
+    SelectionRow,
+    TrainerState,
+    order_columns,
+    parse_selection,
+)
 from sktl._training.targets import EncodedTargets
 from sktl._training.trainer import Trainer
+from sktl._utils.json_values import get_value
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
 _FORMAT = "sktl training checkpoint, version 4"
@@ -71,18 +78,23 @@ class Checkpoint:
         self._file = folder / f"{_NAME}.safetensors"
         self._tensors, self._document = _read(self._file)
         self._fingerprint: dict[str, Any] = {}
+        self._model: dict[str, Any] = {}
 
     def seed(self, default: int) -> int:
         """Return the seed of the run in the file; `default` if there is no file."""
         return int(self._document.get("seed", default))
 
-    def open(self, fingerprint: Mapping[str, Any]) -> list[SelectionRow]:
+    def open(
+        self, fingerprint: Mapping[str, Any], model: Mapping[str, Any]
+    ) -> list[SelectionRow]:
         """Create the directory if needed, and make sure that the file is of this run.
 
         Parameters
         ----------
         fingerprint : mapping of str
             From `run_fingerprint`.
+        model : mapping of str
+            From `describe_model`, so that the estimator can be made from the file.
 
         Returns
         -------
@@ -94,7 +106,7 @@ class Checkpoint:
         ValueError
             If the file belongs to another run: names the differences.
         """
-        self._fingerprint = dict(fingerprint)
+        self._fingerprint, self._model = dict(fingerprint), dict(model)
         self._file.parent.mkdir(parents=True, exist_ok=True)
         for partial in self._file.parent.glob(f"{_NAME}-*.tmp"):  # of a killed process
             with contextlib.suppress(OSError):
@@ -138,6 +150,46 @@ class Checkpoint:
         except ValueError as error:
             raise self._unfit(error) from error
         return True
+
+    def last_epoch(
+        self,
+    ) -> tuple[TrainerState, dict[str, Tensor], dict[str, Any]] | None:
+        """Return what a fitted model is made of; None before the first epoch.
+
+        Returns
+        -------
+        state : TrainerState
+            State after the last completed epoch.
+        weights : dict of str to Tensor
+            The state dict of the network, if the training had ended there.
+        document : dict of str
+            The document of the file; anything may be in it.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no file.
+        ValueError
+            If the state is invalid.
+        """
+        document = self._document
+        if not document:
+            raise FileNotFoundError(
+                errno.ENOENT, "There is no checkpoint", str(self._file)
+            )
+        if document.get("phase") == _SELECTION:
+            return None
+        try:
+            state = _parse_state(document, self._tensors)
+            weights = _with_prefix(_WEIGHTS, self._tensors)
+            alpha = get_value(document, "wise_ft_alpha", (int, float))
+            shapes = {name: value.shape for name, value in weights.items()}
+            for others in (state.best_weights, state.initial_weights):
+                if others and shapes != {n: v.shape for n, v in others.items()}:
+                    raise ValueError("its weights belong to different networks")
+        except ValueError as error:
+            raise self._unfit(error) from error
+        return state, dict(state.final_weights(weights, alpha)), document
 
     def save_selection(self, state: TrainerState) -> None:
         """Write the rows of the selection; warn if that fails.
@@ -184,6 +236,10 @@ class Checkpoint:
             "best_epoch": state.best_epoch,
             "best_score": state.best_score,
             "selection": [asdict(row) for row in state.selection],
+            "lr": trainer.config.lr,
+            "head_init": trainer.config.head_init,
+            "wise_ft_alpha": trainer.config.wise_ft_alpha,
+            "model": self._model,
         }
         self._write(tensors, document, f"after epoch {state.epoch}")
 
@@ -217,10 +273,17 @@ class Checkpoint:
             if expected.get(name) != found.get(name)
         ]
         if differences:
+            more = ""
+            if expected.get("max_epochs") != found.get("max_epochs"):
+                more = (
+                    " To train for more epochs, load the estimator of the file with "
+                    "from_checkpoint, and fit it with warm_start=True, a larger "
+                    "max_epochs and another checkpoint directory."
+                )
             raise ValueError(
                 f"The checkpoint {str(self._file)!r} must belong to this run. It "
                 f"differs in {', '.join(differences)}. Use another directory, or "
-                "delete the file to start again."
+                f"delete the file to start again.{more}"
             )
 
 
@@ -315,7 +378,7 @@ def _parse_state(
     return TrainerState(
         seed=int(document["seed"]),
         epoch=int(document["epoch"]),
-        history=[dict(row) for row in history],
+        history=[order_columns(row) for row in history],
         best_epoch=int(document["best_epoch"]),
         best_score=(float(score[0]), float(score[1])),
         best_weights=_with_prefix(_BEST, tensors),

@@ -1,15 +1,30 @@
 """Settings of a training, and its state between epochs."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sktl._training.network import interpolate_weights
+
 MAX_NUMBER = 2.0**1023  # a larger int in a file has no float
 LINEAR_PROBE, SOFT_PROBE, RANDOM = "linear_probe", "soft_linear_probe", "random"
 HEAD_INITS = (LINEAR_PROBE, SOFT_PROBE, RANDOM)  # parameter head_init
+
+
+# Of the rows of a history, in this order.
+HISTORY_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "valid_loss",
+    "valid_score",
+    "lr",
+    "n_trainable_stages",
+)
+VALID_COLUMNS = ("valid_loss", "valid_score")  # of epochs with a validation set
 
 
 @dataclass(frozen=True)
@@ -129,16 +144,36 @@ class TrainerState:
     initial_weights: dict[str, Tensor] = field(default_factory=dict)
     selection: list[SelectionRow] = field(default_factory=list)
 
+    def final_weights(
+        self, weights: Mapping[str, Tensor], wise_ft_alpha: float
+    ) -> Mapping[str, Tensor]:
+        """Return the weights of the result, if this is the end of the training.
+
+        Parameters
+        ----------
+        weights : mapping of str to Tensor
+            State dict after the last epoch.
+        wise_ft_alpha : float
+            As in `FineTunedCNNClassifier`.
+        """
+        if self.best_weights:
+            return self.best_weights
+        if self.initial_weights:
+            return interpolate_weights(self.initial_weights, weights, wise_ft_alpha)
+        return weights
+
     def validate(self, network: nn.Module, config: TrainingConfig) -> None:
         """Raise a ValueError if no training of this kind can have this state."""
         early_stopping = config.patience is not None
-        names = {"epoch", "train_loss", "lr", "n_trainable_stages"}
-        names |= {"valid_loss", "valid_score"} if early_stopping else set()
-        for row in self.history:
-            if row.keys() != names or not all(
+        names = {*HISTORY_COLUMNS} - {*VALID_COLUMNS}
+        for row in self.history:  # some may be of a training without early stopping
+            if row.keys() not in (names, names | {*VALID_COLUMNS}) or not all(
                 type(value) in (int, float) for value in row.values()
             ):
                 raise ValueError(f"each row of its history needs {sorted(names)}")
+        if self.history and early_stopping != ("valid_loss" in self.history[-1]):
+            names = names | {*VALID_COLUMNS} if early_stopping else names
+            raise ValueError(f"the last row of its history needs {sorted(names)}")
         if not 0 <= self.best_epoch <= self.epoch <= config.max_epochs:
             raise ValueError(
                 f"its epoch must be at most max_epochs={config.max_epochs}, and its "
@@ -178,6 +213,21 @@ class TrainingRecord:
     head_init: str
     wise_ft_alpha: float
     selection: list[SelectionRow]
+
+
+def score_rank(row: Mapping[str, float]) -> tuple[float, float]:
+    """Return what the best epoch has the largest of: the score, then the least loss.
+
+    The score is rounded, since sums of the same weights in another order differ in the
+    last bits.
+    """
+    return round(row["valid_score"], 6), -row["valid_loss"]
+
+
+def order_columns(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a row of a history from a file with its columns in the usual order."""
+    known = [name for name in HISTORY_COLUMNS if name in row]
+    return {name: row[name] for name in [*known, *(row.keys() - {*known})]}
 
 
 def parse_selection(rows: Any) -> list[SelectionRow]:

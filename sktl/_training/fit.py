@@ -21,14 +21,14 @@ def fit_model(
     fitted: FittedModel | None,
     *,
     partial: bool,
+    previous_net: NeuralNet | None = None,
 ) -> tuple[FittedModel, TrainingRecord, NeuralNet]:
     """Train the network that the parameters of an estimator define.
 
     Parameters
     ----------
     estimator : FineTunedCNNClassifier
-        Its parameters are read, and if it is fitted and `partial`, its history and the
-        state of its optimizer. It is not changed.
+        Its parameters are read, and its history if it is fitted. It is not changed.
     images : ImageSequence
         All images.
     targets : EncodedTargets
@@ -37,6 +37,8 @@ def fit_model(
         Model to continue with. None: start from the backbone.
     partial : bool
         Whether to train for one more epoch, as `partial_fit` does.
+    previous_net : skorch.NeuralNet or None, default=None
+        The net of the previous fit, whose optimizer has a state to continue with.
 
     Returns
     -------
@@ -59,8 +61,8 @@ def fit_model(
             trainer.record_initial_epoch(features, targets, held_out)
             if config.head_init == SOFT_PROBE and config.max_epochs:
                 soften_head(model.network[-1])
-        elif partial and hasattr(estimator, "net_"):  # not after unpickling
-            trainer.continue_optimizer(estimator.net_.optimizer_)
+        elif (partial or parts.state.epoch) and previous_net is not None:
+            trainer.continue_optimizer(previous_net.optimizer_)
     trainer.run(None if checkpoint is None else checkpoint.save)
     state = trainer.state
     record = TrainingRecord(

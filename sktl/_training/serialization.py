@@ -4,6 +4,7 @@ Nothing in the file is executed when it is loaded. Everything in it is validated
 that a file that was made by hand raises a ValueError.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,16 +27,22 @@ from sktl._backbones.saved_registration import (
     registration_to_document,
     restore_registration,
 )
-from sktl._backbones.source import HeadConfig
+from sktl._backbones.source import HeadConfig, NetworkStructure
 from sktl._backbones.weights import load_weights_into
 from sktl._images.preprocessing import RESIZE_MODES
 from sktl._training.config import (
     HEAD_INITS,
     MAX_NUMBER,
     TrainingRecord,
+    order_columns,
     parse_selection,
 )
-from sktl._training.initial_model import FittedModel, ModelConfig, PretrainedPrefix
+from sktl._training.initial_model import (
+    FittedModel,
+    InitialModel,
+    ModelConfig,
+    PretrainedPrefix,
+)
 from sktl._training.multiclass import multiclass_from_document
 from sktl._training.multilabel import multilabel_from_document
 from sktl._training.network import network_digest
@@ -123,20 +130,10 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         the builder of a registered backbone.
     """
     fitted, names = model.fitted, model.feature_names_in
-    config = asdict(fitted.config)
-    for field in fields(HeadConfig):  # they are in the last head of the architecture
-        del config[field.name]
     document = {
-        "format": FORMAT,
         "estimator": model.estimator,
         "parameters": {k: to_json(v) for k, v in model.parameters.items()},
-        "network": config,
-        "architecture": asdict(fitted.architecture),
-        "registration": registration_to_document(
-            fitted.pretrained.backbone.registration
-        ),
-        "preprocessing": asdict(fitted.preprocessing),
-        "target": fitted.target.to_document(),
+        **_describe_network(fitted, fitted.target),
         **asdict(model.record),
         "selection": [row.to_dict() for row in model.record.selection],
         "n_features_in": model.n_features_in,
@@ -147,6 +144,60 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         for name, tensor in fitted.network.state_dict().items()
     }
     write_tensors(Path(path).expanduser(), tensors, document)
+
+
+def describe_model(
+    estimator: Any, model: InitialModel, target: Target
+) -> dict[str, Any]:
+    """Return what a file of `save_model` has before the training.
+
+    Parameters
+    ----------
+    estimator : FineTunedCNNClassifier
+        Its parameters are read, and the features that it has seen.
+    model : InitialModel
+        The network that is trained.
+    target : Target
+        Decodes the outputs.
+
+    Returns
+    -------
+    dict of str
+        The names of parameters that cannot be saved are in ``"not_saved"``. If the
+        model cannot be saved, the only key is ``"reason"``.
+    """
+    parameters, others = split_parameters(estimator.get_params(deep=False))
+    names = getattr(estimator, "feature_names_in_", None)
+    try:
+        network = _describe_network(model, target)
+    except TypeError as error:
+        return {"reason": str(error)}
+    return {
+        "estimator": type(estimator).__name__,
+        "parameters": {k: to_json(v) for k, v in parameters.items()},
+        "not_saved": others,
+        **network,
+        "n_features_in": getattr(estimator, "n_features_in_", None),
+        "feature_names_in": None if names is None else names.tolist(),
+    }
+
+
+def _describe_network(
+    model: InitialModel | FittedModel, target: Target
+) -> dict[str, Any]:
+    config = asdict(model.config)
+    for field in fields(HeadConfig):  # they are in the last head of the architecture
+        del config[field.name]
+    return {
+        "format": FORMAT,
+        "network": config,
+        "architecture": asdict(model.architecture),
+        "registration": registration_to_document(
+            model.pretrained.backbone.registration
+        ),
+        "preprocessing": asdict(model.preprocessing),
+        "target": target.to_document(),
+    }
 
 
 def load_model(
@@ -180,28 +231,64 @@ def load_model(
         If `trusted` is not a list of str.
     """
     tensors, document = read_tensors(Path(path).expanduser())
+    state_dict = functools.partial(from_saved_names, tensors)
+    return parse_model(document, state_dict, str(path), estimators, trusted)
+
+
+def parse_model(
+    document: dict[str, Any],
+    state_dict: Callable[[NetworkStructure], dict[str, Tensor]],
+    path: str,
+    estimators: Sequence[str],
+    trusted: Sequence[str],
+    *,
+    origin: str = "load",
+) -> SavedModel:
+    """Return the model that a document and a state dict describe.
+
+    Parameters
+    ----------
+    document : dict of str
+        As `save_model` writes it; anything may be in it.
+    state_dict : callable
+        Returns the weights of a network of a structure.
+    path, estimators, trusted
+        As in `load_model`, which also describes the errors.
+    origin : str, default="load"
+        Method of the estimator that reads the file.
+
+    Returns
+    -------
+    SavedModel
+    """
     estimator = estimators[0]
+    kind = f"file of {estimator}.save"
+    if origin != "load":
+        kind = f"checkpoint of {estimator}"
     if document.get("format") != FORMAT or (
         document.get("estimator") not in estimators
     ):
         raise ValueError(
-            f"{str(path)!r} must be a file of {estimator}.save. Got a file of the "
+            f"{path!r} must be a {kind}. Got a file of the "
             f"format {document.get('format')!r} and the estimator "
             f"{document.get('estimator')!r}. A network of an older version must be "
             "fitted and saved again."
         )
-    check_trusted(document, trusted, path=str(path), estimator=estimator)
+    check_trusted(document, trusted, path=path, method=f"{estimator}.{origin}")
     try:
         restore_registration(document)
-        return _parse(document, tensors)
+        return _parse(document, state_dict)
     except ValueError as error:
         raise ValueError(
-            f"{str(path)!r} must be an unchanged file of {estimator}.save, and its "
+            f"{path!r} must be an unchanged {kind}, and its "
             f"backbone must be known. Got: {' '.join(str(error).split())}"
         ) from error
 
 
-def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
+def _parse(
+    document: dict[str, Any],
+    state_dict: Callable[[NetworkStructure], dict[str, Tensor]],
+) -> SavedModel:
     parameters = get_value(document, "parameters", dict)
     names = document.get("feature_names_in")
     if names is not None:
@@ -238,9 +325,9 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
     return SavedModel(
         get_value(document, "estimator", str),
         {name: from_json(value) for name, value in parameters.items()},
-        _parse_fitted(document, tensors),
+        _parse_fitted(document, state_dict),
         TrainingRecord(
-            history,
+            [order_columns(row) for row in history],
             best_epoch,
             float(lr),
             head_init,
@@ -252,7 +339,10 @@ def _parse(document: dict[str, Any], tensors: dict[str, Tensor]) -> SavedModel:
     )
 
 
-def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> FittedModel:
+def _parse_fitted(
+    document: dict[str, Any],
+    state_dict: Callable[[NetworkStructure], dict[str, Tensor]],
+) -> FittedModel:
     architecture = parse_architecture(document)
     config = _parse_config(get_value(document, "network", dict), architecture.heads[-1])
     described = get_value(document, "target", dict)
@@ -263,8 +353,8 @@ def _parse_fitted(document: dict[str, Any], tensors: dict[str, Tensor]) -> Fitte
     backbone = load_backbone(architecture.backbone, None)
     with float32_default(), preserve_rng_state():
         built = architecture.build(backbone, target.n_outputs)
-    state_dict = from_saved_names(tensors, built.structure)
-    load_weights_into(built.network, state_dict, "Those of the file")
+    weights = state_dict(built.structure)
+    load_weights_into(built.network, weights, "Those of the file")
     network = cast(nn.Sequential, built.network.eval())
     return FittedModel(
         network,

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from sktl._training.build import FitParts, build_config
-from sktl._training.config import LINEAR_PROBE, SelectionRow, TrainingConfig
+from sktl._training.config import LINEAR_PROBE, RANDOM, SelectionRow, TrainingConfig
 from sktl._training.selection import (
     ALPHAS,
     SettingsSelection,
@@ -41,6 +41,8 @@ def fit_settings(parts: FitParts) -> TrainingConfig:
     is_auto = estimator.lr == "auto" or _selects_alpha(parts)
     if not is_auto or parts.partial or not parts.is_new or safe.max_epochs == 0:
         return safe
+    if parts.interpolates and safe.wise_ft_alpha == 0:  # the probe, whatever is tried
+        return replace(safe, max_epochs=0)
     if not estimator.early_stopping:
         n_held_out = n_to_hold_out(len(held_out))
         mask = selection_mask(parts.data.targets, n_held_out, parts.state.seed)
@@ -66,8 +68,12 @@ def _safe_settings(parts: FitParts) -> TrainingConfig:
     lr, alpha, head_init = estimator.lr, estimator.wise_ft_alpha, estimator.head_init
     if lr == "auto":
         lr = _SAFE_LR if parts.is_new else estimator.lr_
-    if head_init == "auto":
-        head_init = LINEAR_PROBE if parts.is_new else estimator.head_init_
+    if not parts.is_new:
+        head_init = estimator.head_init_
+    elif not parts.fits_probe:
+        head_init = RANDOM
+    elif head_init == "auto":
+        head_init = LINEAR_PROBE
     if not parts.interpolates:
         alpha = 1.0
     return build_config(

@@ -33,9 +33,14 @@ from sktl._training.callbacks import (
     ValidationOutputs,
     format_row,
 )
-from sktl._training.config import TrainerState, TrainingConfig, check_state_dict
+from sktl._training.config import (
+    TrainerState,
+    TrainingConfig,
+    check_state_dict,
+    score_rank,
+)
 from sktl._training.datasets import BatchLoader, TrainingDataset
-from sktl._training.network import NormalizedInput, PartiallyFrozen, interpolate_weights
+from sktl._training.network import NormalizedInput, PartiallyFrozen
 from sktl._training.optim import load_optimizer_state, make_optimizer
 from sktl._training.scoring import validation_score
 from sktl._training.targets import EncodedTargets, Target
@@ -69,6 +74,8 @@ class Trainer:
         The network in training.
     state : TrainerState
         Current state.
+    config : TrainingConfig
+        As given.
     net : skorch.NeuralNet
         Takes pixels ``(n, side, side, 3)``, uint8.
     """
@@ -87,7 +94,8 @@ class Trainer:
     ) -> None:
         self.network = network
         self.state = state
-        self._config = config
+        self.config = config
+        self._first_epoch = state.epoch  # of this call of fit, resumed or not
         self._target = target
         self._train, self._valid = train, valid
         self._callbacks = callbacks
@@ -113,7 +121,7 @@ class Trainer:
         self._score = partial(validation_score, config.scoring, target, self.net)
 
     def _make_net(self, preprocessing: Preprocessing) -> NeuralNet:
-        config = self._config
+        config = self.config
         return NeuralNet(
             NormalizedInput(self._partial, preprocessing),
             self._target.loss(),
@@ -172,7 +180,7 @@ class Trainer:
         ValueError
             If the loss is not finite, or an image cannot be read.
         """
-        config, state = self._config, self.state
+        config, state = self.config, self.state
         bar: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config.verbose == 1:
             bar = self._progress_bar.show(state.epoch * self._n_steps_per_epoch)
@@ -184,13 +192,8 @@ class Trainer:
                     if after_epoch is not None:
                         after_epoch(self)
             self.net.notify("on_train_end", X=self._train, y=None)
-        if state.best_weights:
-            self.network.load_state_dict(state.best_weights)
-        elif state.initial_weights:
-            weights = interpolate_weights(
-                state.initial_weights, self.network.state_dict(), config.wise_ft_alpha
-            )
-            self.network.load_state_dict(weights)
+        weights = self.network.state_dict()
+        self.network.load_state_dict(state.final_weights(weights, config.wise_ft_alpha))
         self._release_memory()
         self.network.eval()
 
@@ -210,7 +213,7 @@ class Trainer:
         """
         dataset.set_frozen_depth(self.n_frozen)
         dataset.cache_activations(1)
-        batch_size = self._config.evaluation_batch_size
+        batch_size = self.config.evaluation_batch_size
         batches = BatchLoader(dataset, batch_size)
         with reraise_out_of_memory(batch_size):
             parts = [self.net.evaluation_step(batch).cpu() for batch in batches]
@@ -221,7 +224,7 @@ class Trainer:
         """Call the callbacks of the user with labels, during the training only."""
         initialized = self.net.callbacks_
         self.net.callbacks_ = adapt_callbacks(
-            initialized, self._callbacks, self._target, self._config.verbose
+            initialized, self._callbacks, self._target, self.config.verbose
         )
         try:
             yield
@@ -236,7 +239,7 @@ class Trainer:
         self.net.optimizer_.zero_grad()
 
     def _run_epoch(self) -> None:
-        config, state = self._config, self.state
+        config, state = self.config, self.state
         n_trainable = config.n_trainable_in(state.epoch)
         if n_trainable != self._n_trainable:
             self._unfreeze(n_trainable)
@@ -288,21 +291,19 @@ class Trainer:
         state = self.state
         state.history.append(row)
         self._progress_bar.end_epoch(row)
-        if self._config.verbose > 1:
-            tqdm.write(format_row(row, self._config.max_epochs))
-        if self._config.patience is None:
+        if self.config.verbose > 1:
+            tqdm.write(format_row(row, self.config.max_epochs))
+        if self.config.patience is None:
             state.best_epoch = state.epoch
             return
-        # Ties are decided by the loss. The score is rounded, since sums of the same
-        # weights in another order differ in the last bits.
-        score = (round(row["valid_score"], 6), -row["valid_loss"])
+        score = score_rank(row)
         if score > state.best_score:
             state.best_epoch, state.best_score = state.epoch, score
             state.best_weights = self.copy_weights()
 
     def _should_stop(self) -> bool:
-        patience = self._config.patience
-        n_waited = self.state.epoch - self.state.best_epoch
+        patience = self.config.patience
+        n_waited = self.state.epoch - max(self.state.best_epoch, self._first_epoch)
         return patience is not None and n_waited >= patience
 
     def record_initial_epoch(
@@ -324,7 +325,7 @@ class Trainer:
         """
         head = self.network[-1].eval()
         with torch.inference_mode():
-            x = torch.from_numpy(features).to(self._config.device)
+            x = torch.from_numpy(features).to(self.config.device)
             outputs = head(x).float().cpu()
         head.train()
         y, weight = targets.y, targets.sample_weight
@@ -335,7 +336,7 @@ class Trainer:
             return value.item()
 
         row: dict[str, float] = {"epoch": 0, "train_loss": loss(~held_out)}
-        config = self._config
+        config = self.config
         if config.patience is not None:
             row["valid_loss"] = loss(held_out)
             row["valid_score"] = self._score(
@@ -372,12 +373,12 @@ class Trainer:
         ValueError
             If they belong to another training.
         """
-        state.validate(self.network, self._config)
+        state.validate(self.network, self.config)
         check_state_dict(self.network, dict(weights))
         self.network.load_state_dict(weights)
         self.state = state
         # Drop the fused prefix, which was made of other weights.
-        self._unfreeze(self._config.n_trainable_in(state.epoch))
+        self._unfreeze(self.config.n_trainable_in(state.epoch))
         self._load_optimizer(optimizer)
 
     def continue_optimizer(self, previous: torch.optim.Optimizer) -> None:
@@ -396,7 +397,7 @@ class Trainer:
             self._load_optimizer({n: v for n, v in state if n < n_trained})
 
     def _load_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
-        load_optimizer_state(self.net.optimizer_, self._config.optimizer, state)
+        load_optimizer_state(self.net.optimizer_, self.config.optimizer, state)
 
 
 def warn_of_shared_gpu(device: torch.device) -> None:

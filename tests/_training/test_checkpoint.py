@@ -178,6 +178,25 @@ def test_other_data(images, estimator, change):
         estimator.fit(X, y, sample_weight=weight)
 
 
+def test_the_error_says_how_to_train_for_more_epochs(images, estimator, tmp_path):
+    estimator.fit(images, Y)
+    with pytest.raises(ValueError, match=r"load the estimator .* from_checkpoint"):
+        clone(estimator).set_params(max_epochs=6).fit(images, Y)
+    with pytest.raises(ValueError, match=r"to start again\.$"):
+        clone(estimator).set_params(lr=0.5).fit(images, Y)
+    loaded = FineTunedCNNClassifier.from_checkpoint(tmp_path)
+    loaded.set_params(max_epochs=6, warm_start=True, checkpoint=tmp_path / "more")
+    assert loaded.fit(images, Y).n_iter_ == 6
+
+
+def test_columns_of_the_history_after_a_resume(images, estimator):
+    estimator.set_params(early_stopping=True)
+    expected = clone(estimator).set_params(checkpoint=None).fit(images, Y)
+    interrupt(estimator, images, Y)
+    got = [list(row) for row in estimator.fit(images, Y).history_]
+    assert got == [list(row) for row in expected.history_]
+
+
 @pytest.mark.usefixtures("interrupted")
 def test_only_differences_are_named(images, estimator):
     with pytest.raises(ValueError, match="differs in") as error:

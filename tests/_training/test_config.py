@@ -46,7 +46,7 @@ def test_valid_state(weights):
     ("values", "reason"),
     [
         ({"history": [{}]}, "each row of its history needs"),
-        ({"history": [{**ROW, **SCORES}]}, "each row of its history needs"),
+        ({"history": [{**ROW, **SCORES}]}, "the last row of its history needs"),
         ({"history": [{**ROW, "lr": "0.1"}]}, "each row of its history needs"),
         ({"history": [{**ROW, "lr": True}]}, "each row of its history needs"),
         ({"epoch": CONFIG.max_epochs + 1}, "at most max_epochs=3"),

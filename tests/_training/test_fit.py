@@ -1,19 +1,38 @@
 """Tests of a fit: what it returns, and that it changes nothing else."""
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
+from skorch.callbacks import Callback
 from trainer_helpers import Y, equal_bits, make_classifier
 
 from sktl._images.validation import validate_images
+from sktl._training.config import score_rank
 from sktl._training.fit import fit_model
 from sktl._training.multiclass import encode_multiclass
 from sktl._training.network import network_digest
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
+
+NOISY = np.where(np.arange(40) % 7 == 3, 1 - Y, Y)
+
+
+class StopAt(Callback):
+    """Raise KeyboardInterrupt in the first batch after `n_epochs` epochs."""
+
+    def __init__(self, n_epochs):
+        self.n_left = n_epochs
+
+    def on_epoch_end(self, net, **rest):
+        self.n_left -= 1
+
+    def on_batch_begin(self, net, **rest):
+        if self.n_left == 0:
+            raise KeyboardInterrupt
 
 
 def fit(estimator, images, fitted=None, *, partial=False):
@@ -34,7 +53,7 @@ def test_fit_model_returns_the_model_and_changes_nothing_else(images):
 
 
 def test_fit_model_does_not_change_the_model_that_it_continues(images):
-    estimator = make_classifier()
+    estimator = make_classifier().fit(images, Y)
     first, *_ = fit(estimator, images)
     weights = copy.deepcopy(first.network.state_dict())
     second, *_ = fit(estimator, images, first)
@@ -55,3 +74,55 @@ def test_samples_of_weight_zero_are_left_out(images):
     subset = X.subset(kept.tolist())
     expected, *_ = fit_model(estimator, subset, targets, None, partial=False)
     assert equal_bits(got.network, expected.network)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("options", [{}, {"unfreeze_every": 2, "trainable": 2}])
+def test_warm_start_continues_up_to_more_epochs(images, optimizer, options):
+    """As of scikit-learn's ensembles, the result is that of one longer fit."""
+    estimator = make_classifier(
+        "five stages",
+        optimizer=optimizer,
+        lr_schedule="constant",
+        warm_start=True,
+        dropout=0.2,
+        **options,
+    )
+    expected = clone(estimator).set_params(max_epochs=5).fit(images, Y)
+    estimator.fit(images, Y)
+    before = list(estimator.history_)
+    estimator.set_params(max_epochs=5).fit(images, Y)
+    assert estimator.history_ == expected.history_
+    assert estimator.history_[:4] == before
+    assert len(estimator.loss_curve_) == estimator.n_iter_ == 5
+    assert equal_bits(estimator.module_, expected.module_)
+    estimator.fit(images, Y)  # completed: as many epochs more
+    assert [row["epoch"] for row in estimator.history_] == [1, 2, 3, 4, 5]
+
+
+def test_warm_start_with_early_stopping(images):
+    estimator = make_classifier(
+        early_stopping=True, n_iter_no_change=2, max_epochs=9, warm_start=True, lr=0.1
+    ).fit(images, NOISY)
+    first, scores = estimator.n_iter_, estimator.validation_scores_
+    assert first < 9  # it was stopped
+    estimator.set_params(max_epochs=20, lr=1e-3).fit(images, NOISY)
+    assert estimator.n_iter_ >= first + 2
+    assert estimator.validation_scores_[:first] == scores
+    ranks = [score_rank(row) for row in estimator.history_]
+    assert estimator.best_epoch_ == ranks.index(max(ranks))
+
+
+def test_interrupted_warm_start_is_resumed(images, tmp_path):
+    def start(checkpoint=None):
+        estimator = make_classifier(warm_start=True, random_state=0).fit(images, Y)
+        return pickle.loads(pickle.dumps(estimator)).set_params(
+            max_epochs=6, checkpoint=checkpoint
+        )
+
+    expected = start().fit(images, Y)
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path).set_params(callbacks=[StopAt(2)]).fit(images, Y)
+    resumed = start(tmp_path).fit(images, Y)
+    assert resumed.history_ == expected.history_
+    assert equal_bits(resumed.module_, expected.module_)

@@ -178,6 +178,25 @@ def test_continued_training_does_not_select(images, candidates, method):
     assert first.selection_ == []
 
 
+def test_coefficient_of_0_selects_and_trains_nothing(images, candidates):
+    estimator = make_auto(wise_ft_alpha=0).fit(images, NOISY)
+    assert candidates.settings == estimator.selection_ == []
+    assert (estimator.n_iter_, estimator.wise_ft_alpha_) == (0, 0)
+    probe = clone(estimator).set_params(max_epochs=0).fit(images, NOISY)
+    assert equal_bits(estimator.module_, probe.module_)
+
+
+@pytest.mark.parametrize("head_init", ["auto", "linear_probe", "random"])
+def test_head_init_of_partial_fit(images, head_init):
+    estimator = make_auto(head_init=head_init)
+    estimator.partial_fit(images, NOISY, classes=[0, 1, 2])  # no probe of three classes
+    assert estimator.head_init_ == "random"
+    assert estimator.partial_fit(images, NOISY).head_init_ == "random"
+    probe = make_auto(head_init=head_init).partial_fit(images, NOISY, classes=[0, 1])
+    expected = "linear_probe" if head_init == "auto" else head_init
+    assert probe.head_init_ == expected
+
+
 def test_no_epochs_select_nothing(images, candidates):
     estimator = make_auto(max_epochs=0).fit(images, NOISY)
     assert candidates.settings == estimator.selection_ == []
