@@ -29,6 +29,7 @@ from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
 from sktl._training.checkpoint_model import load_checkpoint
 from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
 from sktl._training.fit import fit_model
+from sktl._training.fit_tasks import FitTasks
 from sktl._training.group_splits import encode_groups
 from sktl._training.initial_model import FittedModel
 from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
@@ -46,10 +47,10 @@ from sktl._training.validation_set import (
     errors_of,
     has_validation_set,
 )
-from sktl._utils.sklearn_compat import Interval, StrOptions
+from sktl._utils.sklearn_compat import CallbackSupportMixin, Interval, StrOptions
 
 
-class BaseFineTunedCNN(MemoryAccess):
+class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
     """What all fine-tuned estimators share, whatever the kind of their target.
 
     A subclass declares its parameters, encodes the target, and predicts from the
@@ -175,6 +176,9 @@ class BaseFineTunedCNN(MemoryAccess):
                 targets, len(images), len(images_val), y_val, sample_weight_val, self
             )
             images = images.concatenate(images_val, "X_val")
+        tasks = None
+        if not partial:
+            tasks = FitTasks(self, X, y, sample_weight, checked._attributes)
         fitted, record, net = fit_model(
             checked,
             images,
@@ -182,12 +186,24 @@ class BaseFineTunedCNN(MemoryAccess):
             fitted,
             partial=partial,
             previous_net=getattr(self, "net_", None),  # none after unpickling
+            tasks=tasks,
         )
         copy_feature_metadata(self, checked)
         self._set_fitted(fitted, record)
         self.net_ = net
         self._make_memory_writable()
+        if tasks is not None:
+            tasks.end()
         return self
+
+    def _attributes(
+        self, fitted: FittedModel, record: TrainingRecord
+    ) -> dict[str, Any]:
+        """Return the attributes of a copy that is fitted, for a single use."""
+        copied = copy.copy(self)
+        copied._set_fitted(fitted, record)
+        # To compile a network for each epoch would take longer than the epoch.
+        return {**vars(copied), "engine": "torch"}
 
     def _set_fitted(self, fitted: FittedModel, record: TrainingRecord) -> None:
         history = record.history

@@ -1,5 +1,7 @@
 """One fit of an estimator, from validated data to the fitted model."""
 
+import copy
+from dataclasses import replace
 from typing import Any
 
 from skorch import NeuralNet
@@ -7,10 +9,12 @@ from skorch import NeuralNet
 from sktl._images.sequence import ImageSequence
 from sktl._training.build import build_trainer, fit_head, prepare_fit
 from sktl._training.config import SOFT_PROBE, TrainingRecord
+from sktl._training.fit_tasks import FitTasks
 from sktl._training.initial_model import FittedModel
 from sktl._training.network import soften_head
 from sktl._training.settings import fit_settings
 from sktl._training.targets import EncodedTargets
+from sktl._training.trainer import Trainer
 from sktl._training.user_callbacks import copy_callbacks
 
 
@@ -22,6 +26,7 @@ def fit_model(
     *,
     partial: bool,
     previous_net: NeuralNet | None = None,
+    tasks: FitTasks | None = None,
 ) -> tuple[FittedModel, TrainingRecord, NeuralNet]:
     """Train the network that the parameters of an estimator define.
 
@@ -39,6 +44,8 @@ def fit_model(
         Whether to train for one more epoch, as `partial_fit` does.
     previous_net : skorch.NeuralNet or None, default=None
         The net of the previous fit, whose optimizer has a state to continue with.
+    tasks : FitTasks or None, default=None
+        Calls the callbacks of scikit-learn.
 
     Returns
     -------
@@ -63,14 +70,36 @@ def fit_model(
                 soften_head(model.network[-1])
         elif (partial or parts.state.epoch) and previous_net is not None:
             trainer.continue_optimizer(previous_net.optimizer_)
-    trainer.run(None if checkpoint is None else checkpoint.save)
-    state = trainer.state
-    record = TrainingRecord(
-        state.history,
+
+    def current() -> tuple[FittedModel, TrainingRecord]:
+        """Return model and record as if the training had ended."""
+        network = copy.deepcopy(trainer.network)
+        weights = trainer.state.final_weights(
+            network.state_dict(), config.wise_ft_alpha
+        )
+        network.load_state_dict(weights)
+        now = replace(model, network=network).to_fitted(
+            targets.target, trainer.n_frozen
+        )
+        return now, _record(trainer)
+
+    def after_epoch(trainer: Trainer) -> bool:
+        if checkpoint is not None:
+            checkpoint.save(trainer)
+        return tasks is not None and tasks.end_epoch(current)
+
+    trainer.run(after_epoch, None if tasks is None else tasks.begin_epoch)
+    fitted = model.to_fitted(targets.target, trainer.n_frozen)
+    return fitted, _record(trainer), trainer.net
+
+
+def _record(trainer: Trainer) -> TrainingRecord:
+    state, config = trainer.state, trainer.config
+    return TrainingRecord(
+        list(state.history),
         state.best_epoch,
         config.lr,
         config.head_init,
         config.wise_ft_alpha,
         state.selection,
     )
-    return model.to_fitted(targets.target, trainer.n_frozen), record, trainer.net

@@ -163,13 +163,18 @@ class Trainer:
         """Whether the training was ended by weights or a loss that are not finite."""
         return self._divergence_check.diverged
 
-    def run(self, after_epoch: Callable[["Trainer"], None] | None = None) -> None:
+    def run(
+        self,
+        after_epoch: Callable[["Trainer"], bool] | None = None,
+        before_epoch: Callable[[], None] | None = None,
+    ) -> None:
         """Train until `max_epochs` are completed or early stopping ends the training.
 
         Parameters
         ----------
-        after_epoch : callable, default=None
-            Called after each epoch, to write a checkpoint.
+        after_epoch, before_epoch : callable, default=None
+            Called after and before each epoch. If `after_epoch` returns True, the
+            training ends.
 
         Raises
         ------
@@ -188,9 +193,11 @@ class Trainer:
             self.net.notify("on_train_begin", X=self._train, y=None)
             with bar:
                 while state.epoch < config.max_epochs and not self._should_stop():
+                    if before_epoch is not None:
+                        before_epoch()
                     self._run_epoch()
-                    if after_epoch is not None:
-                        after_epoch(self)
+                    if after_epoch is not None and after_epoch(self):
+                        break
             self.net.notify("on_train_end", X=self._train, y=None)
         weights = self.network.state_dict()
         self.network.load_state_dict(state.final_weights(weights, config.wise_ft_alpha))
