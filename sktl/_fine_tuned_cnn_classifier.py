@@ -112,8 +112,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         stratified if each image has one class, or the one that is passed to `fit`.
     scoring : str, callable or None, default=None
         Score of early stopping: ``"loss"``, the negative loss; the name of a scorer of
-        scikit-learn, see :ref:`scoring_string_names`; or a callable
-        ``scorer(estimator, X, y)``, which must pass `X` to methods of the estimator
+        :obj:`sklearn.metrics.get_scorer_names`; or a callable
+        ``scorer(estimator, X, y)``, which may pass `X` to methods of the estimator
         only. None: the accuracy of a classifier, with several labels their mean, and R²
         of a regressor. Equal scores are ordered by the loss.
     validation_fraction : float, default=0.1
@@ -122,12 +122,15 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
     n_iter_no_change : int, default=5
         Epochs without improvement after which early stopping stops.
     warm_start : bool, default=False
-        Whether `fit` continues from the weights of the previous fit.
+        Whether `fit` continues from the weights of the previous fit: up to `max_epochs`
+        epochs in total, or if these are completed, for as many epochs more. Nothing is
+        selected or interpolated then.
     checkpoint : str, path-like or None, default=None
         Directory of a checkpoint that is written after each epoch. A `fit` with the
         same data and parameters resumes from it, on the same CPU with equal bits; any
-        other fit is refused (functions are compared by name only). For one fit at a
-        time, not for a search.
+        other fit is refused (functions are compared by name only). `from_checkpoint`
+        returns the estimator as of the last epoch. For one fit at a time, not for a
+        search.
     callbacks : list of skorch callbacks or None, default=None
         Copies of them, which `fit` leaves in ``net_.callbacks_``, are called during
         training, with the targets in the form of `y`. Those that the training would
@@ -444,7 +447,7 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
             loss is not finite.
         KeyboardInterrupt
             On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
-            `checkpoint`.
+            `checkpoint`, see `from_checkpoint`.
         ConnectionError
             If weights must be downloaded and cannot be.
         MemoryError
