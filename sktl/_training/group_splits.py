@@ -5,7 +5,7 @@ the score on the held-out side is too high.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def encode_groups(groups: Any, n_samples: int) -> NDArray[np.intp]:
     labels = groups.tolist() if hasattr(groups, "tolist") else list(groups)
     numbers: dict[Any, int] = {}
     for index, label in enumerate(labels):
-        if is_missing(label) or not isinstance(label, (str, int, float)):
+        if is_missing(label) or not isinstance(label, Hashable):
             raise ValueError(
                 f"groups must contain names or numbers. Got groups[{index}]={label!r}. "
                 "Give an image that belongs to no group one of its own."
@@ -103,8 +103,9 @@ def groups_to_hold_out(
             if distance(number) < without:
                 chosen.append(number)
                 held += counts[number]
-    for label in range(len(labels)):  # groups that are larger than the aim
-        others = [n for n in order if counts[n, label] and may_be_held_out(n)]
+    for label in np.flatnonzero(held == 0):  # its groups are larger than the aim
+        with_label = order[counts[order, label] > 0]
+        others = [number for number in with_label if may_be_held_out(number)]
         if not held[label] and others:
             chosen.append(min(others, key=distance))
             held += counts[chosen[-1]]

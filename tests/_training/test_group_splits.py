@@ -1,5 +1,7 @@
 """Tests of splits that keep groups together."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import sklearn
@@ -20,6 +22,8 @@ from sktl._training.linear_probe import select_C
     [
         (["b", "a", "b"], [0, 1, 0]),
         (np.array([7, 7, 3]), [0, 0, 1]),
+        ([np.int64(7), np.int64(3), 7], [0, 1, 0]),
+        ([Path("film1"), Path("film2"), Path("film1")], [0, 1, 0]),
         ((1, "1", 1.0), [0, 1, 0]),
         (np.array(["x", "y", "x"], dtype=object), [0, 1, 0]),
     ],
