@@ -115,14 +115,16 @@ def groups_to_hold_out(
 
 
 def grouped_folds(
-    y: NDArray[np.intp], groups: NDArray[np.intp], *, n_folds: int, seed: int
+    y: NDArray[np.intp] | None, groups: NDArray[np.intp], *, n_folds: int, seed: int
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Yield the folds of a cross-validation, stratified by class.
 
     Parameters
     ----------
-    y, groups : ndarray of shape (n,), int
-        Class and group of each image.
+    y : ndarray of shape (n,), int, or None
+        Class of each image. None: all images are alike.
+    groups : ndarray of shape (n,), int
+        Group of each image.
     n_folds : int
         Number of folds, if there are as many groups.
     seed : int
@@ -133,6 +135,8 @@ def grouped_folds(
     train, valid : ndarray of int
         Positions. Each class occurs in `train`; other folds are left out.
     """
+    if y is None:
+        y = np.zeros(len(groups), dtype=np.intp)
     n_folds = min(n_folds, len(np.unique(groups)), int(np.bincount(y).max()))
     if n_folds < 2:
         return

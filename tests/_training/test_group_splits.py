@@ -93,10 +93,11 @@ def test_class_of_one_group_is_not_held_out():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("n_groups", [2, 3, 8])
-def test_folds_keep_groups_together(n_groups):
+@pytest.mark.parametrize("with_classes", [True, False])
+def test_folds_keep_groups_together(n_groups, with_classes):
     y = np.tile([0, 1], 24)
     groups = np.arange(48) // 2 % n_groups
-    folds = list(grouped_folds(y, groups, n_folds=5, seed=0))
+    folds = list(grouped_folds(y if with_classes else None, groups, n_folds=5, seed=0))
     assert len(folds) == min(5, n_groups)
     for train, valid in folds:
         assert not set(groups[train]) & set(groups[valid])
