@@ -34,7 +34,7 @@ def interrupt(estimator, images, monkeypatch, n_epochs=2):
     return weights
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0])
+@pytest.mark.parametrize("alpha", [0.3, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_weights_are_those_of_the_last_epoch_interpolated(
     images, tmp_path, monkeypatch, alpha
 ):

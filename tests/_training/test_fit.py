@@ -76,8 +76,14 @@ def test_samples_of_weight_zero_are_left_out(images):
     assert equal_bits(got.network, expected.network)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-@pytest.mark.parametrize("options", [{}, {"unfreeze_every": 2, "trainable": 2}])
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("sgd", {}),
+        pytest.param("adamw", {"unfreeze_every": 2}, marks=pytest.mark.slow),
+        ("adamw", {}),
+    ],
+)
 def test_warm_start_continues_up_to_more_epochs(images, optimizer, options):
     """As of scikit-learn's ensembles, the result is that of one longer fit."""
     estimator = make_classifier(

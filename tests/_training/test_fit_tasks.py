@@ -60,7 +60,9 @@ def test_epochs_are_tasks(images, callbacks):
     assert not [name for name in vars(estimator) if name.startswith("_callback")]
 
 
-@pytest.mark.parametrize("early_stopping", [False, True])
+@pytest.mark.parametrize(
+    "early_stopping", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_fitted_estimators_are_as_if_the_training_had_ended(
     images, callbacks, early_stopping
 ):
@@ -115,7 +117,9 @@ def test_scoring_monitor(images, callbacks):
     assert rows[0]["accuracy"] == rows[-1]["accuracy"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("in_pipeline", [False, True])
+@pytest.mark.parametrize(
+    "in_pipeline", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_scoring_monitor_in_a_grid_search(images, callbacks, in_pipeline):
     monitor = callbacks.ScoringMonitor(scoring=["accuracy", "neg_log_loss"])
     estimator = make_classifier(max_epochs=2).set_callbacks(monitor)

@@ -18,8 +18,14 @@ def make_stopping(**parameters):
     return make_classifier(early_stopping=True, **{"lr": 0.01, **parameters})
 
 
-@pytest.mark.parametrize("trainable", ["all", "head"])
-@pytest.mark.parametrize("lr", [0.01, "auto"])
+@pytest.mark.parametrize(
+    ("trainable", "lr"),
+    [
+        ("all", 0.01),
+        pytest.param("all", "auto", marks=pytest.mark.slow),
+        ("head", "auto"),
+    ],
+)
 def test_equals_the_fit_that_holds_out_the_same_images(images, trainable, lr):
     options = {"trainable": trainable, "lr": lr, "weights": "DEFAULT"}
     expected = make_stopping(validation_fraction=0.25, **options).fit(images, HARD)
