@@ -424,8 +424,8 @@ class FineTunedCNNClassifier(ClassifierMixin, BaseFineTunedCNN):
         X_val : array-like of images, default=None
             Validation set of early stopping, in place of a part of `X`. Requires
             ``early_stopping=True``.
-        y_val : array-like of shape (n_val,), default=None
-            Labels of `X_val`, each of which occurs in `y`.
+        y_val : array-like of shape (n_val,), or indicator matrix, default=None
+            Labels of `X_val`, as in `y`, each of which occurs there.
         sample_weight_val : array-like of shape (n_val,), default=None
             Weights of `X_val`. None: 1 for each.
         groups : array-like of shape (n_samples,), default=None

@@ -32,8 +32,8 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     backbone : str, default="resnet18"
         Name of a network, see `list_backbones`; ``"timm/<architecture>"`` or
         ``"timm/<architecture>.<tag>"`` is one of timm, which requires
-        ``pip install "sktl[timm]"``. A network of timm without stages requires
-        ``"head"`` or ``"all"`` as `trainable`; other networks must have stages.
+        ``pip install "sktl[timm]"``. A network without stages requires ``"head"`` or
+        ``"all"`` as `trainable`.
     weights : str, path-like or None, default="DEFAULT"
         Pretrained weights to load: a name of torchvision such as ``"IMAGENET1K_V1"``,
         downloaded once (``"DEFAULT"``: the best ones of torchvision, or those of the
@@ -75,7 +75,8 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     layer_decay : float, default=1.0
         Ratio of the learning rate of a stage to that of the stage above it.
     weight_decay : float, default=1e-2
-        Weight decay; not applied to biases and normalization parameters.
+        Weight decay; not applied to biases and normalization parameters, nor to class
+        tokens and positional embeddings of transformers.
     lr_schedule : {"constant", "cosine", "onecycle"}, default="onecycle"
         Learning rate schedule. ``"onecycle"`` has a warm-up of three tenths of the
         steps, ``"cosine"`` of one tenth.
@@ -100,19 +101,30 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         If given, only the head is trained at first, and one more stage is unfrozen
         every so many epochs, up to `trainable`.
     early_stopping : bool, default=False
-        Whether to hold out a validation set, stop when the score on it stops improving,
-        and keep the best epoch, which may be the linear probe. See the notes.
+        Whether to stop when the score on a validation set stops improving, and keep the
+        best epoch, which may be the linear probe. The validation set is a part of `X`,
+        stratified if each image has one class, or the one that is passed to `fit`.
+    scoring : str, callable or None, default=None
+        Score of early stopping: ``"loss"``, the negative loss; the name of a scorer of
+        :obj:`sklearn.metrics.get_scorer_names`; or a callable
+        ``scorer(estimator, X, y)``, which may pass `X` to methods of the estimator
+        only. None: the accuracy of a classifier, with several labels their mean, and R²
+        of a regressor. Equal scores are ordered by the loss.
     validation_fraction : float, default=0.1
-        Fraction of the images in the validation set of early stopping.
+        Fraction of the images in the validation set of early stopping. No effect if one
+        is passed to `fit`.
     n_iter_no_change : int, default=5
         Epochs without improvement after which early stopping stops.
     warm_start : bool, default=False
-        Whether `fit` continues from the weights of the previous fit.
+        Whether `fit` continues from the weights of the previous fit: up to `max_epochs`
+        epochs in total, or if these are completed, for as many epochs more. Nothing is
+        selected or interpolated then.
     checkpoint : str, path-like or None, default=None
         Directory of a checkpoint that is written after each epoch. A `fit` with the
         same data and parameters resumes from it, on the same CPU with equal bits; any
-        other fit is refused (functions are compared by name only). For one fit at a
-        time, not for a search.
+        other fit is refused (functions are compared by name only). `from_checkpoint`
+        returns the estimator as of the last epoch. For one fit at a time, not for a
+        search.
     callbacks : list of skorch callbacks or None, default=None
         Copies of them, which `fit` leaves in ``net_.callbacks_``, are called during
         training, with the targets in the form of `y`. Those that the training would
@@ -183,7 +195,8 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         and whatever starts at random. An int gives the same bits on the same CPU.
     verbose : int, default=0
         If 1, show a progress bar for anything longer than a second, and print what was
-        removed from a weights file, such as a prefix of its names.
+        removed from a weights file, such as a prefix of its names. If 2, print a line
+        per epoch in place of the progress bar of the training.
 
     Attributes
     ----------
@@ -211,7 +224,8 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     loss_curve_ : list of float
         Mean training loss of each epoch.
     validation_scores_ : list of float or None
-        Validation score (R²) after each epoch, with early stopping.
+        Validation score after each epoch from the first on, with early stopping. That
+        of epoch 0, which may be the best, is in `history_`.
     history_ : list of dict
         One row per epoch, and one for epoch 0, the linear probe, before interpolation
         by `wise_ft_alpha`. ``pandas.DataFrame(history_)`` makes it a table.
@@ -239,9 +253,6 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     targets that are clipped to 4 standard deviations. Constant targets are predicted as
     they are. A training that continues, with `warm_start` or in `partial_fit`, keeps
     the standardization of the first fit.
-
-    Early stopping holds out random images, and its score is the coefficient of
-    determination R², as that of `score`; ties are decided by the loss.
 
     Without `augmentation`, the output of the frozen stages does not change between
     epochs, so it is computed once and cached: in memory up to a gigabyte, and in
@@ -321,6 +332,7 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         wise_ft_alpha: float | str = "auto",
         unfreeze_every: int | None = None,
         early_stopping: bool = False,
+        scoring: str | Callable[..., float] | None = None,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 5,
         warm_start: bool = False,
@@ -360,6 +372,7 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         self.wise_ft_alpha = wise_ft_alpha
         self.unfreeze_every = unfreeze_every
         self.early_stopping = early_stopping
+        self.scoring = scoring
         self.validation_fraction = validation_fraction
         self.n_iter_no_change = n_iter_no_change
         self.warm_start = warm_start
@@ -383,7 +396,17 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
 
     @fit_context(prefer_skip_nested_validation=True)
     @torch.inference_mode(False)  # even if the caller is in inference mode
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:
+    def fit(
+        self,
+        X: Any,
+        y: Any,
+        sample_weight: Any = None,
+        *,
+        X_val: Any = None,
+        y_val: Any = None,
+        sample_weight_val: Any = None,
+        groups: Any = None,
+    ) -> Self:
         """Train the head and the stages that `trainable` selects.
 
         Parameters
@@ -395,6 +418,18 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
             prediction.
         sample_weight : array-like of shape (n_samples,), default=None
             Weights of the samples. None: 1 for each.
+        X_val : array-like of images, default=None
+            Validation set of early stopping, in place of a part of `X`. Requires
+            ``early_stopping=True``.
+        y_val : array-like of shape (n_val,) or (n_val, n_outputs), default=None
+            Numbers of `X_val`.
+        sample_weight_val : array-like of shape (n_val,), default=None
+            Weights of `X_val`. None: 1 for each.
+        groups : array-like of shape (n_samples,), default=None
+            Group of each image of `X`, such as the patient or the film that it is from:
+            names or numbers. Images of one group are held out together, by early
+            stopping, by the selection of settings and in the cross-validation of the
+            linear probe.
 
         Returns
         -------
@@ -404,18 +439,26 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         Raises
         ------
         ValueError
-            If a parameter, `X`, `y` or `sample_weight` is invalid, if an image cannot
-            be read, if the checkpoint belongs to another run, if a callback is not
-            supported, or if the loss is not finite.
+            If a parameter or an argument is invalid, if an image cannot be read, if the
+            checkpoint belongs to another run, if a callback is not supported, or if the
+            loss is not finite.
         KeyboardInterrupt
             On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
-            `checkpoint`.
+            `checkpoint`, see `from_checkpoint`.
         ConnectionError
             If weights must be downloaded and cannot be.
         MemoryError
             If a batch does not fit into memory.
         """
-        return self._fit(X, y, sample_weight)
+        return self._fit(
+            X,
+            y,
+            sample_weight,
+            X_val=X_val,
+            y_val=y_val,
+            sample_weight_val=sample_weight_val,
+            groups=groups,
+        )
 
     @fit_context(prefer_skip_nested_validation=True)
     @torch.inference_mode(False)

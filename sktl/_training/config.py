@@ -219,9 +219,9 @@ def score_rank(row: Mapping[str, float]) -> tuple[float, float]:
     """Return what the best epoch has the largest of: the score, then the least loss.
 
     The score is rounded, since sums of the same weights in another order differ in the
-    last bits.
+    last bits: to significant digits, since some scores have the units of the targets.
     """
-    return round(row["valid_score"], 6), -row["valid_loss"]
+    return float(f"{row['valid_score']:.6g}"), -row["valid_loss"]
 
 
 def order_columns(row: Mapping[str, float]) -> dict[str, float]:
