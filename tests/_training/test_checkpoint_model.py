@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 from sklearn.base import clone
-from trainer_helpers import equal_bits, make_classifier
+from trainer_helpers import (
+    TARGETS,
+    each_target,
+    equal_bits,
+    make_classifier,
+    make_estimator,
+)
 
 from sktl import FineTunedCNNClassifier
 from sktl._training.checkpoint_model import load_checkpoint
@@ -57,6 +63,18 @@ def test_weights_are_those_of_the_last_epoch_interpolated(
     assert loaded.get_params() == estimator.get_params()
     assert loaded.classes_.tolist() == ["a", "b"]
     assert loaded.predict(images).shape == (40,)
+
+
+@each_target
+def test_each_kind_of_target(images, tmp_path, target):
+    y = TARGETS[target]
+    estimator = make_estimator(target, max_epochs=1, checkpoint=tmp_path).fit(images, y)
+    loaded = type(estimator).from_checkpoint(tmp_path)
+    np.testing.assert_array_equal(loaded.predict(images), estimator.predict(images))
+    assert loaded.get_params() == estimator.get_params()
+    other = make_estimator("one label" if target == "numbers" else "numbers")
+    with pytest.raises(ValueError, match=f"checkpoint of {type(other).__name__}"):
+        type(other).from_checkpoint(tmp_path)
 
 
 def test_early_stopping_gives_the_best_epoch(images, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from sktl._training.config import (
     TrainerState,
     check_state_dict,
     parse_selection,
+    score_rank,
 )
 
 NETWORK = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
@@ -91,6 +92,16 @@ SELECTION_ROW = {
     "valid_loss": float("inf"),
     "valid_score": 0.0,
 }
+
+
+def test_scores_of_any_unit_are_ranked():
+    def rank(score, loss=1.0):
+        return score_rank({"valid_score": score, "valid_loss": loss})
+
+    assert rank(-1e-12) > rank(-2e-12)
+    assert rank(-3e7) > rank(-4e7)
+    assert rank(0.9, loss=0.5) == rank(0.9 + 1e-12, loss=0.5)
+    assert rank(0.9, loss=0.5) > rank(0.9 + 1e-12, loss=0.6)
 
 
 def test_rows_of_a_selection():

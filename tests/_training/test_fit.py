@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from skorch.callbacks import Callback
-from trainer_helpers import Y, equal_bits, make_classifier
+from trainer_helpers import TARGETS, Y, equal_bits, make_classifier, make_estimator
 
 from sktl._images.validation import validate_images
 from sktl._training.config import score_rank
@@ -104,6 +104,17 @@ def test_warm_start_continues_up_to_more_epochs(images, optimizer, options):
     assert equal_bits(estimator.module_, expected.module_)
     estimator.fit(images, Y)  # completed: as many epochs more
     assert [row["epoch"] for row in estimator.history_] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("target", ["several labels", "numbers"])
+def test_warm_start_of_each_kind_of_target(images, target):
+    y = TARGETS[target]
+    options = {"lr_schedule": "constant", "warm_start": True, "max_epochs": 1}
+    estimator = make_estimator(target, **options).fit(images, y)
+    expected = clone(estimator).set_params(max_epochs=2).fit(images, y)
+    estimator.set_params(max_epochs=2).fit(images, y)
+    assert estimator.history_ == expected.history_
+    assert equal_bits(estimator.module_, expected.module_)
 
 
 def test_warm_start_with_early_stopping(images):

@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, get_scorer
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
-from trainer_helpers import Y, equal_bits, make_classifier
+from trainer_helpers import TARGETS, Y, equal_bits, make_classifier, make_estimator
 
 from sktl._training.fit_tasks import FitTasks
 from sktl._utils import sklearn_compat
@@ -115,6 +115,21 @@ def test_scoring_monitor(images, callbacks):
     assert names == ["fit", "epoch", "epoch", "epoch"]
     expected = accuracy_score(NOISY, estimator.predict(images), sample_weight=weight)
     assert rows[0]["accuracy"] == rows[-1]["accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "scoring"),
+    [("several labels", "f1_macro"), ("numbers", "neg_mean_absolute_error")],
+)
+def test_scoring_monitor_of_several_columns(images, callbacks, target, scoring):
+    y = TARGETS[target]
+    monitor = callbacks.ScoringMonitor(scoring=scoring)
+    estimator = make_estimator(target, max_epochs=2).set_callbacks(monitor)
+    estimator.fit(images, y)
+    rows = monitor.get_logs().data
+    assert [row["task_name"] for row in rows] == ["fit", "epoch", "epoch"]
+    expected = get_scorer(scoring)(estimator, images, y)
+    assert rows[0][scoring] == rows[-1][scoring] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import sklearn
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from trainer_helpers import make_classifier
+from trainer_helpers import make_classifier, make_estimator
 
 from sktl._training.group_splits import (
     encode_groups,
@@ -113,21 +113,39 @@ def test_folds_without_a_class_in_the_training_part_are_left_out():
     assert list(grouped_folds(y, np.zeros(30, int), n_folds=5, seed=0)) == []
 
 
-def make_patients(n_groups=12, size=6):
-    """Return nearly equal images of each group, and labels by the toss of a coin."""
+def make_patients(n_groups=12, size=6, target="one label"):
+    """Return nearly equal images of each group, and targets by chance."""
     rng = np.random.default_rng(0)
     base = rng.integers(0, 256, (n_groups, 16, 16, 3)).repeat(size, axis=0)
     images = (base + rng.integers(-4, 5, base.shape)).clip(0, 255).astype(np.uint8)
-    y = rng.permutation(np.arange(n_groups) % 2).repeat(size)
-    return images, y, np.arange(n_groups).repeat(size)
+    y = rng.permutation(np.arange(n_groups) % 2)
+    if target == "several labels":
+        y = np.stack([y, rng.permutation(y)], axis=1)
+    elif target == "numbers":
+        y = rng.normal(5, 2, n_groups)
+    return images, y.repeat(size, axis=0), np.arange(n_groups).repeat(size)
 
 
 @pytest.mark.usefixtures("quick_linear_probe")
-@pytest.mark.parametrize("early_stopping", [True, False])
-def test_nearly_equal_images_do_not_fool_the_score(early_stopping):
-    images, y, groups = make_patients()
-    classifier = make_classifier(
-        lr="auto", early_stopping=early_stopping, validation_fraction=0.3, max_epochs=2
+@pytest.mark.parametrize(
+    ("target", "early_stopping"),
+    [
+        ("one label", True),
+        ("one label", False),
+        ("several labels", True),
+        ("numbers", True),
+        pytest.param("several labels", False, marks=pytest.mark.slow),
+        pytest.param("numbers", False, marks=pytest.mark.slow),
+    ],
+)
+def test_nearly_equal_images_do_not_fool_the_score(target, early_stopping):
+    images, y, groups = make_patients(target=target)
+    classifier = make_estimator(
+        target,
+        lr="auto",
+        early_stopping=early_stopping,
+        validation_fraction=0.3,
+        max_epochs=2,
     )
     scores = []
     for more in ({}, {"groups": [f"patient {group}" for group in groups]}):

@@ -20,13 +20,15 @@ def make_data(n=80, n_labels=3):
     return (x * [1, 10, 0.01, 3, 0.5] + 7).astype("f4"), y.astype(np.uint8)
 
 
-def probe(x, y, weight=None, class_weights=None, hidden=()):
+def probe(x, y, weight=None, class_weights=None, hidden=(), groups=None):
     """Return the logits of the head."""
     weight = np.ones(len(x)) if weight is None else weight
     if class_weights is None:
         class_weights = np.ones((y.shape[1], 2))
     head = make_head(y.shape[1], hidden, x.shape[1]).eval()
-    fit_multilabel_probe(head, x, y, weight, class_weights, hidden_layer_sizes=hidden)
+    fit_multilabel_probe(
+        head, x, y, weight, class_weights, groups=groups, hidden_layer_sizes=hidden
+    )
     with torch.no_grad():
         return head(torch.from_numpy(x)).numpy()
 
@@ -74,6 +76,19 @@ def test_labels_that_never_or_always_occur_get_a_constant():
     np.testing.assert_allclose(expit(logits[:, 2]), 80.5 / 81, rtol=1e-5)
     others = probe(x, y[:, [1, 1]])
     np.testing.assert_array_equal(logits[:, 1], others[:, 0])
+
+
+@pytest.mark.parametrize("hidden", [(), (3,)])
+def test_strengths_are_selected_on_other_groups(hidden):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 30)).repeat(5, axis=0) + rng.normal(0, 0.01, (200, 30))
+    y = rng.permutation(np.arange(80).reshape(40, 2) % 3 == 0).repeat(5, axis=0)
+    groups, weights = np.arange(40).repeat(5), np.array([[1, 1], [1, 0.5]])
+    alone, together = (
+        np.abs(probe(x.astype("f4"), y, None, weights, hidden, each)).max(axis=0)
+        for each in (None, groups)
+    )
+    assert (together < alone / 2).all()  # a strong regularization
 
 
 @pytest.mark.parametrize("n_positive", [1, 2, 4])

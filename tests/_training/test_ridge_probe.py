@@ -26,11 +26,13 @@ def squared(outputs, y):
     return ((outputs - y) ** 2).mean(axis=1)
 
 
-def probe(x, y, weight=None, hidden=(), losses=squared):
+def probe(x, y, weight=None, hidden=(), losses=squared, groups=None):
     """Return the selected strength and the outputs of the head."""
     weight = np.ones(len(x)) if weight is None else np.asarray(weight, float)
     head = make_head(y.shape[1], hidden, x.shape[1]).eval()
-    alpha = fit_ridge_probe(head, x, y, weight, losses, hidden_layer_sizes=hidden)
+    alpha = fit_ridge_probe(
+        head, x, y, weight, losses, groups=groups, hidden_layer_sizes=hidden
+    )
     with torch.no_grad():
         return alpha, head(torch.from_numpy(x)).numpy()
 
@@ -83,6 +85,18 @@ def test_hidden_layers_equal_the_perceptron(n_outputs, monkeypatch):
     model = make_pipeline(StandardScaler(), model)
     expected = model.fit(x.astype(float), y if n_outputs > 1 else y[:, 0]).predict(x)
     np.testing.assert_allclose(outputs, expected.reshape(outputs.shape), atol=1e-3)
+
+
+def test_strength_is_selected_on_other_groups():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 30)).repeat(5, axis=0) + rng.normal(0, 0.01, (200, 30))
+    y = rng.normal(size=(40, 1)).repeat(5, axis=0)  # by chance
+    groups = np.arange(40).repeat(5)
+    alone, together = (
+        probe(x.astype("f4"), y, groups=each)[0] for each in (None, groups)
+    )
+    assert alone < 10 < 100 <= together
+    assert probe(x.astype("f4"), y, groups=groups * 0)[0] == ALPHA_GRID[4]  # no folds
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

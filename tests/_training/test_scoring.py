@@ -1,10 +1,27 @@
 """Tests of the score that early stopping watches."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from sklearn.base import clone
-from sklearn.metrics import f1_score, log_loss, make_scorer, roc_auc_score
-from trainer_helpers import equal_bits, make_classifier, make_parts
+from sklearn.metrics import (
+    accuracy_score,
+    f1_score,
+    log_loss,
+    make_scorer,
+    mean_absolute_error,
+    r2_score,
+    roc_auc_score,
+)
+from trainer_helpers import (
+    TARGETS,
+    default_score,
+    equal_bits,
+    make_classifier,
+    make_estimator,
+    make_parts,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
@@ -102,6 +119,38 @@ def test_default_is_the_accuracy(images):
     )
     np.testing.assert_allclose(scores(accuracy), scores(default))
     assert equal_bits(default.module_, accuracy.module_)
+
+
+@pytest.mark.parametrize(
+    ("target", "scoring", "metric"),
+    [
+        ("several labels", None, default_score),
+        ("several labels", "f1_macro", partial(f1_score, average="macro")),
+        ("several labels", "accuracy", accuracy_score),
+        ("numbers", "r2", r2_score),
+        ("numbers", None, r2_score),
+        ("numbers", "neg_mean_absolute_error", lambda *y: -mean_absolute_error(*y)),
+    ],
+)
+def test_scores_of_several_columns(images, target, scoring, metric):
+    """Scorers of a regressor get numbers in the units of y."""
+    y = TARGETS[target]
+    options = {"early_stopping": True, "lr": 0.01, "max_epochs": 2}
+    estimator = make_estimator(target, scoring=scoring, **options)
+    estimator.fit(images[:30], y[:30], X_val=images, y_val=y)
+    recorded = scores(estimator)
+    assert recorded[estimator.best_epoch_] == max(recorded)
+    expected = metric(y, estimator.predict(images))
+    assert max(recorded) == pytest.approx(expected, rel=1e-5)
+
+
+def test_probabilities_of_several_labels(images):
+    y = TARGETS["several labels"]
+    options = {"early_stopping": True, "lr": 0.01, "max_epochs": 1}
+    estimator = make_estimator("several labels", scoring="roc_auc", **options)
+    estimator.fit(images[:30], y[:30], X_val=images, y_val=y)
+    expected = roc_auc_score(y, estimator.predict_proba(images))
+    assert max(scores(estimator)) == pytest.approx(expected)
 
 
 def test_invalid_scores(images):

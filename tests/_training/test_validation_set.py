@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 from sklearn.metrics import accuracy_score
-from trainer_helpers import equal_bits, make_classifier, make_parts
+from trainer_helpers import (
+    TARGETS,
+    default_score,
+    each_target,
+    equal_bits,
+    make_classifier,
+    make_estimator,
+    make_parts,
+)
 
 from sktl._training.validation_set import errors_of
 
@@ -58,6 +66,50 @@ def test_scores_are_those_of_the_validation_set(images, paths):
     loss[~right] = -np.log(classifier.predict_proba(paths[30:]).min(axis=1))[~right]
     got = classifier.history_[classifier.best_epoch_]["valid_loss"]
     assert got == pytest.approx(np.average(loss, weights=weight), rel=1e-4)
+
+
+@each_target
+def test_each_kind_of_target(images, target):
+    y, weight = TARGETS[target], np.arange(40.0)
+    estimator = make_estimator(target, early_stopping=True, lr=0.01, max_epochs=2)
+    estimator.fit(
+        images[:30], y[:30], X_val=images, y_val=y.tolist(), sample_weight_val=weight
+    )
+    got = estimator.history_[estimator.best_epoch_]["valid_score"]
+    assert got == pytest.approx(default_score(y, estimator.predict(images), weight))
+    assert len(estimator.validation_scores_) == 2
+    with pytest.raises(ValueError, match="y_val"):
+        estimator.fit(images, y, X_val=images[:3], y_val=np.zeros((3, 4)))
+
+
+def test_class_weights_of_several_labels_apply_to_the_validation_set(images):
+    y = TARGETS["several labels"]
+    weights = [{0: 3, 1: 1}, {0: 0, 1: 2}]
+    estimator = make_stopping(class_weight=weights, max_epochs=1).fit(
+        images[:30], y[:30], X_val=images, y_val=y
+    )
+    expected = np.average(
+        estimator.predict(images) == y,
+        weights=np.where(y, [1, 2], [3, 0]),
+    )
+    score = estimator.history_[estimator.best_epoch_]["valid_score"]
+    assert score == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("target", "y_val", "reason"),
+    [
+        ("numbers", [[1, 2], [3, np.nan], [5, 6]], r"y_val\[1, 1\]"),
+        ("numbers", [[1], [2], [3]], "y_val must have as many columns as y, 2. Got 1"),
+        ("several labels", [0, 1, 0], "y_val must be an indicator matrix"),
+        ("several labels", np.ones((3, 3)), "as many columns as y, 2. Got 3"),
+        ("several labels", [[0, 1], [0, 2], [1, 1]], r"y_val\[1, 1\]"),
+    ],
+)
+def test_invalid_targets_of_several_columns(images, target, y_val, reason):
+    estimator = make_estimator(target, early_stopping=True)
+    with pytest.raises(ValueError, match=reason):
+        estimator.fit(images, TARGETS[target], X_val=images[:3], y_val=y_val)
 
 
 def test_class_weights_apply_to_the_validation_set(images):

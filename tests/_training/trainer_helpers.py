@@ -5,11 +5,13 @@ from collections import Counter
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from conftest import FIXED
+from sklearn.metrics import r2_score
 from sklearn.utils import check_random_state
 
-from sktl import FineTunedCNNClassifier
+from sktl import FineTunedCNNClassifier, FineTunedCNNRegressor
 from sktl._backbones.new_head import replace_head
 from sktl._backbones.registry import load_backbone
 from sktl._images.augmentation import augmentation_for
@@ -50,13 +52,34 @@ CONFIG = TrainingConfig(
 )
 
 
+# Targets of the forty images, for the estimators of `make_estimator`.
+TARGETS = {
+    "one label": np.where(np.arange(40) % 7 == 3, 1 - Y, Y),
+    "several labels": np.stack([Y, np.arange(40) % 3 == 0], axis=1).astype(int),
+    "numbers": 1000 + 3 * np.random.default_rng(0).normal(size=(40, 2)),
+}
+each_target = pytest.mark.parametrize("target", TARGETS)
+
+
+def default_score(y, predicted, sample_weight=None):
+    """Return the score of early stopping: accuracy of labels, or R² of numbers."""
+    if y.dtype.kind == "f":
+        return r2_score(y, predicted, sample_weight=sample_weight)
+    right = (y == predicted).reshape(len(y), -1).mean(axis=1)
+    return np.average(right, weights=sample_weight)
+
+
 def make_classifier(backbone="tiny", **parameters):
     """Return a classifier that trains three short epochs."""
+    return make_estimator("one label", backbone, **parameters)
+
+
+def make_estimator(target, backbone="tiny", **parameters):
+    """Return an estimator for a kind of target that trains three short epochs."""
     defaults = {**FIXED, "weights": None, "max_epochs": 3, "batch_size": 16}
     defaults |= {"engine": "torch"}  # OpenVINO would convert the network of each fit
-    return FineTunedCNNClassifier(
-        backbone, **{**defaults, "random_state": 0, **parameters}
-    )
+    kind = FineTunedCNNRegressor if target == "numbers" else FineTunedCNNClassifier
+    return kind(backbone, **{**defaults, "random_state": 0, **parameters})
 
 
 class CountingSequence(ImageSequence):
