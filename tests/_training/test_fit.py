@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from interrupted_training import StopAt
 from sklearn.base import clone
-from skorch.callbacks import Callback
 from trainer_helpers import TARGETS, Y, equal_bits, make_classifier, make_estimator
 
 from sktl._images.validation import validate_images
@@ -19,20 +19,6 @@ from sktl._training.network import network_digest
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 NOISY = np.where(np.arange(40) % 7 == 3, 1 - Y, Y)
-
-
-class StopAt(Callback):
-    """Raise KeyboardInterrupt in the first batch after `n_epochs` epochs."""
-
-    def __init__(self, n_epochs):
-        self.n_left = n_epochs
-
-    def on_epoch_end(self, net, **rest):
-        self.n_left -= 1
-
-    def on_batch_begin(self, net, **rest):
-        if self.n_left == 0:
-            raise KeyboardInterrupt
 
 
 def fit(estimator, images, fitted=None, *, partial=False):
