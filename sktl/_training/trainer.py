@@ -330,16 +330,17 @@ class Trainer:
         held_out : ndarray of shape (n,), bool
             Mask of the validation set.
         """
-        head = self.network[-1].eval()
+        head, device = self.network[-1].eval(), self.config.device
         with torch.inference_mode():
-            x = torch.from_numpy(features).to(self.config.device)
-            outputs = head(x).float().cpu()
+            outputs = head(torch.from_numpy(features).to(device)).float()
         head.train()
         y, weight = targets.y, targets.sample_weight
 
         def loss(mask: NDArray[np.bool_]) -> float:
-            target = torch.from_numpy(y[mask]), torch.from_numpy(weight[mask]).float()
-            value: Tensor = self.net.criterion_(outputs[torch.from_numpy(mask)], target)
+            # On the device, where the class weights of a loss are.
+            rows, y_true, w = map(torch.from_numpy, (mask, y[mask], weight[mask]))
+            target = y_true.to(device), w.float().to(device)
+            value: Tensor = self.net.criterion_(outputs[rows.to(device)], target)
             return value.item()
 
         row: dict[str, float] = {"epoch": 0, "train_loss": loss(~held_out)}
@@ -347,7 +348,7 @@ class Trainer:
         if config.patience is not None:
             row["valid_loss"] = loss(held_out)
             row["valid_score"] = self._score(
-                outputs.numpy()[held_out],
+                outputs.cpu().numpy()[held_out],
                 y[held_out],
                 weight[held_out],
                 row["valid_loss"],
