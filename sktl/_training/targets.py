@@ -24,9 +24,9 @@ from sktl._utils.sklearn_compat import check_sample_weight
 class Target(Protocol):
     """One kind of target: encoding, loss, score, initial head, decoding, saving.
 
-    Encoding is a function of the module, which returns `EncodedTargets`, since every
-    kind has its own parameters there. Settings of the loss are attributes of the
-    target, and are not saved.
+    The targets of a fit are encoded by a function of the module, which returns
+    `EncodedTargets`, since every kind has its own parameters there. Settings of the
+    loss are attributes of the target, and are not saved.
     """
 
     @property
@@ -146,7 +146,7 @@ class EncodedTargets:
     groups : ndarray of shape (n,), int, or None
         Group of each sample; no split divides a group. None: each is one of its own.
     class_weight : ndarray of shape (n_classes,), float64, or None
-        The class weights. None: there are none.
+        The class weights. None: there are none, or the target has them.
     validation : ndarray of shape (n,), bool, or None
         Mask of the validation set that was passed to `fit`. None: none was.
     """
