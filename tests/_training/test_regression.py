@@ -170,7 +170,13 @@ def test_ridge_probe_of_robust_losses_ignores_the_size_of_an_outlier(loss):
         targets = encode(y, loss=loss)
         head = nn.Linear(3, 1)
         targets.target.initialize_head(
-            head, x, targets.y, np.ones(100), hidden_layer_sizes=(), seed=0
+            head,
+            x,
+            targets.y,
+            np.ones(100),
+            groups=None,
+            hidden_layer_sizes=(),
+            seed=0,
         )
         heads.append(head)
         predicted = targets.target.decode(head(torch.from_numpy(x)).detach().numpy())
