@@ -68,7 +68,9 @@ def test_weights_are_those_of_the_last_epoch_interpolated(
 @each_target
 def test_each_kind_of_target(images, tmp_path, target):
     y = TARGETS[target]
-    estimator = make_estimator(target, max_epochs=1, checkpoint=tmp_path).fit(images, y)
+    estimator = make_estimator(target, max_epochs=1, checkpoint=str(tmp_path)).fit(
+        images, y
+    )
     loaded = type(estimator).from_checkpoint(tmp_path)
     np.testing.assert_array_equal(loaded.predict(images), estimator.predict(images))
     assert loaded.get_params() == estimator.get_params()
