@@ -91,6 +91,8 @@ class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
         "random_state": ["random_state"],
     }
 
+    # As the splitters of scikit-learn, so that groups of a search reach each fit.
+    __metadata_request__fit: ClassVar = {"groups": True}
     _target_types: ClassVar[tuple[type, ...]]  # kinds of target
     # Parameters that are read here; each subclass has them in its ``__init__``.
     callbacks: Any

@@ -173,7 +173,7 @@ def test_groups_are_routed_in_a_search():
     images, y, groups = make_patients()
     with sklearn.config_context(enable_metadata_routing=True):
         search = GridSearchCV(
-            make_classifier(max_epochs=1).set_fit_request(groups=True),
+            make_classifier(max_epochs=1),
             {"early_stopping": [True]},
             cv=GroupKFold(2),
         ).fit(images, y, groups=groups)

@@ -213,7 +213,10 @@ def test_metadata_request_of_fit():
     with sklearn.config_context(enable_metadata_routing=True):
         mine.set_fit_request(sample_weight=True)
         requests = mine.get_metadata_routing()
-    assert requests.fit.requests == {"sample_weight": True}
+    validation = dict.fromkeys(["X_val", "y_val", "sample_weight_val"])
+    # As the splitters of scikit-learn, so that no estimator divides a group.
+    expected = {"sample_weight": True, "groups": True, **validation}
+    assert requests.fit.requests == expected
     assert requests.score.requests == {"sample_weight": None}
 
 
