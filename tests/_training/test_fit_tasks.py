@@ -151,8 +151,9 @@ def test_scoring_monitor_in_a_grid_search(images, callbacks, in_pipeline):
 
 
 @pytest.mark.parametrize("in_search", [False, True])
-def test_progress_bar(images, callbacks, in_search, capsys):
+def test_progress_bar(images, callbacks, in_search, capsys, monkeypatch):
     pytest.importorskip("rich")
+    monkeypatch.setenv("COLUMNS", "160")
     estimator = make_classifier(max_epochs=2)
     if in_search:
         estimator = GridSearchCV(estimator, {"lr": [1e-3, 1e-2]}, cv=2)

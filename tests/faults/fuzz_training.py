@@ -141,9 +141,9 @@ class Checkpoints:
             file.unlink()
             captured = {}
 
-            def capture_run(checkpoint, fingerprint, captured=captured):
-                captured["fingerprint"] = fingerprint
-                return opened(checkpoint, fingerprint)
+            def capture_run(checkpoint, fingerprint, model, captured=captured):
+                captured["run"] = fingerprint, model
+                return opened(checkpoint, fingerprint, model)
 
             def capture_trainer(checkpoint, trainer, captured=captured):
                 captured["trainer"] = trainer
@@ -180,7 +180,7 @@ class Checkpoints:
         suffix = " (valid sha256)" if valid_sha256 else ""
         try:
             checkpoint = Checkpoint(self.folder)
-            checkpoint.open(captured["fingerprint"])
+            checkpoint.open(*captured["run"])
             checkpoint.resume(captured["trainer"])
         except ValueError as error:
             return refused(error, self.file) + suffix

@@ -121,7 +121,7 @@ BAD_LABELS = {
     "NaN": (np.where(Y, np.nan, 1.0), r"y\[\d+\] is missing \(nan\)"),
     "infinity": (np.where(Y, np.inf, 1.0), "contains infinity"),
     "continuous": (Y + 0.5, "Unknown label type"),
-    "two columns": (np.stack([Y, Y], 1), "1d array"),
+    "columns of classes": (np.stack([Y, 2 * Y], 1), "1d array|MultiOutputClassifier"),
     "too few": (Y[:-1], "inconsistent numbers of samples"),
     "complex": (Y + 1j, "Complex data"),
     "missing": (
