@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,22 +23,15 @@ from sktl._images.sequence import ImageSequence
 from sktl._images.validation import copy_feature_metadata, validate_images
 from sktl._inference.execution import warn_of_slow_precision
 from sktl._inference.memory_access import MemoryAccess
-from sktl._inference.parallel import single_openmp_thread
 from sktl._inference.parameter_constraints import SHARED_CONSTRAINTS
-from sktl._training.checkpoint_model import load_checkpoint
-from sktl._training.config import HEAD_INITS, TrainingRecord, parse_selection
+from sktl._training.config import HEAD_INITS, TrainingRecord
 from sktl._training.fit import fit_model
 from sktl._training.fit_tasks import FitTasks
 from sktl._training.group_splits import encode_groups
 from sktl._training.initial_model import FittedModel
 from sktl._training.optim import LR_SCHEDULES, OPTIMIZERS
+from sktl._training.persistence import PersistenceMixin
 from sktl._training.prediction import predict_outputs
-from sktl._training.serialization import (
-    SavedModel,
-    load_model,
-    save_model,
-    split_parameters,
-)
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import check_callbacks
 from sktl._training.validation_set import (
@@ -50,7 +42,7 @@ from sktl._training.validation_set import (
 from sktl._utils.sklearn_compat import CallbackSupportMixin, Interval, StrOptions
 
 
-class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
+class BaseFineTunedCNN(PersistenceMixin, CallbackSupportMixin, MemoryAccess):
     """What all fine-tuned estimators share, whatever the kind of their target.
 
     A subclass declares its parameters, encodes the target, and predicts from the
@@ -93,7 +85,6 @@ class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
 
     # As the splitters of scikit-learn, so that groups of a search reach each fit.
     __metadata_request__fit: ClassVar = {"groups": True}
-    _target_types: ClassVar[tuple[type, ...]]  # kinds of target
     # Parameters that are read here; each subclass has them in its ``__init__``.
     callbacks: Any
     device: str | torch.device
@@ -155,22 +146,15 @@ class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
         checked = copy.copy(self)  # so that a fit that fails leaves nothing behind
         images = checked._validate_images(X, reset=fitted is None)
         previous = None if fitted is None else fitted.target
-        targets = self._encode_targets(
+        targets = self._validate_targets(
             len(images),
             y,
             sample_weight,
+            groups,
             classes=classes,
             previous=previous,
             partial=partial,
         )
-        if groups is not None:
-            numbers = encode_groups(groups, len(images))
-            targets = replace(targets, groups=numbers[targets.rows])
-        if not partial:
-            targets = targets.with_normalized_weights()
-        if previous is not None:
-            caller = "partial_fit" if partial else "warm_start"
-            targets.target.check_unchanged(previous, caller)
         if has_validation:
             with errors_of("X_val"):
                 images_val = checked._validate_images(X_val, reset=False)
@@ -197,6 +181,37 @@ class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
         if tasks is not None:
             tasks.end()
         return self
+
+    def _validate_targets(
+        self,
+        n_samples: int,
+        y: Any,
+        sample_weight: Any,
+        groups: Any,
+        *,
+        classes: Any,
+        previous: Target | None,
+        partial: bool,
+    ) -> EncodedTargets:
+        """Return encoded targets with their groups, and of `fit` weights of mean 1.
+
+        The arguments are those of `_encode_targets`, and `groups` of `fit`.
+        """
+        targets = self._encode_targets(
+            n_samples,
+            y,
+            sample_weight,
+            classes=classes,
+            previous=previous,
+            partial=partial,
+        )
+        if groups is not None:
+            numbers = encode_groups(groups, n_samples)
+            targets = replace(targets, groups=numbers[targets.rows])
+        if previous is not None:
+            caller = "partial_fit" if partial else "warm_start"
+            targets.target.check_unchanged(previous, caller)
+        return targets if partial else targets.with_normalized_weights()
 
     def _attributes(
         self, fitted: FittedModel, record: TrainingRecord
@@ -237,153 +252,6 @@ class BaseFineTunedCNN(CallbackSupportMixin, MemoryAccess):
         images = images.with_min_decode_size(min_size)
         read_only = self._is_memory_read_only()
         return predict_outputs(self, self._fitted_model, images, read_only=read_only)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save the fitted estimator to a file that contains no code.
-
-        The file is safetensors, with parameters and classes as JSON in its header. It
-        can also be the `weights` of any estimator, see `PretrainedFeatures`.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Name of the file, such as ``"ants_and_bees.safetensors"``.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        TypeError
-            If the labels are not str, int, float or bool, or if the backbone was
-            registered with a builder that other processes cannot import.
-        """
-        check_is_fitted(self)
-        parameters, others = split_parameters(self.get_params(deep=False))
-        if others:
-            warnings.warn(
-                "Only parameters with plain values are saved. Got other values of "
-                f"{', '.join(others)}, which will have their defaults again.",
-                UserWarning,
-                stacklevel=2,
-            )
-        model = SavedModel(
-            type(self).__name__,
-            parameters,
-            self._fitted_model,
-            TrainingRecord(
-                self.history_,
-                self.best_epoch_,
-                self.lr_,
-                self.head_init_,
-                self.wise_ft_alpha_,
-                parse_selection(self.selection_),
-            ),
-            getattr(self, "n_features_in_", None),
-            getattr(self, "feature_names_in_", None),
-        )
-        save_model(model, path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> Self:
-        """Load an estimator that `save` has written; nothing in the file is executed.
-
-        Parameters
-        ----------
-        path : str or path-like
-            Name of the file.
-        trusted : list of str, default=()
-            References such as ``"my_module:build"`` of builders that may be imported
-            and called. Required only for a backbone that `register_backbone` added
-            where the file was saved, and that is not registered in this process. The
-            builder and the other arguments are then registered as they are in the file.
-
-        Returns
-        -------
-        estimator : object
-            Fitted, of this class. Pretrained weights are not needed.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be read.
-        ValueError
-            If it is another file or damaged, or if its backbone is unknown; the message
-            says which line registers or trusts it.
-        TypeError
-            If `trusted` is not a list of str.
-        """
-        # A server may load the model once, and then fork its workers.
-        with single_openmp_thread():
-            names = [each.__name__ for each in cls.__mro__]
-            saved = load_model(path, names, trusted)
-        return cls._from_saved(saved, path)
-
-    @classmethod
-    def _from_saved(cls, saved: SavedModel, path: str | os.PathLike[str]) -> Self:
-        unknown = sorted(saved.parameters.keys() - cls().get_params().keys())
-        if unknown:
-            raise ValueError(
-                f"{str(path)!r} must have parameters of {cls.__name__} only. Got "
-                f"{', '.join(unknown)}. Load it with the version of sktl that saved it."
-            )
-        if not isinstance(saved.fitted.target, cls._target_types):
-            raise ValueError(
-                f"{str(path)!r} must have a target of {cls.__name__}. Got a "
-                f"{type(saved.fitted.target).__name__}."
-            )
-        estimator = cls(**saved.parameters)
-        estimator._set_fitted(saved.fitted, saved.record)
-        if saved.n_features_in is not None:
-            estimator.n_features_in_ = saved.n_features_in
-        if saved.feature_names_in is not None:
-            estimator.feature_names_in_ = saved.feature_names_in
-        return estimator
-
-    @classmethod
-    def from_checkpoint(
-        cls, directory: str | os.PathLike[str], *, trusted: Sequence[str] = ()
-    ) -> Self:
-        """Return the estimator as of the last completed epoch of a `checkpoint`.
-
-        It is fitted as if the training had ended there: with `early_stopping` it has
-        the weights of the best epoch so far, otherwise those of the last epoch,
-        interpolated by `wise_ft_alpha`. To complete the run instead, with equal bits,
-        call `fit` with the same data.
-
-        Parameters
-        ----------
-        directory : str or path-like
-            The `checkpoint` of the run.
-        trusted : list of str, default=()
-            As in `load`.
-
-        Returns
-        -------
-        estimator : object
-            Fitted, of this class, with the parameters of the run. Those without a plain
-            value, such as functions, have their defaults, with a warning.
-
-        Raises
-        ------
-        OSError
-            If there is no checkpoint, or it cannot be read.
-        ValueError
-            If it has no completed epoch, is damaged or of another class, or if its
-            backbone is unknown.
-        TypeError
-            If `trusted` is not a list of str.
-        """
-        with single_openmp_thread():
-            names = [each.__name__ for each in cls.__mro__]
-            saved, others = load_checkpoint(directory, names, trusted)
-        if others:
-            warnings.warn(
-                f"The checkpoint has no values of {', '.join(others)}, since it "
-                "contains only plain values. They have their defaults.",
-                UserWarning,
-                stacklevel=2,
-            )
-        return cls._from_saved(saved, directory)
 
     def plot_history(self, ax: Any = None) -> Any:
         """Plot loss, and validation score under early stopping, against epochs.

@@ -9,8 +9,6 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils import get_tags
 from trainer_helpers import Y, equal_bits, make_classifier
 
-from sktl import FineTunedCNNClassifier
-
 
 @pytest.mark.parametrize(
     ("parameters", "reason"),
@@ -105,14 +103,3 @@ def test_module_that_was_copied_in_inference_mode_can_be_trained(images):
 def test_unfitted_estimator_has_no_module():
     with pytest.raises(NotFittedError):
         make_classifier().module_  # noqa: B018
-
-
-def test_subclass_loads_a_file_of_its_base_class(images, tmp_path):
-    class Subclass(FineTunedCNNClassifier):
-        pass
-
-    estimator = make_classifier(max_epochs=1).fit(images, Y)
-    estimator.save(tmp_path / "model.safetensors")
-    loaded = Subclass.load(tmp_path / "model.safetensors")
-    assert type(loaded) is Subclass
-    np.testing.assert_array_equal(loaded.predict(images), estimator.predict(images))

@@ -108,22 +108,6 @@ def test_the_run_can_be_completed_and_continued(images, tmp_path, monkeypatch):
     assert equal_bits(load(tmp_path).module_, expected.module_)
 
 
-def test_rows_of_numbers_and_parameters_without_a_plain_value(images, tmp_path):
-    X = images.reshape(40, -1)
-    estimator = make_classifier(
-        image_shape=images.shape[1:], checkpoint=tmp_path, augmentation=max_brightness
-    ).fit(X, Y)
-    with pytest.warns(UserWarning, match="no values of augmentation, since"):
-        loaded = load(tmp_path)
-    assert loaded.n_features_in_ == X.shape[1]
-    assert loaded.augmentation is None
-    np.testing.assert_array_equal(loaded.predict(X), estimator.predict(X))
-
-
-def max_brightness(image):
-    return image.point(lambda value: 255)
-
-
 def test_no_completed_epoch(images, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
         load(tmp_path)

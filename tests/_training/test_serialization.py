@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from sklearn.base import clone
 
 from sktl import (
-    FeatureStore,
     FineTunedCNNClassifier,
     Preprocessing,
     register_backbone,
@@ -127,32 +126,6 @@ def test_parameters_of_plain_types(fitted, file, parameters):
         if isinstance(value, list | np.ndarray):
             value = tuple(value)
         assert loaded[name] == (str(value) if isinstance(value, Path) else value), name
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("random_state", np.random.RandomState(0)),
-        ("augmentation", lambda image: image),
-        ("callbacks", [object()]),
-        ("device", torch.device("cpu")),
-        ("memory", "store"),
-        ("memory", "joblib"),
-    ],
-)
-def test_other_parameters_have_their_defaults_again(fitted, file, name, value):
-    if name == "memory":
-        folder = file.parent / "cache"
-        value = FeatureStore(folder) if value == "store" else joblib.Memory(folder)
-    estimator = FineTunedCNNClassifier.load(save(fitted, file))
-    estimator.set_params(**{name: value})
-    with pytest.warns(
-        UserWarning, match=f"plain values are saved. .* {name}, which"
-    ) as w:
-        estimator.save(file)
-    assert w[0].filename == __file__
-    default = FineTunedCNNClassifier().get_params()[name]
-    assert FineTunedCNNClassifier.load(file).get_params()[name] == default
 
 
 def save(estimator, file):
@@ -399,14 +372,6 @@ def test_unknown_entries_are_ignored(fitted, file):
     loaded = FineTunedCNNClassifier.load(file)
     assert vars(loaded).keys() == vars(fitted).keys() - {"net_", "module_"}
     assert (loaded.dropout, loaded.n_iter_) == (0.0, 1)
-
-
-def test_unknown_parameters(fitted, file):
-    tensors, document = read_tensors(save(fitted, file))
-    document["parameters"] |= {"momentum": 0.9}
-    write_tensors(file, tensors, document)
-    with pytest.raises(ValueError, match=r"parameters of FineTuned.* Got momentum"):
-        FineTunedCNNClassifier.load(file)
 
 
 def test_fitted_model_of_a_file(fitted, file):
