@@ -4,11 +4,14 @@ Modules below this one get typed settings, and never see the estimator.
 """
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing import current_process
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 
@@ -21,7 +24,7 @@ from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
 from sktl._training.serialization import describe_model
 from sktl._training.targets import EncodedTargets, Target, validation_mask
-from sktl._training.trainer import Trainer, warn_of_shared_gpu
+from sktl._training.trainer import Trainer
 from sktl._training.training_sets import (
     TrainingData,
     TrainingSets,
@@ -222,6 +225,19 @@ def build_config(
         precision=execution.precision,
         verbose=estimator.verbose,
     )
+
+
+def warn_of_shared_gpu(device: torch.device) -> None:
+    """Warn if several worker processes of joblib train on the same GPU."""
+    if device.type == "cpu" or not current_process().name.startswith("Loky"):
+        return
+    if torch.accelerator.device_count() == 1:
+        warnings.warn(
+            "Several worker processes share one GPU, which is slow and may run out of "
+            "memory. Search with n_jobs=1, or give each worker a GPU of its own.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def default_batch_size(n_images: int, max_epochs: int) -> int:

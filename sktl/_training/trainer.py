@@ -7,10 +7,8 @@ number, so that a resumed training gives the same bits.
 
 import contextlib
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from multiprocessing import current_process
 from typing import Any
 
 import numpy as np
@@ -42,7 +40,7 @@ from sktl._training.config import (
 from sktl._training.datasets import BatchLoader, TrainingDataset
 from sktl._training.network import NormalizedInput, PartiallyFrozen
 from sktl._training.optim import load_optimizer_state, make_optimizer
-from sktl._training.scoring import validation_score
+from sktl._training.scoring import OutputEvaluator
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import adapt_callbacks
 from sktl._utils.random_state import temporary_seed
@@ -118,7 +116,7 @@ class Trainer:
         self._validation_outputs = ValidationOutputs()
         self._progress_bar = ProgressBar(n_steps, config.max_epochs)
         self.net = self._make_net(preprocessing)
-        self._score = partial(validation_score, config.scoring, target, self.net)
+        self._evaluator = OutputEvaluator(config.scoring, target, self.net)
 
     def _make_net(self, preprocessing: Preprocessing) -> NeuralNet:
         config = self.config
@@ -269,7 +267,7 @@ class Trainer:
         row = {"epoch": state.epoch, "train_loss": float(history[-1, "train_loss"])}
         if config.patience is not None:
             row["valid_loss"] = float(history[-1, "valid_loss"])
-            row["valid_score"] = self._score(
+            row["valid_score"] = self._evaluator.score(
                 *self._validation_outputs.last(), row["valid_loss"]
             )
         row["lr"] = float(self._scheduler.lr)
@@ -332,32 +330,30 @@ class Trainer:
         """
         head, device = self.network[-1].eval(), self.config.device
         with torch.inference_mode():
-            outputs = head(torch.from_numpy(features).to(device)).float()
+            outputs = head(torch.from_numpy(features).to(device)).float().cpu()
         head.train()
-        y, weight = targets.y, targets.sample_weight
 
-        def loss(mask: NDArray[np.bool_]) -> float:
-            # On the device, where the class weights of a loss are.
-            rows, y_true, w = map(torch.from_numpy, (mask, y[mask], weight[mask]))
-            target = y_true.to(device), w.float().to(device)
-            value: Tensor = self.net.criterion_(outputs[rows.to(device)], target)
-            return value.item()
+        def part(mask: NDArray[np.bool_]) -> tuple[Tensor, NDArray[Any], NDArray[Any]]:
+            rows = outputs[torch.from_numpy(mask)]
+            return rows, targets.y[mask], targets.sample_weight[mask]
 
-        row: dict[str, float] = {"epoch": 0, "train_loss": loss(~held_out)}
+        train_loss = self._evaluator.loss(*part(~held_out))
+        row: dict[str, float] = {"epoch": 0, "train_loss": train_loss}
         config = self.config
         if config.patience is not None:
-            row["valid_loss"] = loss(held_out)
-            row["valid_score"] = self._score(
-                outputs.cpu().numpy()[held_out],
-                y[held_out],
-                weight[held_out],
-                row["valid_loss"],
-            )
+            row |= self._validation_columns(*part(held_out))
         self._record({**row, "lr": 0.0, "n_trainable_stages": 0})
         # Networks with different BatchNorm statistics cannot be interpolated.
         if config.freeze_batch_norm and config.patience is None:
             if config.wise_ft_alpha < 1:
                 self.state.initial_weights = self.copy_weights()
+
+    def _validation_columns(
+        self, outputs: Tensor, y: NDArray[Any], sample_weight: NDArray[np.float64]
+    ) -> dict[str, float]:
+        loss = self._evaluator.loss(outputs, y, sample_weight)
+        score = self._evaluator.score(outputs.numpy(), y, sample_weight, loss)
+        return {"valid_loss": loss, "valid_score": score}
 
     def load_state(
         self,
@@ -406,19 +402,6 @@ class Trainer:
 
     def _load_optimizer(self, state: Mapping[int, Mapping[str, Tensor]]) -> None:
         load_optimizer_state(self.net.optimizer_, self.config.optimizer, state)
-
-
-def warn_of_shared_gpu(device: torch.device) -> None:
-    """Warn if several worker processes of joblib train on the same GPU."""
-    if device.type == "cpu" or not current_process().name.startswith("Loky"):
-        return
-    if torch.accelerator.device_count() == 1:
-        warnings.warn(
-            "Several worker processes share one GPU, which is slow and may run out of "
-            "memory. Search with n_jobs=1, or give each worker a GPU of its own.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def _fuse_prefix(

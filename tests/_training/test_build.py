@@ -1,6 +1,7 @@
 """Tests of the assembly of a training from the parameters of an estimator."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sktl._training.build import (
     build_trainer,
     default_batch_size,
     fit_head,
+    warn_of_shared_gpu,
 )
 from sktl._training.config import TrainerState
 from sktl._training.user_callbacks import copy_callbacks
@@ -138,3 +140,16 @@ def test_validation_set_of_the_trainer(images, early_stopping):
     trainer.run()
     (row,) = trainer.state.history
     assert ("valid_loss" in row) == early_stopping
+
+
+def test_warning_for_workers_that_share_a_gpu(monkeypatch):
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    warn_of_shared_gpu(cuda)  # not a worker process
+    worker = SimpleNamespace(name="LokyProcess-3")
+    monkeypatch.setattr("sktl._training.build.current_process", lambda: worker)
+    warn_of_shared_gpu(torch.device("cpu"))
+    with pytest.warns(UserWarning, match=r"share one GPU.*n_jobs=1"):
+        warn_of_shared_gpu(cuda)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    warn_of_shared_gpu(cuda)

@@ -5,7 +5,6 @@ import math
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -33,7 +32,6 @@ from sktl._backbones.registry import load_backbone
 from sktl._images.preprocessing import Normalization
 from sktl._training.optim import lr_lambda
 from sktl._training.targets import EncodedTargets
-from sktl._training.trainer import warn_of_shared_gpu
 from sktl._utils.random_state import temporary_seed
 
 pytestmark = pytest.mark.usefixtures("quick_linear_probe")
@@ -455,19 +453,6 @@ def test_no_output_without_verbose(images, capfd, early_stopping):
     estimator = make_classifier(early_stopping=early_stopping, augmentation="trivial")
     estimator.fit(images, Y).predict(images)
     assert capfd.readouterr() == ("", "")
-
-
-def test_warning_for_workers_that_share_a_gpu(monkeypatch):
-    cuda = torch.device("cuda")
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    warn_of_shared_gpu(cuda)  # not a worker process
-    worker = SimpleNamespace(name="LokyProcess-3")
-    monkeypatch.setattr("sktl._training.trainer.current_process", lambda: worker)
-    warn_of_shared_gpu(torch.device("cpu"))
-    with pytest.warns(UserWarning, match=r"share one GPU.*n_jobs=1"):
-        warn_of_shared_gpu(cuda)
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    warn_of_shared_gpu(cuda)
 
 
 def test_load_state_continues_with_equal_bits(images):
