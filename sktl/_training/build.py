@@ -18,7 +18,7 @@ from sklearn.utils import check_random_state
 from sktl._images.sequence import ImageSequence
 from sktl._inference.execution import ExecutionConfig
 from sktl._training.checkpoint import Checkpoint, run_fingerprint
-from sktl._training.config import RANDOM, TrainerState, TrainingConfig, score_rank
+from sktl._training.config import RANDOM, TrainerState, TrainingConfig
 from sktl._training.frozen_activations import FrozenActivations
 from sktl._training.initial_model import FittedModel, InitialModel, ModelConfig
 from sktl._training.network import count_trainable_stages
@@ -139,10 +139,7 @@ def _continued_state(estimator: Any, model: InitialModel, seed: int) -> TrainerS
     state = TrainerState(seed, estimator.n_iter_, list(estimator.history_))
     if estimator.early_stopping:
         state.best_epoch = estimator.best_epoch_
-        best = [row for row in state.history if row["epoch"] == state.best_epoch]
-        if best and "valid_score" in best[0]:
-            state.best_score = score_rank(best[0])
-            state.best_weights = copy.deepcopy(model.network.state_dict())
+        state.best_weights = copy.deepcopy(model.network.state_dict())
     return state
 
 

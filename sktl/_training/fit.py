@@ -68,7 +68,10 @@ def fit_model(
             trainer.record_initial_epoch(features, targets, held_out)
             if config.head_init == SOFT_PROBE and config.max_epochs:
                 soften_head(model.network[-1])
-        elif (partial or parts.state.epoch) and previous_net is not None:
+        elif parts.state.best_weights:
+            trainer.score_best_weights()
+        continues = partial or parts.state.epoch
+        if continues and previous_net is not None:
             trainer.continue_optimizer(previous_net.optimizer_)
 
     def current() -> tuple[FittedModel, TrainingRecord]:

@@ -348,6 +348,18 @@ class Trainer:
             if config.wise_ft_alpha < 1:
                 self.state.initial_weights = self.copy_weights()
 
+    def score_best_weights(self) -> None:
+        """Score the weights to continue with, which are the best ones so far.
+
+        Their score in the previous training may be one of other images, or of another
+        `scoring`.
+        """
+        assert self._valid is not None
+        y, weight = self._valid.targets(np.arange(len(self._valid)))
+        outputs = self.outputs(self._valid)
+        row = self._validation_columns(outputs, y.numpy(), weight.double().numpy())
+        self.state.best_score = score_rank(row)
+
     def _validation_columns(
         self, outputs: Tensor, y: NDArray[Any], sample_weight: NDArray[np.float64]
     ) -> dict[str, float]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from interrupted_training import StopAt
 from sklearn.base import clone
+from sklearn.metrics import log_loss
 from trainer_helpers import TARGETS, Y, equal_bits, make_classifier, make_estimator
 
 from sktl._images.validation import validate_images
@@ -114,6 +115,22 @@ def test_warm_start_with_early_stopping(images):
     assert estimator.validation_scores_[:first] == scores
     ranks = [score_rank(row) for row in estimator.history_]
     assert estimator.best_epoch_ == ranks.index(max(ranks))
+
+
+@pytest.mark.parametrize("first", [{}, {"early_stopping": False}])
+def test_warm_start_compares_scores_of_one_kind(images, first):
+    """The best epoch so far is scored again, by `scoring` and on `X_val`."""
+    options = {"lr": 0.01, "max_epochs": 2, "warm_start": True, "early_stopping": True}
+    estimator = make_classifier(**{**options, **first}).fit(images, NOISY)
+    estimator.set_params(max_epochs=4, scoring="loss", early_stopping=True)
+    X_val, y_val = images[::3], NOISY[::3]
+    before = log_loss(y_val, estimator.predict_proba(X_val))
+    estimator.fit(images, NOISY, X_val=X_val, y_val=y_val)
+    losses = [before, *(row["valid_loss"] for row in estimator.history_[3:])]
+    assert np.argmin(losses) > 0
+    assert estimator.best_epoch_ == 2 + np.argmin(losses)
+    after = log_loss(y_val, estimator.predict_proba(X_val))
+    assert after == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_interrupted_warm_start_is_resumed(images, tmp_path):
