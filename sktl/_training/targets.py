@@ -313,17 +313,17 @@ def _stratified_mask(
     """
     # Samples of weight 0, by a class weight of 0, can be compared on nothing.
     rows = np.flatnonzero(targets.sample_weight)
+    strata = targets.target.strata(targets.y[rows])
     if targets.groups is not None:
         n_held_out = test_size * len(rows) if test_size < 1 else test_size
-        strata = targets.target.strata(targets.y[rows])
-        chosen = groups_to_hold_out(targets.groups[rows], strata, n_held_out, seed)
-        return None if chosen is None else np.isin(targets.groups, chosen)
-    _, chosen = train_test_split(
-        rows,
-        test_size=test_size,
-        stratify=targets.target.strata(targets.y[rows]),
-        random_state=seed,
-    )
+        names = groups_to_hold_out(targets.groups[rows], strata, n_held_out, seed)
+        if names is None:
+            return None
+        chosen = rows[np.isin(targets.groups[rows], names)]
+    else:
+        _, chosen = train_test_split(
+            rows, test_size=test_size, stratify=strata, random_state=seed
+        )
     held_out = np.zeros(len(targets.rows), dtype=bool)
     held_out[chosen] = True
     return held_out

@@ -133,6 +133,20 @@ def test_groups_are_held_out_together():
         assert len(np.unique(targets.y[held_out])) == 2
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_class_weight_of_zero_in_groups_that_are_held_out(seed):
+    """Images of the class are left, since a probe needs one of each class."""
+    y = np.tile(["a", "a", "b", "b", "c"], 8)
+    targets = encode(y, class_weight={"c": 0})
+    targets = replace(targets, groups=np.where(y == "c", 0, np.arange(40) // 5))
+    for held_out in (
+        validation_mask(targets, 0.3, seed),
+        selection_mask(targets, 20, seed),
+    ):
+        assert held_out.any()
+        assert targets.sample_weight[held_out].all()
+
+
 def test_groups_that_cannot_be_held_out():
     targets = replace(encode(["a", "b"] * 20), groups=np.arange(40) % 2)
     with pytest.raises(ValueError, match="Whole groups, of at least two classes"):
