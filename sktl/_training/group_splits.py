@@ -35,8 +35,10 @@ def encode_groups(groups: Any, n_samples: int) -> NDArray[np.intp]:
         If they are not a column of names or numbers, of the right length, or if one is
         missing.
     """
-    shape = np.shape(groups) if hasattr(groups, "shape") else (len(groups),)
-    if shape != (n_samples,):
+    shape = getattr(groups, "shape", None)
+    if shape is None:
+        shape = (len(groups),) if hasattr(groups, "__len__") else ()
+    if tuple(shape) != (n_samples,):
         raise ValueError(
             f"groups must have one group for each image of X: shape ({n_samples},). "
             f"Got shape {shape}."
@@ -86,7 +88,7 @@ def groups_to_hold_out(
     counts = np.zeros((len(names), len(labels)))  # images of each group and class
     np.add.at(counts, (group, stratum), 1)
     n_images = counts.sum(axis=0)
-    held, chosen = np.zeros(len(labels)), []
+    held, is_chosen = np.zeros(len(labels)), np.zeros(len(names), dtype=bool)
 
     def distance(number: int) -> float:
         """Return how far from the aim the held-out set is with one more group."""
@@ -94,24 +96,26 @@ def groups_to_hold_out(
         return float(np.square(fractions - n_held_out / len(groups)).sum())
 
     def may_be_held_out(number: int) -> bool:
-        return number not in chosen and bool((held + counts[number] < n_images).all())
+        others_are_left = (held + counts[number] < n_images).all()
+        return bool(others_are_left and not is_chosen[number])
 
     order = np.random.default_rng(seed).permutation(len(names))
     for number in order:
         if may_be_held_out(number):
             without = np.square(held / n_images - n_held_out / len(groups)).sum()
             if distance(number) < without:
-                chosen.append(number)
+                is_chosen[number] = True
                 held += counts[number]
     for label in np.flatnonzero(held == 0):  # its groups are larger than the aim
         with_label = order[counts[order, label] > 0]
         others = [number for number in with_label if may_be_held_out(number)]
         if not held[label] and others:
-            chosen.append(min(others, key=distance))
-            held += counts[chosen[-1]]
+            nearest = min(others, key=distance)
+            is_chosen[nearest] = True
+            held += counts[nearest]
     if (held > 0).sum() < min(2, len(labels)):
         return None
-    return names[chosen]
+    return names[is_chosen]
 
 
 def grouped_folds(

@@ -36,6 +36,7 @@ def test_groups_are_numbered(groups, expected):
     ("groups", "reason"),
     [
         (["a", "b"], r"shape \(3,\). Got shape \(2,\)"),
+        (7, r"shape \(3,\). Got shape \(\)"),
         (np.zeros((3, 1)), r"shape \(3,\). Got shape \(3, 1\)"),
         (["a", None, "b"], r"Got groups\[1\]=None"),
         ([0.0, 1.0, np.nan], r"Got groups\[2\]=nan"),
