@@ -28,7 +28,7 @@ def has_several_columns(y: Any) -> bool:
         If each element is a collection of labels, which must be converted before.
     """
     if issparse(y):
-        return True
+        return bool(y.shape[1] > 1)
     if isinstance(y, list | tuple) and any(isinstance(v, set | frozenset) for v in y):
         raise _collections_of_labels()
     try:

@@ -35,7 +35,17 @@ def test_every_kind_of_matrix(y):
 
 
 @pytest.mark.parametrize(
-    "y", [None, "ab", ["a", "b"], [0, 1], [[0], [1]], np.zeros((2, 1)), pd.Series([1])]
+    "y",
+    [
+        None,
+        "ab",
+        ["a", "b"],
+        [0, 1],
+        [[0], [1]],
+        np.zeros((2, 1)),
+        pd.Series([1]),
+        scipy.sparse.csr_array([[0], [1]]),
+    ],
 )
 def test_one_label_per_image(y):
     assert not has_several_columns(y)
