@@ -43,6 +43,8 @@ def check_numbers(
     if values.dtype.kind not in "biufc":
         if not hasattr(y, "__array__"):  # NaN beside strings is the string "nan"
             values = np.asarray(y, dtype=object)
+        if values.dtype.kind in "mM":  # an element in nanoseconds would be an int
+            values = values.astype(f"{values.dtype.kind}8[us]")
         for index, value in np.ndenumerate(values.astype(object)):
             if not hasattr(value, "__float__") and not is_missing(value):
                 raise ValueError(
@@ -70,4 +72,4 @@ def _check_finite(argument: str, index: tuple[int, ...], value: Any) -> None:
 
 
 def _element(argument: str, index: tuple[int, ...]) -> str:
-    return f"{argument}[{', '.join(map(str, index))}]"
+    return f"{argument}[{', '.join(map(str, index))}]" if index else argument

@@ -65,6 +65,9 @@ def test_missing_and_infinite_numbers_are_named(y, element):
         (np.array([["a"]]), r"y\[0, 0\] = "),
         ([datetime.date(2020, 1, 1)], r"y\[0\] = datetime"),
         (np.array(["2020-01-01"], "M8[D]"), r"y\[0\] = .*datetime"),
+        (np.array(["2020-01-01"], "M8[ns]"), r"y\[0\] = datetime"),
+        (np.array([3, 4], "m8[ns]"), r"y\[0\] = datetime.timedelta"),
+        ("abc", "y = 'abc'"),
         (pd.Series(["x", "y"], dtype="category"), r"y\[0\] = 'x'"),
     ],
 )
