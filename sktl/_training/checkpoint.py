@@ -28,7 +28,7 @@ from sktl._training.config import (
 )
 from sktl._training.targets import EncodedTargets
 from sktl._training.trainer import Trainer
-from sktl._utils.json_values import get_value
+from sktl._utils.json_values import get_value, require
 from sktl._utils.tensor_file import read_tensors, write_tensors
 
 _FORMAT = "sktl training checkpoint, version 4"
@@ -183,9 +183,11 @@ class Checkpoint:
             state = _parse_state(document, self._tensors)
             weights = _with_prefix(_WEIGHTS, self._tensors)
             alpha = get_value(document, "wise_ft_alpha", (int, float))
-            shapes = {name: value.shape for name, value in weights.items()}
+            require(0 <= alpha <= 1, "its 'wise_ft_alpha' must be from 0 to 1")
+            expected = {n: (v.shape, v.dtype) for n, v in weights.items()}
             for others in (state.best_weights, state.initial_weights):
-                if others and shapes != {n: v.shape for n, v in others.items()}:
+                found = {n: (v.shape, v.dtype) for n, v in others.items()}
+                if others and found != expected:
                     raise ValueError("its weights belong to different networks")
         except ValueError as error:
             raise self._unfit(error) from error

@@ -146,10 +146,19 @@ def test_invalid_weights(images, tmp_path):
     file = tmp_path / "fine_tuning.safetensors"
     tensors, document = read_tensors(file)
     name = next(name for name in tensors if name.startswith("weights."))
-    for wrong, reason in (
-        ({**tensors, name: torch.ones(3)}, "must be an unchanged checkpoint"),
-        ({**tensors, "best.x": torch.ones(3)}, "belong to different networks"),
+    initial = {
+        f"initial.{name.removeprefix('weights.')}": value
+        for name, value in tensors.items()
+        if name.startswith("weights.")
+    }
+    double = {name: value.double() for name, value in initial.items()}
+    for wrong, alpha, reason in (
+        ({name: torch.ones(3)}, 1, "must be an unchanged checkpoint"),
+        ({"best.x": torch.ones(3)}, 1, "belong to different networks"),
+        (double, 0.5, "belong to different networks"),
+        (initial, 10**400, "'wise_ft_alpha' must be from 0 to 1"),
     ):
-        write_tensors(file, wrong, document)
+        changed = {**document, "wise_ft_alpha": alpha}
+        write_tensors(file, {**tensors, **wrong}, changed)
         with pytest.raises(ValueError, match=reason):
             load(tmp_path)
