@@ -108,8 +108,9 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         Score of early stopping: ``"loss"``, the negative loss; the name of a scorer of
         :obj:`sklearn.metrics.get_scorer_names`; or a callable
         ``scorer(estimator, X, y)``, which may pass `X` to methods of the estimator
-        only. None: the accuracy of a classifier, with several labels their mean, and R²
-        of a regressor. Equal scores are ordered by the loss.
+        only, and must take `sample_weight` if the weights of images differ. None: the
+        accuracy of a classifier, with several labels their mean, and R² of a regressor.
+        Equal scores are ordered by the loss.
     validation_fraction : float, default=0.1
         Fraction of the images in the validation set of early stopping. No effect if one
         is passed to `fit`.
@@ -442,6 +443,9 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
             If a parameter or an argument is invalid, if an image cannot be read, if the
             checkpoint belongs to another run, if a callback is not supported, or if the
             loss is not finite.
+        TypeError
+            If an item of `callbacks` is no callback of skorch, or if a scorer does not
+            take weights that differ.
         KeyboardInterrupt
             On Ctrl-C. The estimator is unchanged; the last completed epoch is in the
             `checkpoint`, see `from_checkpoint`.

@@ -58,7 +58,7 @@ class OutputEvaluator:
             Encoded targets.
         sample_weight : ndarray of shape (n,)
             Weights. A scorer gets them only if they are not all equal, since some
-            metrics do not support them.
+            metrics do not take them.
         loss : float
             The validation loss.
 
@@ -70,6 +70,8 @@ class OutputEvaluator:
         ------
         ValueError
             If the score is not a finite number.
+        TypeError
+            If the weights differ, and the scorer does not take them.
         """
         if self._scoring is None:
             return self._target.score(outputs, y, sample_weight)
@@ -83,7 +85,17 @@ class OutputEvaluator:
         options = {}
         if (sample_weight != sample_weight[0]).any():
             options["sample_weight"] = sample_weight
-        score = scorer(estimator, np.arange(len(y)), self._target.labels(y), **options)
+        positions = np.arange(len(y))
+        try:
+            score = scorer(estimator, positions, self._target.labels(y), **options)
+        except TypeError as error:
+            if "sample_weight" not in str(error):
+                raise
+            raise TypeError(
+                f"scoring={self._scoring!r} must take sample_weight, since the weights "
+                f"of the validation set differ. Got: {error}. Use another scorer, or "
+                "fit without sample_weight and class_weight."
+            ) from error
         if not (isinstance(score, int | float | np.number) and math.isfinite(score)):
             raise ValueError(
                 f"scoring={self._scoring!r} must return a finite number for the "

@@ -161,6 +161,16 @@ def test_invalid_scores(images):
         make_stopping("auc").fit(images, LABELS)
 
 
+@pytest.mark.parametrize("scoring", ["neg_max_error", lambda e, X, y: 0.0])
+def test_scorer_without_weights(images, scoring):
+    options = {"scoring": scoring, "early_stopping": True, "max_epochs": 1}
+    estimator = make_estimator("numbers", **options)
+    y, weight = TARGETS["numbers"][:, 0], np.linspace(1, 2, 40)
+    with pytest.raises(TypeError, match=r"scoring=.* must take sample_weight, since"):
+        estimator.fit(images, y, sample_weight=weight)
+    assert estimator.fit(images, y).n_iter_ == 1
+
+
 def test_scoring_is_saved_and_part_of_a_checkpoint(images, tmp_path):
     classifier = make_stopping("f1_macro", max_epochs=1, checkpoint=tmp_path / "run")
     classifier.fit(images, LABELS).save(tmp_path / "model")
