@@ -1,5 +1,7 @@
 """The private names of scikit-learn behave as the estimators rely on."""
 
+import subprocess
+import sys
 from numbers import Integral, Real
 
 import numpy as np
@@ -87,6 +89,39 @@ def test_check_feature_names_in():
         check_feature_names_in(estimator, ["a", "b"])
     with pytest.raises((ValueError, NotFittedError)):
         check_feature_names_in(Estimator(), None)
+
+
+WITHOUT_CALLBACKS = """
+import pickle
+import sklearn.callback
+import numpy as np
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV
+
+del sklearn.callback.CallbackSupportMixin  # as if scikit-learn were older
+
+from sktl import FineTunedCNNClassifier, FineTunedCNNRegressor
+
+X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+y = np.arange(8) % 2
+options = {"trainable": "head", "lr": 0.01, "wise_ft_alpha": 1, "max_epochs": 1}
+options |= {"random_state": 0, "engine": "torch"}
+for kind in (FineTunedCNNClassifier, FineTunedCNNRegressor):
+    estimator = clone(kind("resnet_mini", **options))
+    assert not hasattr(estimator, "set_callbacks")
+    search = GridSearchCV(estimator, {"lr": [0.01]}, cv=2).fit(X, y)
+    estimator.fit(X, y)
+    loaded = pickle.loads(pickle.dumps(search.best_estimator_))
+    np.testing.assert_array_equal(loaded.predict(X), estimator.predict(X))
+    assert estimator.partial_fit(X, y).n_iter_ == 2
+"""
+
+
+@pytest.mark.slow
+def test_estimators_without_callbacks_of_scikit_learn():
+    command = [sys.executable, "-c", WITHOUT_CALLBACKS]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_every_name_is_exported():
