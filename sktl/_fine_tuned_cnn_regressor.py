@@ -60,7 +60,7 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
         ``"auto"``: selected with `lr` if that is ``"auto"``, else ``"linear_probe"``.
     loss : {"squared_error", "absolute_error", "huber"}, default="squared_error"
         Loss, in units of the standardized targets; see the notes. ``"absolute_error"``
-        and ``"huber"``, which is squared up to 1.345 and linear above, are robust
+        and ``"huber"`` [4]_, which is squared up to 1.345 and linear above, are robust
         against outliers.
     hidden_layer_sizes : int or sequence of int, default=()
         Widths of the hidden layers between the penultimate features and the outputs.
@@ -251,9 +251,10 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     images. With the other losses, their median becomes 0, and the median absolute
     deviation 0.67, as of a normal distribution; an outlier then counts at most in
     proportion to its distance, and the ridge regression, at the start, is fitted on
-    targets that are clipped to 4 standard deviations. Constant targets are predicted as
-    they are. A training that continues, with `warm_start` or in `partial_fit`, keeps
-    the standardization of the first fit.
+    targets that are clipped to 4 standard deviations. The ridge regression predicts
+    constant targets as they are, and training does not change that. A training that
+    continues, with `warm_start` or in `partial_fit`, keeps the standardization of the
+    first fit.
 
     Without `augmentation`, the output of the frozen stages does not change between
     epochs, so it is computed once and cached: in memory up to a gigabyte, and in
@@ -286,6 +287,7 @@ class FineTunedCNNRegressor(RegressorMixin, BaseFineTunedCNN):
     .. [2] Müller, Hutter: *TrivialAugment: Tuning-free Yet State-of-the-Art Data
        Augmentation*, 2021.
     .. [3] Wortsman et al.: *Robust Fine-tuning of Zero-shot Models*, 2022.
+    .. [4] Huber: *Robust Statistics*, 1981.
 
     Examples
     --------

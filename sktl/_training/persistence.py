@@ -44,8 +44,9 @@ class PersistenceMixin:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Save the fitted estimator to a file that contains no code.
 
-        The file is safetensors, with parameters and classes as JSON in its header. It
-        can also be the `weights` of any estimator, see `PretrainedFeatures`.
+        The file is safetensors, with parameters, and classes or the scale of targets,
+        as JSON in its header. It can also be the `weights` of any estimator, see
+        `PretrainedFeatures`.
 
         Parameters
         ----------
