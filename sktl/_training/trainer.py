@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from skorch import NeuralNet
-from skorch.helper import predefined_split
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -39,8 +37,9 @@ from sktl._training.config import (
 )
 from sktl._training.datasets import BatchLoader, TrainingDataset
 from sktl._training.network import NormalizedInput, PartiallyFrozen
-from sktl._training.optim import load_optimizer_state, make_optimizer
+from sktl._training.optim import load_optimizer_state
 from sktl._training.scoring import OutputEvaluator
+from sktl._training.skorch_net import make_net
 from sktl._training.targets import EncodedTargets, Target
 from sktl._training.user_callbacks import adapt_callbacks
 from sktl._utils.random_state import temporary_seed
@@ -115,41 +114,22 @@ class Trainer:
         self._divergence_check = DivergenceCheck(config.lr)
         self._validation_outputs = ValidationOutputs()
         self._progress_bar = ProgressBar(n_steps, config.max_epochs)
-        self.net = self._make_net(preprocessing)
-        self._evaluator = OutputEvaluator(config.scoring, target, self.net)
-
-    def _make_net(self, preprocessing: Preprocessing) -> NeuralNet:
-        config = self.config
-        return NeuralNet(
+        self.net = make_net(
             NormalizedInput(self._partial, preprocessing),
-            self._target.loss(),
-            optimizer=partial(
-                make_optimizer,
-                self.network,
-                config.n_trainable_stages,
-                config.optimizer,
-                config.layer_decay,
-                config.weight_decay,
-            ),
-            lr=config.lr,
-            batch_size=config.batch_size,
-            iterator_train=BatchLoader,
-            iterator_train__shuffle=True,
-            iterator_valid=BatchLoader,
-            iterator_valid__batch_size=config.evaluation_batch_size,
-            train_split=None if self._valid is None else predefined_split(self._valid),
-            callbacks=[
+            network,
+            target,
+            config,
+            valid,
+            [
                 ("sktl_scheduler", self._scheduler),
                 ("sktl_gradient_clipping", GradientClipping()),
                 ("sktl_divergence_check", self._divergence_check),
                 ("sktl_validation_outputs", self._validation_outputs),
                 ("sktl_progress_bar", self._progress_bar),
-                *self._callbacks,
+                *callbacks,
             ],
-            callbacks__print_log=None,
-            device=config.device,
-            verbose=0,
-        ).initialize()
+        )
+        self._evaluator = OutputEvaluator(config.scoring, target, self.net)
 
     @property
     def n_frozen(self) -> int:
