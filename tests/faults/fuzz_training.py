@@ -1,5 +1,6 @@
 """Fuzzing of saved classifiers and checkpoints, for `fuzz.py`."""
 
+import contextlib
 import json
 import os
 import struct
@@ -172,12 +173,17 @@ class Checkpoints:
         return contents[1]
 
     def case(self, rng):
-        """Damage one checkpoint, read it as in a fit, and fit if it can be read."""
+        """Damage one checkpoint, read it as an estimator, and in a fit.
+
+        Fit if it can be read.
+        """
         estimator, content, expected, captured = rng.choice(self.runs)
         contents = [each[1] for each in self.runs]
         changed, valid_sha256 = damage(rng, content, contents)
         self.file.write_bytes(changed)
         suffix = " (valid sha256)" if valid_sha256 else ""
+        with contextlib.suppress(ValueError):
+            FineTunedCNNClassifier.from_checkpoint(self.folder).predict(self.X[:2])
         try:
             checkpoint = Checkpoint(self.folder)
             checkpoint.open(*captured["run"])
