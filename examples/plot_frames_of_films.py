@@ -44,7 +44,7 @@ scores = {}
 for name, groups in {"without groups": None, "with groups": films[known]}.items():
     classifier = FineTunedCNNClassifier(
         "resnet_mini",
-        trainable=1,
+        trainable="head",
         lr=1e-3,
         max_epochs=3,
         early_stopping=True,
