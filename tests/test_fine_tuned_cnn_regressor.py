@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("quick_linear_probe")
 
 def make_regressor(**parameters):
     defaults = {**FIXED, "max_epochs": 2, "random_state": 0, "batch_size": 8}
+    defaults |= {"engine": "torch"}  # OpenVINO would convert the network of each fit
     return FineTunedCNNRegressor(**{"backbone": "tiny", **defaults, **parameters})
 
 
@@ -236,9 +237,10 @@ def test_a_saved_regressor_is_a_backbone_without_categories(images, y, tmp_path)
     file = tmp_path / "model.safetensors"
     regressor = make_regressor().fit(images, y)
     regressor.save(file)
-    features = PretrainedFeatures("tiny", weights=file).transform(images)
+    start = {"weights": file, "engine": "torch"}
+    features = PretrainedFeatures("tiny", **start).transform(images)
     assert features.shape == (40, 16)
-    classifier = FineTunedCNNClassifier("tiny", weights=file, max_epochs=0)
+    classifier = FineTunedCNNClassifier("tiny", max_epochs=0, **start)
     assert classifier.fit(images, np.arange(40) % 2).predict(images).shape == (40,)
     again = make_regressor(weights=file, max_epochs=0).fit(images, y)
     assert again.score(images, y) > 0.3

@@ -42,6 +42,7 @@ MAKE = {
         max_epochs=1,
         memory=memory,
         random_state=0,
+        engine="torch",
     ),
 }
 
@@ -165,6 +166,7 @@ def test_an_unfitted_estimator_writes(images, tmp_path):
 @pytest.mark.slow
 def test_workers_of_a_search_write_and_their_results_too(paths, images, tmp_path):
     features = PretrainedFeatures("resnet_mini", memory=tmp_path / "store")
+    features.set_params(image_size=32, engine="torch")
     search = GridSearchCV(
         make_pipeline(features, LogisticRegression()),
         {"logisticregression__C": [0.1, 1]},

@@ -78,6 +78,7 @@ def test_labels_that_never_or_always_occur_get_a_constant():
     np.testing.assert_array_equal(logits[:, 1], others[:, 0])
 
 
+@pytest.mark.usefixtures("quick_linear_probe")
 @pytest.mark.parametrize("hidden", [(), (3,)])
 def test_strengths_are_selected_on_other_groups(hidden):
     rng = np.random.default_rng(0)
