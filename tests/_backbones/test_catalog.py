@@ -17,6 +17,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registered, "registrations", {})
 
 
+@pytest.mark.slow
 def test_timm_is_imported_only_by_its_names() -> None:
     code = (
         "import contextlib, sys; from sktl import list_backbones\n"
@@ -26,6 +27,9 @@ def test_timm_is_imported_only_by_its_names() -> None:
         "sys.exit('timm' in sys.modules or 'huggingface_hub' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_timm_is_not_listed_without_a_pattern() -> None:
     assert list_backbones() == sorted(
         {"resnet_mini", *models.list_models(module=models)}
     )
