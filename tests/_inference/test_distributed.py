@@ -8,9 +8,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import joblib
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import FIXED, TinyNet
 from joblib.parallel import ThreadingBackend
+from logged_model import Logged
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV
@@ -37,7 +36,6 @@ from sktl._images.validation import validate_images
 from sktl._inference.distributed import _chunks, distributed_forward
 from sktl._inference.execution import ExecutionConfig
 from sktl._inference.feature_cache import FeatureCache
-from sktl._inference.model_spec import ModelSpec
 
 pytestmark = [
     # Warnings of Dask and Ray about their own code.
@@ -75,12 +73,9 @@ def ray(tmp_path_factory):
     from ray.util.joblib import register_ray
 
     here = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    ray.init(
-        num_cpus=2,
-        include_dashboard=False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {"PYTHONPATH": here}},
-    )
+    # Ray starts such workers in advance, but not those with a runtime_env.
+    os.environ["PYTHONPATH"] = here
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     register_ray()
     yield {
         "backend": "ray",
@@ -97,25 +92,6 @@ def ray(tmp_path_factory):
 )
 def engine(request):
     return request.getfixturevalue(request.param)
-
-
-@dataclass(frozen=True)
-class Logged(ModelSpec):
-    """Log each batch with its process, and delay it."""
-
-    log: str = ""
-    seconds: float = 0.0
-
-    def compile(self):
-        made = super().compile()
-
-        def start(pixels):
-            with open(self.log, "a") as log:
-                print(os.getpid(), len(pixels), file=log)
-            time.sleep(self.seconds)
-            return made.start(pixels)
-
-        return SimpleNamespace(start=start, execution=made.execution, n_ahead=0)
 
 
 def logged(log, seconds=0.0, weights="DEFAULT"):
@@ -160,7 +136,7 @@ def test_rows_of_a_dask_worker_have_equal_bits(paths, tmp_path):
 @pytest.mark.parametrize("builder", [TinyNet, lambda: TinyNet()])
 def test_workers_know_registered_networks(engine, images, builder):
     register_backbone("mine", builder, preprocessing=Preprocessing(16, 16))
-    mine = PretrainedFeatures("mine", batch_size=8)
+    mine = PretrainedFeatures("mine", batch_size=8, engine="torch")
     expected = mine.transform(images)
     with joblib.parallel_config(**engine):
         got = mine.set_params(n_jobs=2).transform(images)
@@ -184,6 +160,7 @@ def test_all_estimators_distribute(dask, paths):
     tuned = FineTunedCNNClassifier("resnet_mini", **FIXED)
     tuned.set_params(trainable=1, max_epochs=1, batch_size=8, random_state=0)
     tuned.set_params(augmentation="flip", augmentation_views=2)
+    tuned.set_params(image_size=32, engine="torch")
     for mine in (PretrainedClassifier("resnet_mini", batch_size=8), tuned):
         expected = clone(mine).fit(paths, y).predict_proba(paths)
         with joblib.parallel_config(**dask):
@@ -257,7 +234,7 @@ def test_an_invalid_image_is_named_by_its_row(engine, paths, tmp_path):
 
 def test_a_search_with_a_shared_memory(engine, paths, tmp_path):
     y = np.arange(40) % 2
-    features = PretrainedFeatures("resnet_mini", memory=tmp_path, batch_size=8)
+    features = PretrainedFeatures("resnet_mini", memory=tmp_path, engine="torch")
     search = GridSearchCV(
         make_pipeline(features, RidgeClassifier()),
         {"ridgeclassifier__alpha": [0.1, 1.0, 10.0]},
@@ -278,6 +255,7 @@ def test_workers_resolve_relative_paths(dask, paths, monkeypatch):
     monkeypatch.chdir(folder)
     names = [Path(path).name for path in paths]
     mine = PretrainedFeatures("resnet_mini", memory="store", batch_size=8, n_jobs=2)
+    mine.set_params(engine="torch")
     with joblib.parallel_config(**dask):
         rows = mine.transform(names)
     np.testing.assert_array_equal(rows, clone(mine).transform(paths))
@@ -315,7 +293,8 @@ def test_a_distributed_search_over_estimators_that_distribute(dask, paths):
     y = np.arange(40) % 2
     mine = FineTunedCNNClassifier("resnet_mini", **FIXED)
     mine.set_params(trainable=1, random_state=0)
-    mine.set_params(max_epochs=2, augmentation="flip", augmentation_views=2)
+    mine.set_params(max_epochs=1, augmentation="flip", augmentation_views=2)
+    mine.set_params(image_size=32, engine="torch")
     search = GridSearchCV(mine.set_params(batch_size=8), {"lr": [1e-4, 1e-3]}, cv=2)
     expected = clone(search).fit(paths, y)
     search.set_params(n_jobs=-1, estimator__n_jobs=-1)
@@ -344,6 +323,7 @@ def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp
     mine = FineTunedCNNClassifier("resnet_mini", **FIXED)
     mine.set_params(trainable=1, max_epochs=1)
     mine.set_params(batch_size=8, head_init="random", random_state=0)
+    mine.set_params(engine="torch")
     y = np.arange(40) % 2
     limit = "sktl._training.frozen_activations._MAX_BYTES_IN_MEMORY"
     with mock.patch(limit, 4 * 4096 * 10):
@@ -360,7 +340,7 @@ def test_activations_larger_than_memory_are_computed_by_workers(dask, paths, tmp
 @pytest.mark.cluster
 def test_transform_maps_over_the_partitions_of_a_bag(dask, paths):
     bag = pytest.importorskip("dask.bag").from_sequence(paths, npartitions=2)
-    mine = PretrainedFeatures("resnet_mini", batch_size=8)
+    mine = PretrainedFeatures("resnet_mini", batch_size=8, engine="torch")
     rows = bag.map_partitions(lambda part: mine.transform(list(part)))
     parts = [part.compute() for part in rows.to_delayed()]
     np.testing.assert_array_equal(np.concatenate(parts), mine.transform(paths))
