@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from conftest import FIXED
 from hub_server import COMMIT, HubServer, serving
 from PIL import Image
 from sklearn.base import clone
@@ -370,9 +371,8 @@ def test_a_published_network_is_fine_tuned(
     test_data: Path, lite0: dict[str, object], trainable: object
 ) -> None:
     X, y = (each[::4] for each in _ants_and_bees(test_data, "train"))
-    classifier = FineTunedCNNClassifier(
-        **lite0, trainable=trainable, image_size=96, max_epochs=3, random_state=0
-    )
+    options = {**FIXED, "image_size": 96, "max_epochs": 2, "random_state": 0}
+    classifier = FineTunedCNNClassifier(**lite0, trainable=trainable, **options)
     X_val, y_val = (each[::2] for each in _ants_and_bees(test_data, "val"))
     assert classifier.fit(X, y).score(X_val, y_val) > 0.75
     before = load_backbone(lite0["backbone"], lite0["weights"]).stages
