@@ -26,13 +26,14 @@ such as MLP-Mixer, is "other".
 
     python examples/benchmarks/coverage.py --out FOLDER
     python examples/benchmarks/coverage.py --out FOLDER --only "timm/*vit*" --workers 2
+    python examples/benchmarks/coverage.py --out FOLDER --checks penultimate stages
     python examples/benchmarks/coverage.py --out FOLDER --report
 
-The first takes many hours. Each result is a file in ``FOLDER``, and a second run checks
-only what is missing there. The order is random, so that a part of the results is
-representative. A network that ends its process, or takes longer than
-``--limit-seconds``, is reported as such. ``--report`` prints the tables of the results
-so far.
+The first takes many hours, and two of the checks about a third of it. Each result is a
+file in ``FOLDER``, and a second run checks only what is missing there. The order is
+random, so that a part of the results is representative. A network that ends its
+process, or takes longer than ``--limit-seconds``, is reported as such. ``--report``
+prints the tables of the results so far.
 """
 
 import argparse
@@ -57,13 +58,13 @@ from sktl import list_backbones
 NETWORKS_PER_PROCESS = 50  # memory of traced graphs is never returned
 
 
-def serve(connection: Any, max_parameters: float) -> None:
+def serve(connection: Any, max_parameters: float, checks: list[str]) -> None:
     """Check the networks whose names arrive; send results, and which is the last."""
     warnings.simplefilter("ignore")
     while True:
         name, result = connection.recv(), {}
         try:
-            for result in examine(name, max_parameters):
+            for result in examine(name, max_parameters, checks):
                 connection.send((False, result))
         except Exception as error:  # it cannot be built, or does not run
             line = (str(error).strip().splitlines() or [""])[0][:300]
@@ -83,8 +84,10 @@ class Process:
         if self._child is None:
             context = multiprocessing.get_context("spawn")
             self._connection, other = context.Pipe()
-            limits = (other, self._arguments.max_parameters)
-            self._child = context.Process(target=serve, args=limits, daemon=True)
+            limits = (self._arguments.max_parameters, self._arguments.checks)
+            self._child = context.Process(
+                target=serve, args=(other, *limits), daemon=True
+            )
             self._child.start()
             other.close()
             self._n_left = NETWORKS_PER_PROCESS
@@ -120,13 +123,14 @@ def file_of(name: str, out: Path) -> Path:
 
 
 def is_missing(name: str, arguments: argparse.Namespace) -> bool:
-    """Return whether a network has no result, or was too large for an earlier run."""
+    """Return whether a check has no result, or the network was too large for it."""
     file = file_of(name, arguments.out)
     if not file.exists():
         return True
     result = json.loads(file.read_text())
-    is_smaller = result.get("n_parameters", 0) <= arguments.max_parameters
-    return "skipped" in result and is_smaller
+    if "skipped" in result:
+        return bool(result["n_parameters"] <= arguments.max_parameters)
+    return "error" not in result and not set(arguments.checks) <= result.keys()
 
 
 def run(names: list[str], arguments: argparse.Namespace) -> None:
@@ -138,6 +142,9 @@ def run(names: list[str], arguments: argparse.Namespace) -> None:
             local.process = Process(arguments)
         result = local.process.check(name)
         file = file_of(name, arguments.out)
+        if file.exists():
+            stored = json.loads(file.read_text())
+            result = {c: stored[c] for c in CHECKS if c in stored} | result
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         temporary.replace(file)
@@ -150,11 +157,10 @@ def run(names: list[str], arguments: argparse.Namespace) -> None:
 
 
 def outcomes(result: Result) -> dict[str, str]:
-    """Return "yes" or a reason for each check."""
-    if "skipped" in result:
-        return {}
-    error = result.get("error", "it was not run")
-    return {check: result.get(check, error) for check in CHECKS}
+    """Return "yes" or a reason for each check that was run."""
+    if "error" in result:
+        return {check: result.get(check, result["error"]) for check in CHECKS}
+    return {check: result[check] for check in CHECKS if check in result}
 
 
 def report(results: list[Result]) -> None:
@@ -172,9 +178,12 @@ def report(results: list[Result]) -> None:
     print(f"| family | kind | networks | {' | '.join(CHECKS)} |")
     print("|---|---|" + "---:|" * (1 + len(CHECKS)))
     for row in sorted(rows, key=lambda row: (row[0] == "all", row)):
-        n = [sum(found[check] == "yes" for found in rows[row]) for check in CHECKS]
+        cells = [f"{len(rows[row])}"]
+        for check in CHECKS:
+            found = [each[check] for each in rows[row] if check in each]
+            cells.append(f"{found.count('yes')} of {len(found)}")
         if rows[row]:
-            print(f"| {' | '.join(map(str, (*row, len(rows[row]), *n)))} |")
+            print(f"| {' | '.join((*row, *cells))} |")
     n_skipped = sum("skipped" in result for result in results)
     print(f"\n{len(results)} results, {n_skipped} of networks that are too large\n")
     for (check, reason), count in reasons.most_common():
@@ -186,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Check all architectures")
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--only", default="*", help="glob of names, as 'timm/*vit*'")
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--max-parameters", type=float, default=400e6)
     parser.add_argument("--limit-seconds", type=float, default=600, help="per network")
     parser.add_argument("--workers", type=int, default=1, help="number of processes")

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -226,7 +226,9 @@ def attempt(check: Callable[[], str | None]) -> str:
         return f"{type(error).__name__}: {lines[0][:300]}"
 
 
-def examine(name: str, max_parameters: float) -> Iterator[Result]:
+def examine(
+    name: str, max_parameters: float, checks: Sequence[str] = CHECKS
+) -> Iterator[Result]:
     """Check a network; yield what is known so far."""
     start = time.perf_counter()
     result: Result = {"name": name, "family": family_of(name), "kind": "unknown"}
@@ -250,6 +252,7 @@ def examine(name: str, max_parameters: float) -> Iterator[Result]:
     functions = (check_penultimate, check_stages, check_fine_tuning, check_openvino)
     for check, function in zip(CHECKS, functions, strict=True):
         yield result
-        result[check] = attempt(partial(function, backbone, side))
+        if check in checks:
+            result[check] = attempt(partial(function, backbone, side))
         result["seconds"] = round(time.perf_counter() - start, 1)
     yield result
