@@ -40,7 +40,7 @@ class LearningRateScheduler(Callback):
     Attributes
     ----------
     lr : float
-        Learning rate of the head in the last step.
+        Learning rate of the last step, without the factors of single groups.
     """
 
     def __init__(self, lr_schedule: str, n_steps_per_epoch: int, n_epochs: int) -> None:
@@ -64,7 +64,7 @@ class LearningRateScheduler(Callback):
         factor = lr_lambda(self.lr_schedule, self._step, n_steps)
         for group in net.optimizer_.param_groups:
             group["lr"] = factor * group["max_lr"]
-        self.lr = net.optimizer_.param_groups[0]["lr"]
+        self.lr = factor * net.lr
         self._step += 1
 
 

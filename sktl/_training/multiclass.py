@@ -74,6 +74,11 @@ class MulticlassTarget:
         """False: a short training is better on most data."""
         return False
 
+    @property
+    def output_lr_factor(self) -> float:
+        """1."""
+        return 1.0
+
     def loss(self) -> nn.Module:
         """Return the weighted cross-entropy."""
         return WeightedCrossEntropy(self.label_smoothing)

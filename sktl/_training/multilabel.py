@@ -105,6 +105,15 @@ class MultilabelTarget:
         """False, as with one label per image."""
         return False
 
+    @property
+    def output_lr_factor(self) -> float:
+        """2: log-odds change as much per step as those of two classes.
+
+        A step of an optimizer changes both logits of two classes, by the same amount in
+        opposite directions, and so their difference by twice as much as one logit.
+        """
+        return 2.0
+
     def loss(self) -> nn.Module:
         """Return the weighted binary cross-entropy."""
         return WeightedBinaryCrossEntropy(self.class_weights, self.label_smoothing)

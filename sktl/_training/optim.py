@@ -72,6 +72,7 @@ def parameter_groups(
     lr: float,
     layer_decay: float,
     weight_decay: float,
+    output_lr_factor: float = 1.0,
 ) -> list[dict[str, Any]]:
     """Group the parameters of a network by depth, with a learning rate for each.
 
@@ -90,6 +91,8 @@ def parameter_groups(
     weight_decay : float
         Weight decay; not applied to biases and normalization parameters, nor to the
         parameters in ``network.no_weight_decay``.
+    output_lr_factor : float, default=1.0
+        Factor of the learning rate of the last layer of the head.
 
     Returns
     -------
@@ -102,11 +105,14 @@ def parameter_groups(
     head, neck = parts.pop(HEAD), parts.pop(NECK)
     stages = list(parts.values())[::-1]
     depths = [[head], [stages[0], neck], *([stage] for stage in stages[1:])]
+    rates = [([cast(nn.Sequential, head)[-1]], lr * output_lr_factor)]
+    for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
+        rates.append((modules, lr * layer_decay**depth))
     names = cast(Any, network).no_weight_decay
     excluded = {network.get_parameter(name) for name in names}
     groups = []
     grouped: set[nn.Parameter] = set()  # an optimizer refuses a parameter given twice
-    for depth, modules in enumerate(depths[: 1 + n_trainable_stages]):
+    for modules, rate in rates:
         own = dict.fromkeys(p for module in modules for p in module.parameters())
         parameters = [p for p in own if p not in grouped]
         grouped.update(parameters)
@@ -115,7 +121,6 @@ def parameter_groups(
             (0.0, [p for p in parameters if p.ndim <= 1 or p in excluded]),
         ):
             if chosen:
-                rate = lr * layer_decay**depth
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     return groups
 
@@ -126,6 +131,7 @@ def make_optimizer(
     optimizer: str,
     layer_decay: float,
     weight_decay: float,
+    output_lr_factor: float,
     parameters: Any,
     lr: float,
 ) -> torch.optim.Optimizer:
@@ -133,7 +139,7 @@ def make_optimizer(
 
     Parameters
     ----------
-    network, n_trainable_stages, layer_decay, weight_decay, lr
+    network, n_trainable_stages, layer_decay, weight_decay, output_lr_factor, lr
         As in `parameter_groups`.
     optimizer : {"adamw", "sgd"}
         Name of the optimizer.
@@ -151,6 +157,7 @@ def make_optimizer(
         lr=lr,
         layer_decay=layer_decay,
         weight_decay=weight_decay,
+        output_lr_factor=output_lr_factor,
     )
     for group in groups:
         group["max_lr"] = group["lr"]

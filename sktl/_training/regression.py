@@ -120,6 +120,11 @@ class RegressionTarget:
         """True: a few steps change every prediction, where few classes would change."""
         return True
 
+    @property
+    def output_lr_factor(self) -> float:
+        """1."""
+        return 1.0
+
     def loss(self) -> nn.Module:
         """Return the weighted loss in standardized units."""
         return WeightedRegressionLoss(self.loss_name)

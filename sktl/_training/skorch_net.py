@@ -53,6 +53,7 @@ def make_net(
             config.optimizer,
             config.layer_decay,
             config.weight_decay,
+            target.output_lr_factor,
         ),
         lr=config.lr,
         batch_size=config.batch_size,

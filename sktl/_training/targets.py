@@ -37,6 +37,10 @@ class Target(Protocol):
     def prefers_probe(self) -> bool:
         """Whether the linear probe is kept unless a training is clearly better."""
 
+    @property
+    def output_lr_factor(self) -> float:
+        """Factor of the learning rate of the last layer of the head."""
+
     def loss(self) -> nn.Module:
         """Return the loss: ``(outputs, (y, sample_weight))`` to a scalar."""
 

@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss
 from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
+from trainer_helpers import make_classifier
 
 from sktl._training.multiclass import MulticlassTarget
 from sktl._training.multilabel import (
@@ -107,6 +108,17 @@ def test_loss_equals_binary_cross_entropy_of_torch(label_smoothing):
     torch.testing.assert_close(got, expected.float())
     target = MultilabelTarget(class_weights, label_smoothing)
     torch.testing.assert_close(target.loss()(logits, (y, weight)), got)
+
+
+def test_a_repeated_label_is_trained_as_two_classes(images):
+    # The log-odds and the features change as much per step.
+    y = np.arange(40) % 7 == 3
+    parameters = {"lr": 1e-3, "weight_decay": 0, "max_epochs": 2}
+    alone = make_classifier(**parameters).fit(images, y).decision_function(images)
+    both = make_classifier(**parameters).fit(images, np.column_stack([y, y]))
+    initial = make_classifier(max_epochs=0).fit(images, y).decision_function(images)
+    difference = both.decision_function(images) - alone[:, None]
+    assert np.abs(difference).max() < 0.05 * np.abs(alone - initial).max()
 
 
 def test_score_decode_and_probabilities():

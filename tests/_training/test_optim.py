@@ -75,7 +75,7 @@ def test_cosine_equals_torch_after_the_warm_up(n_steps):
 def test_loaded_optimizer_continues_with_equal_bits(optimizer):
     network = replace_head(load_backbone("tiny", None), 3)
     network.to(memory_format=torch.channels_last)
-    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, 1.0, [], lr=0.1)
     x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def step(network, optimizer):
@@ -85,7 +85,7 @@ def test_loaded_optimizer_continues_with_equal_bits(optimizer):
 
     step(network, first)
     other = copy.deepcopy(network)
-    second = make_optimizer(other, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    second = make_optimizer(other, 3, optimizer, 0.5, 0.1, 1.0, [], lr=0.1)
     load_optimizer_state(second, optimizer, first.state_dict()["state"])
     step(network, first)
     step(other, second)
@@ -98,7 +98,7 @@ def test_loaded_optimizer_continues_with_equal_bits(optimizer):
 @pytest.mark.parametrize("value", [None, torch.ones(3, 7), torch.tensor(True)])
 def test_state_of_another_optimizer(optimizer, value):
     network = replace_head(load_backbone("tiny", None), 3)
-    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, [], lr=0.1)
+    first = make_optimizer(network, 3, optimizer, 0.5, 0.1, 1.0, [], lr=0.1)
     network(torch.ones(2, 3, 16, 16)).sum().backward()
     first.step()
     for name in list(first.state_dict()["state"][0]):
@@ -113,7 +113,7 @@ def test_state_of_another_optimizer(optimizer, value):
 @pytest.mark.parametrize("number", [-1, 99])
 def test_state_of_a_parameter_that_does_not_exist(number):
     network = replace_head(load_backbone("tiny", None), 3)
-    optimizer = make_optimizer(network, 3, "sgd", 0.5, 0.1, [], lr=0.1)
+    optimizer = make_optimizer(network, 3, "sgd", 0.5, 0.1, 1.0, [], lr=0.1)
     with pytest.raises(ValueError, match=f"parameter {number} too many"):
         load_optimizer_state(optimizer, "sgd", {number: {}})
 
@@ -135,6 +135,16 @@ def test_parameter_groups(name):
         decays = parameter.ndim > 1 and not is_token
         assert group["weight_decay"] == (0.01 if decays else 0)
     assert not group_of
+
+
+def test_learning_rate_of_the_last_layer():
+    network = replace_head(load_backbone("tiny", None), 3, hidden_layer_sizes=[4])
+    optimizer = make_optimizer(network, 9, "adamw", 0.5, 0.1, 2.0, [], lr=0.1)
+    rates = {id(p): g["max_lr"] for g in optimizer.param_groups for p in g["params"]}
+    hidden, _, output = network.head
+    assert {rates[id(p)] for p in output.parameters()} == {0.2}
+    assert {rates[id(p)] for p in hidden.parameters()} == {0.1}
+    assert all(rates[id(p)] < 0.1 for p in network[:-1].parameters())
 
 
 def names_without_decay(backbone):
@@ -211,7 +221,7 @@ def test_a_parameter_of_several_stages_is_in_one_group():
     shared = nn.Linear(2, 2)
     for part in (network.stage2, network.stage3, network.stage4, network.neck):
         part.append(shared)
-    optimizer = make_optimizer(network, 9, "sgd", 0.5, 0.1, [], lr=0.1)
+    optimizer = make_optimizer(network, 9, "sgd", 0.5, 0.1, 1.0, [], lr=0.1)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     assert rates.keys() == {id(parameter) for parameter in network.parameters()}
     assert rates[id(shared.weight)] == rates[id(shared.bias)] == 0.05
@@ -222,7 +232,7 @@ def test_a_parameter_that_a_frozen_stage_shares_is_not_trained():
     network.stage4.append(network.stage1[0])
     PartiallyFrozen(network, 1)
     before = [p.clone() for p in network.stage1.parameters()]
-    optimizer = make_optimizer(network, 1, "sgd", 0.5, 0.1, [], lr=0.1)
+    optimizer = make_optimizer(network, 1, "sgd", 0.5, 0.1, 1.0, [], lr=0.1)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter.requires_grad:
