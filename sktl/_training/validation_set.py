@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator
-from sklearn.utils import check_consistent_length
 
 from sktl._training.targets import EncodedTargets
 from sktl._utils.sklearn_compat import check_sample_weight
@@ -97,7 +96,6 @@ def append_validation_set(
         weight = check_sample_weight(
             sample_weight, encoded, dtype=np.float64, ensure_non_negative=True
         )
-        check_consistent_length(encoded, weight)
     rows = np.flatnonzero(weight)  # images of weight 0 are not read
     encoded, weight = encoded[rows], weight[rows]
     if targets.class_weight is not None:
