@@ -94,12 +94,15 @@ def test_check_feature_names_in():
 WITHOUT_CALLBACKS = """
 import pickle
 import sklearn.callback
+
+mixin = sklearn.callback.CallbackSupportMixin
+del sklearn.callback.CallbackSupportMixin  # as in an older scikit-learn
+import sktl._utils.sklearn_compat
+sklearn.callback.CallbackSupportMixin = mixin
+
 import numpy as np
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV
-
-del sklearn.callback.CallbackSupportMixin  # as if scikit-learn were older
-
 from sktl import FineTunedCNNClassifier, FineTunedCNNRegressor
 
 X = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
