@@ -177,6 +177,7 @@ def test_in_a_search_with_cache_and_pickles(images, paths, tmp_path):
     file = tmp_path / "tuned.safetensors"
     fit(images, "resnet_mini", trainable="head", max_epochs=0).save(file)
     features = PretrainedFeatures(weights=file, memory=tmp_path / "cache")
+    features.set_params(engine="torch", image_size=32)
     model = make_pipeline(features, LogisticRegression())
     grid = {"pretrainedfeatures__layer": ["penultimate", "stage2"]}
     y = np.arange(40) % 2
@@ -415,7 +416,8 @@ def test_networks_with_other_heads_and_layouts(images, tmp_path, name):
     options = {"max_epochs": 0, "head_init": "random", "hidden_layer_sizes": 4}
     estimator = fit(images[:4], name, [0, 1], weights=None, **options)
     estimator.save(tmp_path / "tuned.safetensors")
-    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors").fit(images[:4])
+    mine = PretrainedClassifier(weights=tmp_path / "tuned.safetensors")
+    mine.set_params(engine="torch").fit(images[:4])
     expected = estimator.predict_proba(images[:4])
     np.testing.assert_allclose(mine.predict_proba(images[:4]), expected, atol=1e-5)
     file = tmp_path / "tuned.safetensors"

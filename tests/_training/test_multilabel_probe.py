@@ -56,7 +56,8 @@ def test_one_logistic_regression_per_label(fixed_C, weighted):
         np.testing.assert_allclose(column, model.decision_function(scaled), atol=2e-3)
 
 
-def test_each_label_has_its_own_strength():
+def test_each_label_has_its_own_strength(monkeypatch):
+    monkeypatch.setattr(linear_probe, "C_GRID", linear_probe.C_GRID[::2])
     x, y = make_data(200, 1)
     noise = np.random.default_rng(5).integers(2, size=(200, 1))
     both = probe(x, np.hstack([y, noise]))
@@ -68,6 +69,7 @@ def test_each_label_has_its_own_strength():
     assert both[:, 0].std() > 10 * both[:, 1].std()
 
 
+@pytest.mark.usefixtures("quick_linear_probe")
 def test_labels_that_never_or_always_occur_get_a_constant():
     x, y = make_data()
     y[:, 0], y[:, 2] = 0, 1
@@ -93,7 +95,8 @@ def test_strengths_are_selected_on_other_groups(hidden):
 
 
 @pytest.mark.parametrize("n_positive", [1, 2, 4])
-def test_rare_labels(n_positive):
+def test_rare_labels(monkeypatch, n_positive):
+    monkeypatch.setattr(linear_probe, "C_GRID", np.array([0.01, 1.0]))
     x, y = make_data()
     y[:, 1] = np.arange(80) < n_positive
     assert np.isfinite(probe(x, y)).all()

@@ -214,10 +214,12 @@ def loss(estimator, X, y):
 def test_two_workers_find_the_scores_of_one(bundled, tmp_path):
     X, _ = load_data()
     y = np.repeat([0, 1], 20)
+    bundled.set_params(engine="torch", head_init="random")
+    grid = [{"lr": [1e-4, 1e-2], "trainable": [1]}, {"trainable": ["all"]}]
     searches = [
         GridSearchCV(
             clone(bundled).set_params(memory=tmp_path / str(n_jobs)),
-            {"lr": [1e-4, 1e-2], "trainable": [1, "all"]},
+            grid,
             cv=2,
             scoring={"loss": loss, "threads": count_threads},
             refit=False,
