@@ -12,10 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import five_stages
 from PIL import Image
 from sklearn.model_selection import ParameterGrid
 
-from sktl import FineTunedCNNClassifier, PretrainedFeatures
+from sktl import (
+    FineTunedCNNClassifier,
+    Preprocessing,
+    PretrainedFeatures,
+    register_backbone,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -45,6 +51,18 @@ def folder(images, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def five_categories():
+    """Register a small network with stages and categories; return its name."""
+    register_backbone(
+        "five categories",
+        five_stages,
+        preprocessing=Preprocessing(64, 64),  # stage3 has 4 x 4 positions
+        categories=tuple("abcde"),
+    )
+    return "five categories"
+
+
 def test_ants_and_bees(run, folder, capsys):
     run("ants_and_bees", "--data", folder, "--backbone", "tiny")
     out = capsys.readouterr().out
@@ -53,8 +71,8 @@ def test_ants_and_bees(run, folder, capsys):
 
 
 @pytest.mark.docs
-def test_fine_tune(run, folder, capsys):
-    arguments = ["--data", folder, "--backbone", "resnet_mini"]
+def test_fine_tune(run, folder, five_categories, capsys):
+    arguments = ["--data", folder, "--backbone", five_categories]
     run("fine_tune", *arguments, "--epochs", 1, "--folds", 2)
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split("±")[0].rsplit(maxsplit=1) for line in lines if "±" in line]
@@ -125,9 +143,9 @@ def test_three_strategies_search_every_layer_of_the_frozen_rows(monkeypatch):
 
 
 @pytest.mark.docs
-def test_three_strategies_on_ones_own_folder(run, folder, capsys):
-    arguments = ["--data", folder / "train", "--labels", 4, "--repeats", 1]
-    run("three_strategies", *arguments)
+def test_three_strategies_on_ones_own_folder(run, folder, five_categories, capsys):
+    arguments = ["--data", folder / "train", "--backbone", five_categories]
+    run("three_strategies", *arguments, "--labels", 4, "--repeats", 1)
     out = capsys.readouterr().out
     for row in ("raw pixels", "no training", "frozen: penultimate", "frozen: layer"):
         assert row in out
@@ -137,13 +155,17 @@ def test_three_strategies_on_ones_own_folder(run, folder, capsys):
 
 
 @pytest.mark.docs
-def test_choosing_a_backbone_computes_each_image_once(run, capsys):
+def test_choosing_a_backbone_computes_each_image_once(run, monkeypatch, capsys):
+    example = importlib.import_module("choose_a_backbone_by_grid_search")
+    monkeypatch.setattr(example, "LAYERS", ["stage2", "penultimate"])
+    monkeypatch.setattr(example, "C", [0.01, 0.1])
     run("choose_a_backbone_by_grid_search", "--labels", 3)
     lines = capsys.readouterr().out.splitlines()
     counts = [int(line.split()[-2].replace(",", "")) for line in lines[2:5]]
-    # 18 candidates and 3 folds each see 30 images; then once more for the best.
-    assert counts == [18 * 3 * 30 + 30, 2 * 3 * 30, 0]
-    assert "cached rows: 180" in lines[5]
+    # 8 candidates and 3 folds each see 30 images; then once more for the best. There
+    # are two networks and two layers.
+    assert counts == [8 * 3 * 30 + 30, 2 * 2 * 30, 0]
+    assert "cached rows: 120" in lines[5]
 
 
 @pytest.fixture
@@ -218,14 +240,16 @@ def test_the_throughput_benchmark_measures_all_methods(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_transfer_benchmark_computes_each_result_once(tmp_path):
-    command = [sys.executable, EXAMPLES / "benchmarks" / "transfer_quality.py"]
-    command += ["--quick", "--only", "frozen,fastai-recipe", "--out", tmp_path / "out"]
-    command += ["--data", tmp_path / "none"]
-    outputs = [
-        subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        for _ in range(2)
-    ]
+def test_the_transfer_benchmark_computes_each_result_once(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    arguments = ["--quick", "--only", "frozen,fastai-recipe"]
+    arguments += ["--out", tmp_path / "out", "--data", tmp_path / "none"]
+    outputs = []
+    for _ in range(2):
+        run("transfer_quality", *arguments)
+        outputs.append(capsys.readouterr().out)
     assert "2 of 2 results to compute" in outputs[0]
     assert "0 of 2 results to compute" in outputs[1]
     tables = [out[out.index("Accuracy per cell") :] for out in outputs]
@@ -332,7 +356,7 @@ def test_coverage_finds_another_neck_and_other_stages(coverage_checks):
 def test_coverage_resumes_and_reports_each_network(tmp_path):
     pytest.importorskip("timm")
     command = [sys.executable, EXAMPLES / "benchmarks" / "coverage.py"]
-    command += ["--out", tmp_path, "--only", "timm/test_resnet"]
+    command += ["--out", tmp_path, "--only"]
 
     def lines(*arguments):
         done = subprocess.run(
@@ -340,18 +364,16 @@ def test_coverage_resumes_and_reports_each_network(tmp_path):
         )
         return done.stdout.splitlines()
 
-    out = lines("--limit-seconds", "0")
-    none = " | 0 of 1" * 4
-    assert f"| resnet | unknown | 1{none} |" in out
-    assert "- 1 stages: it takes longer than the limit" in out
-    (tmp_path / "timm-test_resnet.json").unlink()
     row = "| resnet | CNN | 1 | {0} | 1 of 1 | {0} | {0} |"
-    assert row.format("0 of 0") in lines("--checks", "stages")
-    first, second = lines(), lines()
+    assert row.format("0 of 0") in lines("timm/test_resnet", "--checks", "stages")
+    first = lines("timm/test_resnet")
     assert first[0] == "1 of 1 networks to check"
-    assert second[0] == "0 of 1 networks to check"
+    second = lines("timm/test_[nr]*net", "--limit-seconds", "0")
+    assert second[0] == "1 of 2 networks to check"
     for out in (first, second):
         assert row.format("1 of 1") in out
+    assert f"| nfnet | unknown | 1{' | 0 of 1' * 4} |" in second
+    assert "- 1 stages: it takes longer than the limit" in second
 
 
 @pytest.mark.cluster
@@ -362,7 +384,7 @@ def test_coverage_resumes_and_reports_each_network(tmp_path):
 def test_features_on_a_cluster(name, needs):
     pytest.importorskip(needs)
     # As a program: other processes import what it defines.
-    command = [sys.executable, EXAMPLES / f"{name}.py", "--digits", "60"]
+    command = [sys.executable, EXAMPLES / f"{name}.py", "--digits", "30"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert "cached rows: 60\n" in out
+    assert "cached rows: 30\n" in out
     assert "equal to the rows of the first call: True" in out
