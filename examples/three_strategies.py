@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet_mini")
     parser.add_argument("--weights", default="DEFAULT", help="name or file")
     parser.add_argument("--labels", type=int, default=10, help="per class")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--plot", type=Path, help="file to save a plot to")
     arguments = parser.parse_args()
 
