@@ -132,6 +132,8 @@ def choose(rows: Sequence[SelectionRow], *, prefer_probe: bool = False) -> Selec
     if not math.isfinite(first.valid_loss):
         return best
     gains = np.subtract(first.valid_losses, best.valid_losses)
+    if len(gains) < 2:  # one image, which says nothing about others
+        return first
     standard_error = gains.std(ddof=1) / math.sqrt(len(gains))
     return best if gains.mean() > _MIN_GAIN * standard_error else first
 

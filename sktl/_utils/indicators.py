@@ -1,5 +1,6 @@
 """Validation of indicator matrices, which have one column per label."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,7 @@ def _wrong_element(value: Any, where: str, name: str) -> ValueError:
             f"{where} is missing ({value!r}). Each image must have a 0 or 1 for each "
             "label. Remove the image and its labels, or label it."
         )
-    if isinstance(value, float) and not value.is_integer():
+    if isinstance(value, float) and math.isfinite(value) and not value.is_integer():
         return ValueError(
             f"Unknown label type: continuous-multioutput. {name} requires 0 and 1 if y "
             f"has several columns. Got {where} = {value!r}. To predict numbers, use "

@@ -111,6 +111,11 @@ def test_probe_is_kept_if_it_is_preferred(noise):
     assert choose([first, best], prefer_probe=True) is best
 
 
+def test_first_row_is_kept_if_one_image_is_held_out():
+    rows = [SelectionRow(0.1, "random", 1.0, 2, v, 0.5, (v,)) for v in (0.5, 0.1)]
+    assert choose(rows) is rows[0]
+
+
 def test_first_row_that_diverged_is_not_kept():
     diverged = SelectionRow(0.1, "random", 1.0, 2, math.inf, 0.0)
     finite = SelectionRow(0.1, "random", 1.0, 2, 0.5, 0.5, (0.4, 0.6))

@@ -66,7 +66,7 @@ def test_collections_of_labels_name_the_binarizer(y):
         (2, r"Got y\[1, 2\] = 2.*MultiOutputClassifier"),
         ("dog", r"Got y\[1, 2\] = 'dog'.*MultiOutputClassifier"),
         (0.3, r"continuous-multioutput.* Got y\[1, 2\] = 0.3.* FineTunedCNNRegressor"),
-        (np.inf, r"Got y\[1, 2\] = inf"),
+        (np.inf, r"^LogisticRegression requires .*Got y\[1, 2\] = inf"),
     ],
 )
 def test_other_elements_are_named(element, reason):
