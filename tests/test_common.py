@@ -87,12 +87,12 @@ ignore_warnings = [pytest.mark.filterwarnings(entry) for entry in IGNORED_WARNIN
 
 
 def checks_of(estimator):
-    checks = list(estimator_checks.estimator_checks_generator(estimator))
+    pairs = list(estimator_checks.estimator_checks_generator(estimator))
     if estimator is ESTIMATORS[1]:
         # With the settings of `SELECTING` it runs all of them. What is not about
         # numbers is the same code as in the classifier.
-        checks = [check for check in checks if "regressor" in name_of(check)]
-    return checks
+        pairs = [pair for pair in pairs if "regressor" in name_of(pair[1])]
+    return pairs
 
 
 def marked(estimator, check):
@@ -151,7 +151,8 @@ class TestScikitLearn:
     # transformer that needs fit gets one more, check_estimators_unfitted, which demands
     # the opposite of what a stateless one promises.
     @pytest.mark.parametrize(
-        ("estimator", "n"), list(zip(ESTIMATORS, [63, 57, 60, 46], strict=True))
+        ("estimator", "n"),
+        [*zip([*SELECTING, *ESTIMATORS[2:]], [63, 57, 60, 46], strict=True)],
     )
     def test_no_check_is_lost(self, estimator, n):
         newest = parse_version(sklearn.__version__) >= parse_version("1.9")

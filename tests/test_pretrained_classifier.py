@@ -199,6 +199,7 @@ def test_another_backbone_since_fit_raises_an_error(images):
         mine.predict(images)
 
 
+@pytest.mark.slow
 def test_real_predictions_equal_those_of_torchvision(test_data):
     weights = test_data / "weights" / "squeezenet1_1-imagenet.pth"
     paths = load_files(test_data / "hymenoptera" / "val", load_content=False).filenames

@@ -71,6 +71,7 @@ def test_an_error_names_the_class_in_the_file(tmp_path, beside):
         load_weights(path)
 
 
+@pytest.mark.slow
 def test_nested_tuples_do_not_crash_the_process(tmp_path):
     path = zipped(tmp_path / "deep.pth", b"}" + DEEP + b"K\x01s.")
     code = (

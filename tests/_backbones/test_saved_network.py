@@ -442,7 +442,7 @@ def test_layout_of_modules_in_stages(images, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        "timm/test_vit",
+        pytest.param("timm/test_vit", marks=pytest.mark.slow),
         "timm/test_resnet",
         # Its kernels are not saved.
         pytest.param("timm/resnetblur18", marks=pytest.mark.slow),
@@ -481,7 +481,10 @@ def small_transformer():
     return models.VisionTransformer(32, 16, 4, 2, 8, 8, num_classes=3)
 
 
-@pytest.mark.parametrize("name", ["small transformer", "timm/test_vit"])
+@pytest.mark.parametrize(
+    "name",
+    ["small transformer", pytest.param("timm/test_vit", marks=pytest.mark.slow)],
+)
 def test_tokens_of_all_layers(images, tmp_path, name):
     if name == "timm/test_vit":
         pytest.importorskip("timm")
@@ -533,6 +536,7 @@ def test_a_transformer_with_weights_of_another_size(images, tmp_path):
         np.testing.assert_allclose(each.predict_proba(images), probabilities, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_names_in_the_file_do_not_depend_on_the_blocks(images, tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     images, file = images[:4], tmp_path / "tuned.safetensors"

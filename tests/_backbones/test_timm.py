@@ -200,6 +200,7 @@ def test_networks_of_one_size_refuse_others() -> None:
     assert load_backbone("timm/test_resnet", None).preprocessing_at(90).crop_size == 90
 
 
+@pytest.mark.slow
 def test_names_of_other_files_are_converted_as_timm_does(tmp_path: Path) -> None:
     # torchvision's names of a network of which timm has the same.
     torch.manual_seed(0)

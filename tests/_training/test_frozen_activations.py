@@ -126,6 +126,7 @@ def test_weights_have_equal_bits_with_every_cache(
     assert_equal_weights(clone(cached).fit(paths, Y), expected)  # written and read
 
 
+@pytest.mark.slow
 def test_activations_of_tokens_are_cached(images, tmp_path, passes):
     pytest.importorskip("timm")
     estimator = make_classifier(trainable=2, head_init="random", max_epochs=1)
