@@ -53,9 +53,14 @@ def candidates(monkeypatch):
 OPTIONS = [
     {},
     {"lr": 0.01},
-    {"wise_ft_alpha": 0.4},
-    {"head_init": "random"},
-    {"weights": None},
+    *(
+        pytest.param(options, marks=pytest.mark.slow)
+        for options in (
+            {"wise_ft_alpha": 0.4},
+            {"head_init": "random"},
+            {"weights": None},
+        )
+    ),
     {"early_stopping": True},
     {"augmentation": "standard", "dropout": 0.3},
     {"augmentation": "flip", "augmentation_views": 2, "trainable": 1},

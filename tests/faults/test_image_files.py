@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from estimators import ESTIMATORS, each_estimator, output_of
+from estimators import ESTIMATORS, output_of
 from PIL import Image
 from sklearn.base import clone
 from sklearn.model_selection import cross_val_score
@@ -52,9 +52,17 @@ BAD_FILES = {
 }
 
 
-@each_estimator
+def bad_file_of(estimator, name):
+    """Return a parameter: all files with features, one with each other estimator."""
+    is_quick = isinstance(estimator, PretrainedFeatures) or name == "text"
+    return pytest.param(estimator, name, marks=() if is_quick else pytest.mark.slow)
+
+
 @pytest.mark.parametrize("memory", [False, True])
-@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize(
+    ("estimator", "name"),
+    [bad_file_of(estimator, name) for estimator in ESTIMATORS for name in BAD_FILES],
+)
 def test_unreadable_file_is_named_in_every_estimator(
     estimator, name, memory, paths, tmp_path
 ):
