@@ -129,15 +129,18 @@ def save_model(model: SavedModel, path: str | os.PathLike[str]) -> None:
         If the labels are not str, int, float or bool, or other processes cannot import
         the builder of a registered backbone.
     """
-    fitted, names = model.fitted, model.feature_names_in
+    fitted = model.fitted
     document = {
-        "estimator": model.estimator,
-        "parameters": {k: to_json(v) for k, v in model.parameters.items()},
-        **_describe_network(fitted, fitted.target),
+        **_describe(
+            fitted,
+            fitted.target,
+            estimator=model.estimator,
+            parameters=model.parameters,
+            n_features_in=model.n_features_in,
+            feature_names_in=model.feature_names_in,
+        ),
         **asdict(model.record),
         "selection": [row.to_dict() for row in model.record.selection],
-        "n_features_in": model.n_features_in,
-        "feature_names_in": None if names is None else names.tolist(),
     }
     tensors = {
         fitted.saved_names[name]: tensor
@@ -167,29 +170,40 @@ def describe_model(
         model cannot be saved, the only key is ``"reason"``.
     """
     parameters, others = split_parameters(estimator.get_params(deep=False))
-    names = getattr(estimator, "feature_names_in_", None)
     try:
-        network = _describe_network(model, target)
+        description = _describe(
+            model,
+            target,
+            estimator=type(estimator).__name__,
+            parameters=parameters,
+            n_features_in=getattr(estimator, "n_features_in_", None),
+            feature_names_in=getattr(estimator, "feature_names_in_", None),
+        )
     except TypeError as error:
         return {"reason": str(error)}
-    return {
-        "estimator": type(estimator).__name__,
-        "parameters": {k: to_json(v) for k, v in parameters.items()},
-        "not_saved": others,
-        **network,
-        "n_features_in": getattr(estimator, "n_features_in_", None),
-        "feature_names_in": None if names is None else names.tolist(),
-    }
+    return {**description, "not_saved": others}
 
 
-def _describe_network(
-    model: InitialModel | FittedModel, target: Target
+def _describe(
+    model: InitialModel | FittedModel,
+    target: Target,
+    *,
+    estimator: str,
+    parameters: Mapping[str, Any],
+    n_features_in: int | None,
+    feature_names_in: NDArray[np.object_] | None,
 ) -> dict[str, Any]:
+    """Return what a file has of an estimator, besides the record of its training."""
+    names = feature_names_in
     config = asdict(model.config)
     for field in fields(HeadConfig):  # they are in the last head of the architecture
         del config[field.name]
     return {
         "format": FORMAT,
+        "estimator": estimator,
+        "parameters": {k: to_json(v) for k, v in parameters.items()},
+        "n_features_in": n_features_in,
+        "feature_names_in": None if names is None else names.tolist(),
         "network": config,
         "architecture": asdict(model.architecture),
         "registration": registration_to_document(
