@@ -1,6 +1,6 @@
 """Multiclass targets: one class per image, of any label type."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from sktl._training.targets import (
 )
 from sktl._utils.labels import check_labels, labels_from_json, labels_to_json
 
-LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
+_LOG_TEMPERATURES = (-2.0, 4.0)  # temperatures from 0.14 to 55
 
 
 class WeightedCrossEntropy(nn.Module):
@@ -49,6 +49,31 @@ class WeightedCrossEntropy(nn.Module):
         return (losses * sample_weight).mean()
 
 
+def losses_at_best_temperature(
+    losses: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    outputs: NDArray[Any],
+) -> NDArray[np.float64]:
+    """Return losses of logits that are divided by the temperature of the least mean.
+
+    Parameters
+    ----------
+    losses : callable
+        Returns the loss of each image for logits.
+    outputs : ndarray of shape (n, n_outputs)
+        The logits.
+
+    Returns
+    -------
+    ndarray of shape (n,)
+    """
+
+    def losses_at(log_temperature: float) -> NDArray[np.float64]:
+        return losses(outputs.astype(np.float64) / np.exp(log_temperature))
+
+    best = minimize_scalar(lambda t: losses_at(t).mean(), bounds=_LOG_TEMPERATURES)
+    return losses_at(best.x)
+
+
 @dataclass(frozen=True, eq=False)
 class MulticlassTarget:
     """Target with one class per image; implements `sktl._training.targets.Target`.
@@ -64,20 +89,13 @@ class MulticlassTarget:
     classes: NDArray[Any]
     label_smoothing: float = 0.0
 
+    prefers_probe = False  # a short training is better on most data
+    output_lr_factor = 1.0
+
     @property
     def n_outputs(self) -> int:
         """Number of classes."""
         return len(self.classes)
-
-    @property
-    def prefers_probe(self) -> bool:
-        """False: a short training is better on most data."""
-        return False
-
-    @property
-    def output_lr_factor(self) -> float:
-        """1."""
-        return 1.0
 
     def loss(self) -> nn.Module:
         """Return the weighted cross-entropy."""
@@ -113,13 +131,11 @@ class MulticlassTarget:
         """
         weight = sample_weight / sample_weight.mean()
 
-        def losses(log_temperature: float) -> NDArray[np.float64]:
-            logits = outputs.astype(np.float64) / np.exp(log_temperature)
+        def losses(logits: NDArray[np.float64]) -> NDArray[np.float64]:
             log_proba: NDArray[np.float64] = log_softmax(logits, axis=1)
             return -log_proba[np.arange(len(y)), y] * weight
 
-        best = minimize_scalar(lambda t: losses(t).mean(), bounds=LOG_TEMPERATURES)
-        return losses(best.x)
+        return losses_at_best_temperature(losses, outputs)
 
     def initialize_head(
         self,

@@ -7,19 +7,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import expit
 from sklearn.base import BaseEstimator
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sktl._training.multiclass import LOG_TEMPERATURES
+from sktl._training.multiclass import losses_at_best_temperature
 from sktl._training.multilabel_probe import fit_multilabel_probe
 from sktl._training.scoring_net import ClassifierNet
 from sktl._training.targets import (
     EncodedTargets,
     Target,
+    check_n_columns,
     check_same_kind,
     positive_weights,
 )
@@ -78,6 +78,11 @@ class MultilabelTarget:
     class_weights: NDArray[np.float64]
     label_smoothing: float = 0.0
 
+    prefers_probe = False  # as with one label per image
+    # A step of an optimizer changes both logits of two classes, by the same amount in
+    # opposite directions, and so their difference by twice as much as one logit.
+    output_lr_factor = 2.0
+
     @property
     def n_outputs(self) -> int:
         """Number of labels."""
@@ -93,26 +98,8 @@ class MultilabelTarget:
         if not has_several_columns(y):
             raise ValueError(f"{name} must be an indicator matrix, as y.")
         matrix = check_indicator_matrix(y, estimator, name)
-        if matrix.shape[1] != self.n_outputs:
-            raise ValueError(
-                f"{name} must have as many columns as y, {self.n_outputs}. Got "
-                f"{matrix.shape[1]}."
-            )
+        check_n_columns(matrix, self, name)
         return matrix
-
-    @property
-    def prefers_probe(self) -> bool:
-        """False, as with one label per image."""
-        return False
-
-    @property
-    def output_lr_factor(self) -> float:
-        """2: log-odds change as much per step as those of two classes.
-
-        A step of an optimizer changes both logits of two classes, by the same amount in
-        opposite directions, and so their difference by twice as much as one logit.
-        """
-        return 2.0
 
     def loss(self) -> nn.Module:
         """Return the weighted binary cross-entropy."""
@@ -142,14 +129,12 @@ class MultilabelTarget:
         """
         weight = self._weights(y) * (sample_weight / sample_weight.mean())[:, None]
 
-        def losses(log_temperature: float) -> NDArray[np.float64]:
-            logits = outputs.astype(np.float64) / np.exp(log_temperature)
+        def losses(logits: NDArray[np.float64]) -> NDArray[np.float64]:
             elements = np.logaddexp(0, logits) - logits * y  # (n, n_labels)
             mean: NDArray[np.float64] = (elements * weight).mean(axis=1)
             return mean
 
-        best = minimize_scalar(lambda t: losses(t).mean(), bounds=LOG_TEMPERATURES)
-        return losses(best.x)
+        return losses_at_best_temperature(losses, outputs)
 
     def initialize_head(
         self,

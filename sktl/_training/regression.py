@@ -17,6 +17,7 @@ from sktl._training.scoring_net import RegressorNet
 from sktl._training.targets import (
     EncodedTargets,
     Target,
+    check_n_columns,
     check_not_none,
     check_same_kind,
     positive_weights,
@@ -91,6 +92,10 @@ class RegressionTarget:
     ndim: int
     loss_name: str = SQUARED_ERROR
 
+    # A few steps change every prediction, where few classes would change.
+    prefers_probe = True
+    output_lr_factor = 1.0
+
     @property
     def n_outputs(self) -> int:
         """Number of numbers per image."""
@@ -102,11 +107,7 @@ class RegressionTarget:
         """Validate and standardize further targets, named in errors by `name`."""
         numbers = check_numbers(y, estimator, name)
         numbers = numbers.reshape(len(numbers), -1)  # (n,) -> (n, 1)
-        if numbers.shape[1] != self.n_outputs:
-            raise ValueError(
-                f"{name} must have as many columns as y, {self.n_outputs}. Got "
-                f"{numbers.shape[1]}."
-            )
+        check_n_columns(numbers, self, name)
         _check_range(numbers, self, np.arange(len(numbers)), name)
         return self.standardize(numbers)
 
@@ -114,16 +115,6 @@ class RegressionTarget:
         """Return the standardized targets ``(n, n_outputs)``."""
         standardized: NDArray[np.float64] = (y - self.center) / self.scale
         return standardized.astype(np.float32)
-
-    @property
-    def prefers_probe(self) -> bool:
-        """True: a few steps change every prediction, where few classes would change."""
-        return True
-
-    @property
-    def output_lr_factor(self) -> float:
-        """1."""
-        return 1.0
 
     def loss(self) -> nn.Module:
         """Return the weighted loss in standardized units."""

@@ -133,6 +133,25 @@ def check_same_kind(target: Target, previous: Target, caller: str) -> None:
         )
 
 
+def check_n_columns(y: NDArray[Any], target: Target, name: str) -> None:
+    """Raise a ValueError if further targets have other columns than the first ones.
+
+    Parameters
+    ----------
+    y : ndarray of shape (n, n_columns)
+        Further targets, named in the error by `name`.
+    target : Target
+        Target of the fit, with an output for each column.
+    name : str
+        Such as ``"y_val"``.
+    """
+    if y.shape[1] != target.n_outputs:
+        raise ValueError(
+            f"{name} must have as many columns as y, {target.n_outputs}. Got "
+            f"{y.shape[1]}."
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class EncodedTargets:
     """Targets and weights of the samples whose weight is positive.
