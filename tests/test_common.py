@@ -58,6 +58,12 @@ EXPECTED_FAILURES = {
     for estimator in (FineTunedCNNClassifier, FineTunedCNNRegressor)
 }
 
+LONG_CHECKS = {
+    "check_classifiers_classes",
+    "check_classifiers_multilabel_representation_invariance",
+    "check_classifiers_train",
+}
+
 # Checks that scikit-learn runs on its own estimators, but not in check_estimator.
 ADDITIONAL_CHECKS = [
     "check_dataframe_column_names_consistency",
@@ -99,7 +105,9 @@ def marked(estimator, check):
     """Return a parameter of both, marked if the check is slow or expected to fail."""
     reason = EXPECTED_FAILURES.get((type(estimator), name_of(check)))
     marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-    if any(estimator is each for each in SELECTING):
+    # A classifier with fixed settings runs the longest checks with selected ones only.
+    is_long = estimator is ESTIMATORS[0] and name_of(check) in LONG_CHECKS
+    if is_long or any(estimator is each for each in SELECTING):
         marks.append(pytest.mark.slow)
     return pytest.param(estimator, check, marks=marks)
 
@@ -208,11 +216,21 @@ def output_of(estimator, X):
     return output.reshape(len(output), -1)
 
 
+@pytest.fixture(scope="module")
+def outputs_of_array():
+    """Return a dict in which a test keeps the output of an estimator for the next."""
+    return {}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_kind_of_input_gives_the_same_output(estimator, kind, paths, images):
+def test_every_kind_of_input_gives_the_same_output(
+    estimator, kind, paths, images, outputs_of_array
+):
     X = KINDS[kind](paths)
-    expected = output_of(fitted(estimator, images), images)
+    if estimator not in outputs_of_array:
+        outputs_of_array[estimator] = output_of(fitted(estimator, images), images)
+    expected = outputs_of_array[estimator]
     np.testing.assert_array_equal(output_of(fitted(estimator, X), X), expected)
 
 
@@ -292,18 +310,25 @@ FINE_TUNED = {**FIXED, **OPTIONS, "batch_size": 8}
         ),
         PretrainedFeatures("squeezenet1_1", weights=None, image_size=32),
         PretrainedClassifier("resnet_mini", image_size=32, engine="torch"),
-        *SELECTING,
-        FineTunedCNNClassifier(
-            "tiny", augmentation="standard", **{**FINE_TUNED, "head_init": "random"}
+        SELECTING[0],
+        pytest.param(SELECTING[1], marks=pytest.mark.slow),
+        pytest.param(
+            FineTunedCNNClassifier(
+                "tiny", augmentation="standard", **{**FINE_TUNED, "head_init": "random"}
+            ),
+            marks=pytest.mark.slow,
         ),
-        FineTunedCNNClassifier(
-            "tiny",
-            trainable="head",
-            hidden_layer_sizes=(4,),
-            dropout=0.5,
-            augmentation="flip",
-            augmentation_views=2,
-            **FINE_TUNED,
+        pytest.param(
+            FineTunedCNNClassifier(
+                "tiny",
+                trainable="head",
+                hidden_layer_sizes=(4,),
+                dropout=0.5,
+                augmentation="flip",
+                augmentation_views=2,
+                **FINE_TUNED,
+            ),
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -192,7 +192,9 @@ def test_image_sizes(name, smallest, multiple, shown):
 @pytest.mark.parametrize(
     ("name", "n_prefix", "parameters_of_head"),
     [
-        ("timm/test_vit.r160_in1k", 1, 64 * 1000 + 1000),
+        pytest.param(
+            "timm/test_vit.r160_in1k", 1, 64 * 1000 + 1000, marks=pytest.mark.slow
+        ),
         pytest.param(
             "timm/deit_tiny_distilled_patch16_224",
             2,

@@ -311,7 +311,7 @@ def check_all(coverage_checks, name):
 @pytest.mark.parametrize(
     ("name", "kind", "n_stages"),
     [
-        ("squeezenet1_1", "CNN", 4),
+        pytest.param("squeezenet1_1", "CNN", 4, marks=pytest.mark.slow),
         pytest.param("timm/test_efficientnet", "CNN", 5, marks=pytest.mark.slow),
         ("timm/test_vit", "transformer", 5),
     ],

@@ -42,8 +42,10 @@ def test_a_path_is_the_weights_file(layer: nn.Linear) -> None:
         registered.resolve("mine", "V1", False)
 
 
-# The second one has attributes `stages` and `head`, and its stem is in neither.
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+# The first one has attributes `stages` and `head`, and its stem is in neither.
+@pytest.mark.parametrize(
+    "name", ["test_convnext", pytest.param("test_resnet", marks=pytest.mark.slow)]
+)
 def test_networks_of_timm_have_the_stages_of_timm(
     name: str, fresh: pytest.MonkeyPatch
 ) -> None:

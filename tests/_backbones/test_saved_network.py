@@ -95,7 +95,15 @@ def test_modules_have_the_names_of_the_fitted_network(tuned, file, images, layer
 
 
 @pytest.mark.parametrize(
-    "labels", [LABELS, [10, 9, 2], [2.0, -1.0], [False, True], [10, 9, 100]]
+    "labels",
+    [
+        LABELS,
+        [10, 9, 2],
+        *(
+            pytest.param(labels, marks=pytest.mark.slow)
+            for labels in ([2.0, -1.0], [False, True], [10, 9, 100])
+        ),
+    ],
 )
 def test_classifier_predicts_the_labels_of_the_fine_tuning(images, tmp_path, labels):
     file = tmp_path / "tuned.safetensors"
@@ -130,6 +138,7 @@ def test_another_fine_tuning_starts_from_the_saved_network(tuned, file, images):
     assert not torch.equal(before["stage4.0.weight"], after["stage4.0.weight"])
 
 
+@pytest.mark.slow
 def test_a_chain_of_fine_tunings_is_saved_and_loaded(tuned, file, images):
     first = load_file(file)
     for n_classes, hidden in ((2, 5), (3, ())):
@@ -448,6 +457,7 @@ def test_layout_of_modules_in_stages(images, tmp_path):
         pytest.param("timm/resnetblur18", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_transformers_and_networks_that_cannot_be_cut(
     images, tmp_path, monkeypatch, name
 ):
@@ -513,6 +523,7 @@ def test_tokens_of_all_layers(images, tmp_path, name):
     assert kinds & {"Embedding", "TracedBlock"}  # which the backbone does not have
 
 
+@pytest.mark.slow
 def test_a_transformer_with_weights_of_another_size(images, tmp_path):
     images, name = images[:6], "small transformer"
     register_backbone(name, small_transformer, preprocessing=Preprocessing(32, 32))

@@ -171,6 +171,7 @@ def test_rows_equal_those_of_timms_transform_and_network(tmp_path: Path) -> None
     np.testing.assert_allclose(rows, features, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_are_resampled_as_timm_does(tmp_path: Path) -> None:
     path = _saved(tmp_path, _created("test_vit").state_dict())
     expected = _loaded_by_timm("test_vit", path, img_size=96)
@@ -192,6 +193,7 @@ def test_positions_are_resampled_as_timm_does(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_networks_of_one_size_refuse_others() -> None:
     backbone = load_backbone("timm/levit_128s", None)
     side = backbone.preprocessing.crop_size
@@ -218,6 +220,7 @@ def test_names_of_other_files_are_converted_as_timm_does(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_no_parameter_stays_random(tmp_path: Path) -> None:
     # timm loads this network although names are missing.
     torch.manual_seed(0)

@@ -88,6 +88,7 @@ def test_class_token_is_the_first(name, options, n_prefix):
     assert (tokens.mean(1) > 50).nonzero().tolist() == [[0]]
 
 
+@pytest.mark.slow
 def test_registers_are_no_class_token():
     backbone = load_backbone("timm/test_vit2", None)
     x = torch.zeros(1, 3, 32, 32)
@@ -194,6 +195,7 @@ def test_stages_are_correct_in_training():
 
 
 @pytest.mark.parametrize("global_pool", ["token", "avg", "map"])
+@pytest.mark.slow
 def test_penultimate_features_may_not_be_the_class_token(global_pool, monkeypatch):
     monkeypatch.setattr(registered, "registrations", {})
     register_backbone(
@@ -229,6 +231,7 @@ def test_last_linear_layer_is_that_of_the_classifier():
     assert last_linear(network, describe_network(network)) == "head"
 
 
+@pytest.mark.slow
 def test_layers_have_layouts():
     network = create("test_convnext")
     structure = describe_network(network)
@@ -276,6 +279,7 @@ def test_layers_of_a_network_that_cannot_be_cut_run_once(monkeypatch):
         assert len(calls) == n_runs
 
 
+@pytest.mark.slow
 def test_blocks_with_other_features_are_refused(monkeypatch):
     class Wrong(nn.Module):
         def forward(self, x):

@@ -217,13 +217,18 @@ def test_a_cache_hit_decodes_nothing(counting, paths, monkeypatch):
     "change",
     [
         {"layer": "stage1"},
-        {"pooling": "max"},
-        {"image_size": 24},
         {"resize": "squash"},
-        {"resize": "pad"},
-        {"precision": "bfloat16"},
-        {"weights": None},
-        {"pixel_range": (0, 300)},
+        *(
+            pytest.param(change, marks=pytest.mark.slow)
+            for change in (
+                {"pooling": "max"},
+                {"image_size": 24},
+                {"resize": "pad"},
+                {"precision": "bfloat16"},
+                {"weights": None},
+                {"pixel_range": (0, 300)},
+            )
+        ),
     ],
 )
 def test_settings_that_change_rows_have_their_own_namespace(change, paths, tmp_path):
@@ -371,6 +376,7 @@ def test_few_images_on_a_large_network(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("memory", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_few_images_on_a_large_fine_tuned_network(
     images, tmp_path, monkeypatch, memory
 ):

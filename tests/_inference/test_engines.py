@@ -119,7 +119,12 @@ def test_layers_inside_a_network(engine):
 
 
 @pytest.mark.parametrize(
-    ("layer", "pooling"), [("penultimate", "avg"), ("stage1", 2), ("encoder", "cls")]
+    ("layer", "pooling"),
+    [
+        ("penultimate", "avg"),
+        pytest.param("stage1", 2, marks=pytest.mark.slow),
+        pytest.param("encoder", "cls", marks=pytest.mark.slow),
+    ],
 )
 def test_openvino_interpolates_positions(layer, pooling):
     register_backbone(
@@ -319,6 +324,7 @@ def test_models_are_shared_and_only_the_last_used_cached():
 @pytest.mark.parametrize(
     "engine", ["torch", pytest.param("openvino", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_dropped_models_free_their_memory(engine):
     def after(numbers):
         for n in numbers:

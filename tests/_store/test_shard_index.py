@@ -333,6 +333,7 @@ def test_damage_in_unchanged_folder_is_detected(tmp_path):
     np.testing.assert_array_equal(rows, make_rows(KEYS[:1]))
 
 
+@pytest.mark.slow
 def test_large_namespace_has_larger_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_index, "_MANY_SHARDS", 8)
     index = ShardIndex(tmp_path)

@@ -32,7 +32,9 @@ def test_failed_first_fit_leaves_nothing_behind(images, method, parameters, reas
         estimator.predict(X)
 
 
-@pytest.mark.parametrize("method", ["fit", "partial_fit"])
+@pytest.mark.parametrize(
+    "method", ["fit", pytest.param("partial_fit", marks=pytest.mark.slow)]
+)
 def test_failed_second_fit_keeps_the_first(images, method):
     estimator = make_classifier().fit(images, Y)
     before, expected = dict(vars(estimator)), estimator.predict_proba(images)

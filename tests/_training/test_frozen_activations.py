@@ -94,18 +94,18 @@ def test_rows_equal_the_output_of_the_stages(images, monkeypatch, max_bytes, n_f
 @pytest.mark.parametrize(
     ("trainable", "options"),
     [
-        ("head", {}),
         (1, {"early_stopping": True}),
-        (2, {"dropout": 0.5}),
         *(
             pytest.param(trainable, options, marks=pytest.mark.slow)
             for trainable, options in [
+                ("head", {}),
                 ("head", {"early_stopping": True}),
                 ("head", {"dropout": 0.5}),
                 (1, {}),
                 (1, {"dropout": 0.5}),
                 (2, {}),
                 (2, {"early_stopping": True}),
+                (2, {"dropout": 0.5}),
             ]
         ),
     ],
@@ -306,7 +306,7 @@ def test_augmented_images_are_not_cached(paths, tmp_path, passes):
     "options",
     [{}, pytest.param({"early_stopping": True}, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize("trainable", ["head", 1])
+@pytest.mark.parametrize("trainable", [pytest.param("head", marks=pytest.mark.slow), 1])
 def test_fixed_views_have_equal_bits_with_every_cache(
     paths, tmp_path, monkeypatch, trainable, options
 ):

@@ -132,9 +132,9 @@ def make_patients(n_groups=12, size=6, target="one label"):
     ("target", "early_stopping"),
     [
         ("one label", True),
-        ("one label", False),
-        ("several labels", True),
         ("numbers", True),
+        pytest.param("several labels", True, marks=pytest.mark.slow),
+        pytest.param("one label", False, marks=pytest.mark.slow),
         pytest.param("several labels", False, marks=pytest.mark.slow),
         pytest.param("numbers", False, marks=pytest.mark.slow),
     ],

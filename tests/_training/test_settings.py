@@ -59,10 +59,10 @@ OPTIONS = [
             {"wise_ft_alpha": 0.4},
             {"head_init": "random"},
             {"weights": None},
+            {"early_stopping": True},
+            {"augmentation": "standard", "dropout": 0.3},
         )
     ),
-    {"early_stopping": True},
-    {"augmentation": "standard", "dropout": 0.3},
     {"augmentation": "flip", "augmentation_views": 2, "trainable": 1},
 ]
 
@@ -126,7 +126,13 @@ def test_the_probe_is_kept_if_no_training_is_better(images, monkeypatch):
     assert 0 < estimator.lr_ < 1
 
 
-@pytest.mark.parametrize("options", [{}, {"dropout": 0.3, "augmentation": "trivial"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"dropout": 0.3, "augmentation": "trivial"},
+    ],
+)
 def test_equal_random_state_gives_the_same_selection(images, options):
     first = make_auto(**options).fit(images, NOISY)
     torch.rand(1)
@@ -209,7 +215,14 @@ def test_no_epochs_select_nothing(images, candidates):
     assert equal_bits(estimator.module_, fixed.fit(images, NOISY).module_)
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        1,
+        pytest.param(2, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_selection_is_resumed(images, tmp_path, candidates, limit):
     file = tmp_path / "fine_tuning.safetensors"
     expected = make_auto().fit(images, NOISY)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 FUZZ = Path(__file__).with_name("fuzz.py")
 CASES = {
     "images": 1500,
@@ -26,13 +28,7 @@ def run(program, *arguments):
     return subprocess.run(command, capture_output=True, text=True, errors="replace")
 
 
-@pytest.mark.parametrize(
-    ("kind", "n"),
-    [
-        ("all", 100),
-        *(pytest.param(kind, n, marks=pytest.mark.slow) for kind, n in CASES.items()),
-    ],
-)
+@pytest.mark.parametrize(("kind", "n"), CASES.items())
 def test_damaged_files_break_nothing(tmp_path, kind, n):
     ended = run(FUZZ, kind, "--cases", n, "--keep", tmp_path, "--seed", 1)
     assert ended.returncode == 0, ended.stderr[-5000:]
@@ -44,12 +40,9 @@ def test_damaged_files_break_nothing(tmp_path, kind, n):
         )
     }
     assert sum(counts.values()) == n
-    # Some files were read, and some were damaged. A hundred cases of all kinds are too
-    # few to expect both of every kind: few damaged weights files can still be read.
+    # Some files were read, and some were damaged.
     assert any(re.search("read|loaded|resumed", outcome) for outcome in counts)
     assert kind == "shards" or any("refused: ValueError" in name for name in counts)
-    if kind == "all":
-        assert {outcome.split(":")[0] for outcome in counts} == set(CASES)
 
 
 BROKEN = {
@@ -82,13 +75,7 @@ fuzz.main(lambda kind, folder: Broken(folder))
 """
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        how if how == "raises" else pytest.param(how, marks=pytest.mark.slow)
-        for how in BROKEN
-    ],
-)
+@pytest.mark.parametrize("how", BROKEN)
 def test_a_broken_promise_is_reported(tmp_path, how):
     code, words = BROKEN[how]
     program = tmp_path / "broken.py"
