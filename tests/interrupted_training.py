@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from conftest import FIXED, TinyNet
+from shared_fixtures import FIXED, TinyNet
 from sklearn.datasets import load_sample_images
 from sklearn.model_selection import GridSearchCV
 from sklearn.utils import check_random_state

@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 import sklearn
 import torch
-from conftest import FIXED
 from PIL import Image
+from shared_fixtures import FIXED
 from sklearn.base import clone
 from sklearn.pipeline import make_pipeline
 from sklearn.utils import estimator_checks, get_tags
@@ -59,9 +59,11 @@ EXPECTED_FAILURES = {
 }
 
 LONG_CHECKS = {
+    "check_classifier_data_not_an_array",
     "check_classifiers_classes",
     "check_classifiers_multilabel_representation_invariance",
     "check_classifiers_train",
+    "check_regressor_data_not_an_array",
 }
 
 # Checks that scikit-learn runs on its own estimators, but not in check_estimator.
@@ -105,8 +107,8 @@ def marked(estimator, check):
     """Return a parameter of both, marked if the check is slow or expected to fail."""
     reason = EXPECTED_FAILURES.get((type(estimator), name_of(check)))
     marks = [] if reason is None else [pytest.mark.xfail(reason=reason, strict=True)]
-    # A classifier with fixed settings runs the longest checks with selected ones only.
-    is_long = estimator is ESTIMATORS[0] and name_of(check) in LONG_CHECKS
+    # Models with fixed settings run the longest checks with selected settings only.
+    is_long = estimator in ESTIMATORS[:2] and name_of(check) in LONG_CHECKS
     if is_long or any(estimator is each for each in SELECTING):
         marks.append(pytest.mark.slow)
     return pytest.param(estimator, check, marks=marks)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import five_stages
 from PIL import Image
+from shared_fixtures import five_stages
 from sklearn.model_selection import ParameterGrid
 
 from sktl import (
@@ -311,9 +311,9 @@ def check_all(coverage_checks, name):
 @pytest.mark.parametrize(
     ("name", "kind", "n_stages"),
     [
-        pytest.param("squeezenet1_1", "CNN", 4, marks=pytest.mark.slow),
+        ("squeezenet1_1", "CNN", 4),
         pytest.param("timm/test_efficientnet", "CNN", 5, marks=pytest.mark.slow),
-        ("timm/test_vit", "transformer", 5),
+        pytest.param("timm/test_vit", "transformer", 5, marks=pytest.mark.slow),
     ],
 )
 def test_all_checks_of_coverage_pass(coverage_checks, name, kind, n_stages):

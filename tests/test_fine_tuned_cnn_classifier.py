@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 import sklearn
 import torch
-from conftest import FIXED, TinyNet
 from interrupted_training import StopAt
 from reference import normalized
 from scipy import sparse
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 from sklearn.datasets import load_files
 from sklearn.experimental import enable_halving_search_cv  # noqa: F401  (required)

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FIXED
 from interrupted_training import StopAt
 from reference import normalized
+from shared_fixtures import FIXED
 from sklearn.base import clone, is_regressor
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.linear_model import Ridge
@@ -246,7 +246,14 @@ def test_a_saved_regressor_is_a_backbone_without_categories(images, y, tmp_path)
     assert again.score(images, y) > 0.3
 
 
-@pytest.mark.parametrize("options", [{}, {"early_stopping": True}, {"lr": "auto"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"early_stopping": True},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"lr": "auto"}, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_run_has_equal_bits(images, Y, tmp_path, options):
     options = {"max_epochs": 4, "dropout": 0.3, "augmentation": "flip", **options}
     expected = make_regressor(**options).fit(images, Y)

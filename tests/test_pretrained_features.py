@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import TinyNet
 from PIL import Image
 from reference import needs_native_bfloat16, normalized
+from shared_fixtures import TinyNet
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.compose import ColumnTransformer

@@ -16,6 +16,7 @@ from sktl._backbones.source import BackboneDefinition, NetworkStructure
 from sktl._images.preprocessing import Preprocessing
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_has_images_of_whole_patches() -> None:
     backbone = load_backbone("vit_b_32", None)
     assert list(backbone.stages) == ["stem", "stage1", "stage2", "stage3", "stage4"]

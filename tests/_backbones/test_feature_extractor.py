@@ -115,6 +115,7 @@ def test_a_transformer_has_features_and_stages():
     torch.testing.assert_close(extract(backbone, ["stage1"], "avg", x), layer)
 
 
+@pytest.mark.slow
 def test_swin_maps_are_turned_to_channels_first():
     swin = load_backbone("swin_t", None)
     x = torch.randn(1, 3, 64, 64)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import TinyNet
+from shared_fixtures import TinyNet
 from torch import nn
 
 from sktl._backbones.pickle_scan import scan_pickle

@@ -63,6 +63,7 @@ def test_networks_of_timm_have_the_stages_of_timm(
 
 
 @pytest.mark.parametrize("n_prefix_tokens", [0, 1])
+@pytest.mark.slow
 def test_declared_tokens_start_with_the_class_token(
     n_prefix_tokens: int, fresh: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +86,7 @@ def test_declared_tokens_start_with_the_class_token(
         ("test_vit3", "supports only images of 160 pixels"),
     ],
 )
+@pytest.mark.slow
 def test_transformers_of_timm_refuse_sizes_they_do_not_support(
     name: str, message: str, fresh: pytest.MonkeyPatch
 ) -> None:

@@ -195,6 +195,7 @@ def test_a_copy_can_be_trained_and_its_stages_are_its_own() -> None:
     ],
     ids=["googlenet", "inception_v3", "inception_v3 without aux"],
 )
+@pytest.mark.slow
 def test_auxiliary_heads_may_be_in_the_file(
     build: Callable[[], nn.Module], tmp_path: Path
 ) -> None:
@@ -417,6 +418,7 @@ def _headless(network: nn.Module, last: str) -> dict[str, Tensor]:
     return {name: v for name, v in state.items() if not name.startswith(last)}
 
 
+@pytest.mark.slow
 def test_weights_without_a_head_are_those_of_all_other_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,8 +463,10 @@ def test_weights_without_a_head_are_those_of_all_other_layers(
     ("name", "missing", "refused"),
     [
         ("squeezenet1_1", "classifier.", False),
-        ("mobilenet_v3_small", "classifier.3", False),
-        ("mobilenet_v3_small", "classifier.", True),
+        pytest.param(
+            "mobilenet_v3_small", "classifier.3", False, marks=pytest.mark.slow
+        ),
+        pytest.param("mobilenet_v3_small", "classifier.", True, marks=pytest.mark.slow),
     ],
 )
 def test_layers_above_missing_weights_raise(

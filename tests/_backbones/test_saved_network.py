@@ -8,10 +8,10 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED, TinyNet
 from reference import normalized
 from safetensors.torch import load_file, save_file
 from scipy.special import softmax
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV

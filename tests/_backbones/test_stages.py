@@ -200,6 +200,7 @@ def test_the_stages_of_a_resnet_are_its_layers() -> None:
     assert list(stages["stage4"].children()) == [network.layer4]
 
 
+@pytest.mark.slow
 def test_a_patch_embedding_is_the_stem() -> None:
     network = _without_values("convnext_tiny")
     stages = split_into_stages(network, 224).stages

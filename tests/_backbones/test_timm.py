@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import FIXED
 from hub_server import COMMIT, HubServer, serving
 from PIL import Image
+from shared_fixtures import FIXED
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
@@ -248,6 +248,7 @@ def test_the_head_is_that_of_the_file(tmp_path: Path, n_outputs: int | None) -> 
             assert torch.equal(backbone.network(_noise()), tuned(_noise()))
 
 
+@pytest.mark.slow
 def test_constants_that_are_not_saved_are_computed(tmp_path: Path) -> None:
     expected = _created("test_vit4")  # with rotary positions
     backbone = load_backbone("timm/test_vit4", _saved(tmp_path, expected.state_dict()))
@@ -271,6 +272,7 @@ def test_categories_are_those_of_timm() -> None:
     assert headless.categories is None
 
 
+@pytest.mark.slow
 def test_categories_are_predicted(tmp_path: Path) -> None:
     network = _created("test_resnet")
     path = _saved(tmp_path, network.state_dict())

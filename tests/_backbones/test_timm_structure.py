@@ -55,6 +55,7 @@ def test_stages_and_neck_are_the_network(name, sides, n_prefix):
     assert torch.allclose(parts.head(y), network(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_distilled_networks_and_those_without_head():
     distilled = create("deit_tiny_distilled_patch16_224", depth=4, embed_dim=48)
     structure = describe_network(distilled)
@@ -215,6 +216,7 @@ def test_penultimate_features_may_not_be_the_class_token(global_pool, monkeypatc
     assert FeatureExtractor(backbone, ["stage4"], "cls")(x).shape == (1, 64)
 
 
+@pytest.mark.slow
 def test_positions_belong_to_the_stem():
     # They have half as many parameters as a block.
     with torch.device("meta"):

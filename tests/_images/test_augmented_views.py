@@ -31,6 +31,7 @@ def compute_all(views):
 
 @pytest.mark.parametrize("augmentation", ["flip", "standard", "trivial"])
 def test_views_do_not_depend_on_position(paths, augmentation):
+    paths = paths[:12]
     first = compute_all(make_views(paths, augmentation)).reshape(-1, 3, 16, 16, 3)
     order = np.random.default_rng(0).permutation(len(paths))
     torch.rand(3)

@@ -14,9 +14,9 @@ from unittest import mock
 import joblib
 import numpy as np
 import pytest
-from conftest import FIXED, TinyNet
 from joblib.parallel import ThreadingBackend
 from logged_model import Logged
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 from sklearn.linear_model import RidgeClassifier
 from sklearn.model_selection import GridSearchCV

@@ -5,9 +5,9 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
 from PIL import ImageOps
 from reference import normalized
+from shared_fixtures import FIXED
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
 from safetensors.torch import save_file
+from shared_fixtures import FIXED
 from torch import nn
 
 from sktl import FineTunedCNNClassifier, Preprocessing, register_backbone

@@ -110,6 +110,7 @@ def test_loss_equals_binary_cross_entropy_of_torch(label_smoothing):
     torch.testing.assert_close(target.loss()(logits, (y, weight)), got)
 
 
+@pytest.mark.slow
 def test_a_repeated_label_is_trained_as_two_classes(images):
     # The log-odds and the features change as much per step.
     y = np.arange(40) % 7 == 3

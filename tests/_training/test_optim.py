@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import StagedNet
+from shared_fixtures import StagedNet
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torchvision.models import VisionTransformer
@@ -169,6 +169,7 @@ def names_without_decay(backbone):
         pytest.param("test_resnet", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_weight_decay_is_applied_as_timm_does(name):
     timm = pytest.importorskip("timm")
     network = timm.create_model(name, num_classes=0)

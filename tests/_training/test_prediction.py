@@ -6,8 +6,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
 from reference import normalized
+from shared_fixtures import FIXED
 from sklearn.base import clone
 from trainer_helpers import Y
 

@@ -130,7 +130,10 @@ TRIED = {
 }
 
 
-@pytest.mark.parametrize("head_init", TRIED)
+@pytest.mark.parametrize(
+    "head_init",
+    ["auto", "random", pytest.param("linear_probe", marks=pytest.mark.slow)],
+)
 def test_rows_equal_fits_on_the_images_that_are_not_held_out(images, head_init):
     # Different head_init of candidates need the same mode of BatchNorm as the config.
     given = {"head_init": "linear_probe" if head_init == "auto" else head_init}

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FIXED, TinyNet
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 
 from sktl import (

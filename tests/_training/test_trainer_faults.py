@@ -18,8 +18,8 @@ import joblib
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
 from interrupted_training import KINDS, load_data, make_classifier, run_in_a_fork
+from shared_fixtures import FIXED
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV

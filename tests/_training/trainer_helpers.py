@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import FIXED
+from shared_fixtures import FIXED
 from sklearn.metrics import r2_score
 from sklearn.utils import check_random_state
 

@@ -1,7 +1,7 @@
 """The three estimators with networks that are fast, and their output."""
 
 import pytest
-from conftest import FIXED
+from shared_fixtures import FIXED
 
 from sktl import FineTunedCNNClassifier, PretrainedClassifier, PretrainedFeatures
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import TinyNet
+from shared_fixtures import TinyNet
 
 from sktl import PretrainedFeatures
 from sktl._backbones.stages import describe_network, find_head

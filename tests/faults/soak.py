@@ -40,7 +40,7 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import TinyNet  # which registers "tiny" too
+from shared_fixtures import TinyNet  # which registers "tiny" too
 
 from sktl import FeatureStore, FineTunedCNNClassifier, PretrainedFeatures
 

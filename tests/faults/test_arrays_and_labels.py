@@ -232,7 +232,7 @@ def test_duplicate_images_are_cached_once(tmp_path):
     assert FeatureStore(tmp_path).info()["rows"] == len(distinct)
 
 
-@pytest.mark.parametrize("routing", [False, True])
+@pytest.mark.parametrize("routing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_groups_are_passed_to_the_splitter(paths, routing):
     groups = np.repeat(np.arange(8), 5)
     y = np.arange(40) % 2

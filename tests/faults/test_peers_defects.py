@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import sklearn
 import torch
-from conftest import FIXED, TinyNet
 from reference import normalized
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score, cross_validate

@@ -12,11 +12,11 @@ import pandas as pd
 import polars as pl
 import pytest
 import torch
-from conftest import FIXED, TinyNet
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from reference import normalized
+from shared_fixtures import FIXED, TinyNet
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from torch import nn
@@ -251,7 +251,7 @@ def folders(tmp_path_factory):
     return lambda: tmp_path_factory.mktemp("drawn")
 
 
-@few_and_many(8, 200)
+@few_and_many(4, 200)
 def test_row_depends_on_its_image_only(n, folders):
     @holds_for_all(n, st.data())
     def check(data):
@@ -509,7 +509,7 @@ def output_of(fitted):
 @pytest.mark.filterwarnings("ignore:precision='bfloat16' is slow")
 @pytest.mark.usefixtures("quick_linear_probe")
 @pytest.mark.parametrize("kind", VALID)
-@few_and_many(5, 20)
+@few_and_many(2, 20)
 def test_copies_fit_equal_models(n, folders, kind):
     values = {name: st.sampled_from(of) for name, of in VALID[kind].items()}
 
