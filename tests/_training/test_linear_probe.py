@@ -64,7 +64,9 @@ def fixed_C(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:lbfgs failed to converge")
 @pytest.mark.parametrize("hidden", WIDTHS)
-@pytest.mark.parametrize("n_classes", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n_classes", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5))]
+)
 def test_head_equals_the_model_of_scikit_learn(monkeypatch, n_classes, hidden):
     if hidden:  # each value takes as long as all of them without hidden layers
         monkeypatch.setattr(linear_probe, "C_GRID", C_GRID[::4])
