@@ -182,15 +182,9 @@ def test_a_copy_can_be_trained_and_its_stages_are_its_own() -> None:
     "build",
     [
         lambda: models.googlenet(init_weights=False, transform_input=True),
-        pytest.param(
-            lambda: models.inception_v3(init_weights=False, transform_input=True),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            lambda: models.inception_v3(
-                init_weights=False, transform_input=True, aux_logits=False
-            ),
-            marks=pytest.mark.slow,
+        lambda: models.inception_v3(init_weights=False, transform_input=True),
+        lambda: models.inception_v3(
+            init_weights=False, transform_input=True, aux_logits=False
         ),
     ],
     ids=["googlenet", "inception_v3", "inception_v3 without aux"],

@@ -451,10 +451,10 @@ def test_layout_of_modules_in_stages(images, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("timm/test_vit", marks=pytest.mark.slow),
+        "timm/test_vit",
         "timm/test_resnet",
         # Its kernels are not saved.
-        pytest.param("timm/resnetblur18", marks=pytest.mark.slow),
+        "timm/resnetblur18",
     ],
 )
 @pytest.mark.slow

@@ -375,7 +375,7 @@ def test_few_images_on_a_large_network(images, tmp_path, monkeypatch):
     np.testing.assert_allclose(small, full[:15], rtol=0, atol=1e-5 * np.abs(full).max())
 
 
-@pytest.mark.parametrize("memory", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.slow
 def test_few_images_on_a_large_fine_tuned_network(
     images, tmp_path, monkeypatch, memory

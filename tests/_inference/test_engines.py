@@ -321,9 +321,7 @@ def test_models_are_shared_and_only_the_last_used_cached():
     assert len(engines.compiled_models) == engines.compiled_models.max_size
 
 
-@pytest.mark.parametrize(
-    "engine", ["torch", pytest.param("openvino", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
 @pytest.mark.slow
 def test_dropped_models_free_their_memory(engine):
     def after(numbers):

@@ -162,11 +162,11 @@ def names_without_decay(backbone):
     [
         "test_vit",
         "test_vit4",  # a register and no class token
-        pytest.param("vit_tiny_patch16_dinov3_qkvb", marks=pytest.mark.slow),
-        pytest.param("beit_base_patch16_224", marks=pytest.mark.slow),
-        pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
-        pytest.param("swinv2_tiny_window8_256", marks=pytest.mark.slow),  # wildcards
-        pytest.param("test_resnet", marks=pytest.mark.slow),
+        "vit_tiny_patch16_dinov3_qkvb",
+        "beit_base_patch16_224",
+        "swin_tiny_patch4_window7_224",
+        "swinv2_tiny_window8_256",  # wildcards
+        "test_resnet",
     ],
 )
 @pytest.mark.slow
